@@ -1,0 +1,61 @@
+"""GraLoRA adapters (arXiv 2505.20355) for any `torch.nn.Module`: inject, train, save, merge.
+
+import gralora
+
+gralora.inject(model, "all-linear", gralora.GraloraConfig(r=32, gralora_k=2))
+...                                              # train as usual
+gralora.save_adapter(model, "adapter.safetensors")
+"""
+
+from gralora.checkpoint import (
+    AdapterFileError,
+    adapter_state_dict,
+    load_adapter,
+    load_adapter_state_dict,
+    save_adapter,
+)
+from gralora.config import GraloraConfig
+from gralora.control import (
+    adapter_names,
+    adapter_parameters,
+    count_parameters,
+    delete_adapter,
+    disable_adapter,
+    mark_only_adapters_trainable,
+    print_trainable_parameters,
+    set_adapter,
+)
+from gralora.inject import inject, unload
+from gralora.layers import GraloraConv1D, GraloraLayer, GraloraLinear, adapted_class, delta_weight
+from gralora.merge import merge, merge_and_unload, unmerge
+from gralora.state import UnknownAdapterError
+from gralora.version import __version__
+
+__all__ = [
+    "AdapterFileError",
+    "GraloraConfig",
+    "GraloraConv1D",
+    "GraloraLayer",
+    "GraloraLinear",
+    "UnknownAdapterError",
+    "__version__",
+    "adapted_class",
+    "adapter_names",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "count_parameters",
+    "delete_adapter",
+    "delta_weight",
+    "disable_adapter",
+    "inject",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "mark_only_adapters_trainable",
+    "merge",
+    "merge_and_unload",
+    "print_trainable_parameters",
+    "save_adapter",
+    "set_adapter",
+    "unload",
+    "unmerge",
+]

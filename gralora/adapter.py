@@ -1,0 +1,120 @@
+"""`GraloraAdapter`: everything about one adapter on one layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from gralora import functional
+from gralora.config import GraloraConfig, divisors
+
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class GraloraAdapter(nn.Module):
+    """One GraLoRA pair, and with `hybrid_r` the plain LoRA pair beside it, for one linear map.
+
+    Shapes: A (k, in / k, r), B (k, r, out / k), A_general (hybrid_r, in), B_general (out, hybrid_r).
+
+    Args:
+        dtype: of the parameters.
+        init_dtype: initial values are rounded to this type first, as PEFT does with a half-precision base.
+        reset: False leaves the values unset and draws no random number, for a caller that loads them.
+
+    Raises:
+        ValueError: `config.gralora_k` does not divide both sizes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: GraloraConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        init_dtype: torch.dtype | None = None,
+        reset: bool = True,
+    ) -> None:
+        super().__init__()
+        k, r, hybrid_r = config.gralora_k, config.r, config.hybrid_r
+        if in_features % k or out_features % k:
+            raise ValueError(
+                f"gralora_k={k} does not divide in_features={in_features} and out_features={out_features} (r={r}). "
+                f"Legal here: {legal_k(in_features, out_features, r)}."
+            )
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.config = config
+        self.init_dtype = init_dtype
+        self.A = empty(k, in_features // k, r)
+        self.B = empty(k, r, out_features // k)
+        self.A_general: nn.Parameter | None = empty(hybrid_r, in_features) if hybrid_r else None
+        self.B_general: nn.Parameter | None = empty(out_features, hybrid_r) if hybrid_r else None
+        if reset:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A from kaiming_uniform(a=√5), block by block as (r, in / k); B zero, or random if not `init_weights`.
+
+        Drawn on the CPU in the default dtype, whatever the adapter's own: one seed gives the same values on every
+        device, and PEFT's very values where hybrid_r = 0.
+        """
+        if self.A.is_meta:
+            return
+        (k, m, r), o = self.A.shape, self.B.shape[-1]
+        init = self.config.init_weights
+        if init:
+            A = rearrange(_kaiming(m, k, r, m), "k r m -> k m r")
+            self.B.zero_()
+        else:
+            pairs = [(_kaiming(m, r, m), _kaiming(r, o, r)) for _ in range(k)]
+            A = rearrange([a for a, _ in pairs], "k r m -> k m r")
+            self.B.copy_(self._round(rearrange([b for _, b in pairs], "k o r -> k r o")))
+        self.A.copy_(self._round(A))
+        if self.A_general is not None and self.B_general is not None:
+            (h, n), out = self.A_general.shape, self.B_general.shape[0]
+            self.A_general.copy_(self._round(_kaiming(n, h, n)))
+            self.B_general.zero_() if init else self.B_general.copy_(self._round(_kaiming(h, out, h)))
+
+    def _round(self, values: Tensor) -> Tensor:
+        return values if self.init_dtype is None else values.to(self.init_dtype)
+
+    @property
+    def tensors(self) -> Tensors:
+        """(A, B, A_general, B_general), as the functions of `gralora.functional` take them."""
+        return self.A, self.B, self.A_general, self.B_general
+
+    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        """The update for `x` (..., in), times `weight`: (..., out), in the adapter's dtype (or autocast's)."""
+        config = self.config
+        dropout = config.gralora_dropout if self.training else 0.0
+        return functional.gralora_update(
+            x.to(self.A.dtype), *self.tensors, scaling=weight * config.scaling, dropout=dropout
+        )
+
+    def delta_weight(self) -> Tensor:
+        """ΔW (out, in), in the adapter's dtype."""
+        return functional.delta_weight(*self.tensors, scaling=self.config.scaling)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        dropout = f", dropout={c.gralora_dropout}" if c.gralora_dropout else ""
+        return f"r={c.r}, gralora_k={c.gralora_k}, hybrid_r={c.hybrid_r}, alpha={c.alpha}{dropout}"
+
+
+def legal_k(in_features: int, out_features: int, r: int) -> str:
+    """The values of `gralora_k` that fit a layer, as an error message lists them."""
+    return ", ".join(map(str, divisors(math.gcd(in_features, out_features, r))))
+
+
+def _kaiming(fan_in: int, *shape: int) -> Tensor:
+    """`nn.init.kaiming_uniform_(a=√5)` for a fan-in that the shape need not show; its arithmetic, so its bits."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound)

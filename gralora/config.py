@@ -1,0 +1,117 @@
+"""`GraloraConfig`: what one adapter is, checked once, on construction."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+BIAS_CHOICES = ("none", "all", "gralora_only")
+
+
+@dataclass(frozen=True)
+class GraloraConfig:
+    """The shape and the scope of an adapter. Field names and defaults are those of PEFT's `GraloraConfig`.
+
+    Args:
+        r: rank of every block row; parameters are `r * (in + out)` whatever `gralora_k`. A multiple of `gralora_k`.
+        hybrid_r: rank of the plain LoRA pair beside the blocks (Hybrid GraLoRA); 0 leaves it out.
+        alpha: the update is scaled by `alpha / (r + hybrid_r)`.
+        gralora_dropout: probability of dropout on the adapter's input, in training.
+        gralora_k: the weight is cut into `gralora_k x gralora_k` blocks. The paper advises 2 up to r = 32, 4 from r = 64.
+        target_modules: which layers, where `inject` is not told; a regular expression, a list of names, or "all-linear".
+        exclude_modules: layers that are never adapted; a regular expression or a list of names.
+        fan_in_fan_out: accepted from users of PEFT; the layout is read off each layer.
+        bias: biases trained with the adapter: "none", "all", or "gralora_only" (those of adapted layers).
+        modules_to_save: names of modules trained whole and saved with the adapter, such as a new head.
+        init_weights: True: B is zero, the model's output unchanged. False: B random too, for tests.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range; the text says which values are legal.
+    """
+
+    r: int = 32
+    hybrid_r: int = 0
+    alpha: float = 64
+    gralora_dropout: float = 0.0
+    gralora_k: int = 2
+    target_modules: str | tuple[str, ...] | None = field(default=None)
+    exclude_modules: str | tuple[str, ...] | None = field(default=None)
+    fan_in_fan_out: bool | None = None
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] | None = field(default=None)
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("r", 1), ("hybrid_r", 0), ("gralora_k", 1)):
+            self._set(name, _integer(name, getattr(self, name), least))
+        self._set("alpha", _number("alpha", self.alpha))
+        self._set("gralora_dropout", _number("gralora_dropout", self.gralora_dropout))
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha={self.alpha!r} is not legal: it must be a finite number above 0, such as 64.")
+        if not 0 <= self.gralora_dropout < 1:
+            raise ValueError(
+                f"gralora_dropout={self.gralora_dropout!r} is not legal: it must be at least 0 and below 1, such as 0.1."
+            )
+        if self.r % self.gralora_k:
+            raise ValueError(
+                f"gralora_k={self.gralora_k} does not divide r={self.r}. "
+                f"Legal for this r: {', '.join(map(str, divisors(self.r)))}."
+            )
+        if self.bias not in BIAS_CHOICES:
+            raise ValueError(
+                f"bias={self.bias!r} is not legal: it must be one of {', '.join(map(repr, BIAS_CHOICES))}."
+            )
+        if self.fan_in_fan_out not in (None, True, False):
+            raise TypeError(f"fan_in_fan_out={self.fan_in_fan_out!r} is not legal: it must be None, True or False.")
+        if not isinstance(self.init_weights, bool):
+            raise TypeError(f"init_weights={self.init_weights!r} is not legal: it must be True or False.")
+        self._set("target_modules", _names("target_modules", self.target_modules, may_be_regex=True))
+        self._set("exclude_modules", _names("exclude_modules", self.exclude_modules, may_be_regex=True))
+        self._set("modules_to_save", _names("modules_to_save", self.modules_to_save, may_be_regex=False))
+
+    @property
+    def scaling(self) -> float:
+        """alpha / (r + hybrid_r), the factor of the whole update."""
+        return self.alpha / (self.r + self.hybrid_r)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def divisors(number: int) -> list[int]:
+    """All positive divisors of `number`, ascending: the legal values of `gralora_k` for it."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    rule = f"it must be an integer of at least {least}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: {rule}, such as {name}={max(least, 2)}.")
+    number = operator.index(value)
+    if number < least:
+        raise ValueError(f"{name}={value!r} is not legal: {rule}.")
+    if number > 2**31:
+        raise ValueError(f"{name}={value!r} is not legal: it must be at most 2**31.")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not (hasattr(value, "__index__") or isinstance(value, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: it must be a number.")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is not legal: an integer that large has no finite float.") from None
+    return operator.index(value) if hasattr(value, "__index__") else float(value)
+
+
+def _names(name: str, value: Any, *, may_be_regex: bool) -> str | tuple[str, ...] | None:
+    if value is None or (may_be_regex and isinstance(value, str)):
+        return value
+    forms = "a regular expression, a list of names or None" if may_be_regex else "a list of names or None"
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name}={value!r} is not legal: it must be {forms}.")
+    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)

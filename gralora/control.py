@@ -1,0 +1,167 @@
+"""What a user does to an adapted model: activate, disable, delete, count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from gralora.inplace import freeze_own
+from gralora.layers import GraloraAdapters, gralora_layers
+from gralora.saved import BIAS_CHILD, BiasSwap, SavedCopies, bias_swaps, saved_modules
+from gralora.scope import Switchable, switched_off
+from gralora.state import (
+    activate,
+    all_or_nothing,
+    check_known,
+    known_adapters,
+    named_adapter_parameters,
+    put_back_weight,
+)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters of `model`, active or not."""
+    return known_adapters(model)
+
+
+def set_adapter(model: nn.Module, names: str | Collection[str] | Mapping[str, float]) -> None:
+    """Make exactly these adapters active, and trainable: one name, several, or {name: weight}.
+
+    The updates of several add up. Merged adapters are unmerged first, exactly. An empty list leaves the base model.
+
+    Raises:
+        KeyError: an unknown name; those there are, are listed. ValueError: two of them train the same bias or saved
+            module. The model is then unchanged.
+    """
+    weights = _weights(names)
+    check_known(model, *weights)
+    _refuse_shared(model, weights)
+    with all_or_nothing(model):
+        for _, layer in gralora_layers(model):
+            put_back_weight(layer)
+        activate(model, weights)
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is the base model, bit for bit; afterwards it is as it was. May be nested.
+
+    Other threads are not affected, save by two things that are changed in the model itself for the time of the block:
+    merged weights, and biases that an adapter trains.
+    """
+    with ExitStack() as stack:
+        for _, layer in gralora_layers(model):
+            if layer.gralora_adapters.base_weight is not None:
+                merged = layer._parameters["weight"]
+                state = dict(layer.gralora_adapters.merged)
+                base = layer.gralora_adapters.base_weight
+                put_back_weight(layer)
+                stack.callback(_merge_again, layer, merged, base, state)
+        for _, owner, swap in bias_swaps(model):
+            stack.callback(swap.put, owner, swap.in_place)
+            swap.put(owner, BiasSwap.BASE)
+        stack.enter_context(switched_off(m for m in model.modules() if isinstance(m, Switchable)))
+        yield
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove one adapter, with its biases and saved modules. Layers left without an adapter are as their base.
+
+    Raises:
+        KeyError: no such adapter. ValueError: it is merged; unmerge first. The model is then unchanged.
+    """
+    check_known(model, name)
+    merged = [path for path, layer in gralora_layers(model) if name in layer.gralora_adapters.merged]
+    if merged:
+        raise ValueError(f"adapter {name!r} is merged (in {merged[0]!r}, for one) and can't be deleted: unmerge first.")
+    with all_or_nothing(model):
+        for _, layer in gralora_layers(model):
+            if name in layer.gralora_adapters:
+                layer.gralora_adapters.remove(name)
+        for _, saved in saved_modules(model):
+            if name in saved.gralora_saved:
+                saved.gralora_saved.active = None if saved.gralora_saved.active == name else saved.gralora_saved.active
+                del saved.gralora_saved._modules[name]
+        for _, owner, swap in bias_swaps(model):
+            if name in swap.names:
+                if swap.in_place == name:
+                    swap.put(owner, BiasSwap.BASE)
+                del swap._parameters[name]
+                swap.names.remove(name)
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """The parameters of one adapter, or of all, saved modules and trained biases included: what an optimizer takes."""
+    if adapter_name is not None:
+        check_known(model, adapter_name)
+    names = known_adapters(model) if adapter_name is None else [adapter_name]
+    found = [p for name in names for p in named_adapter_parameters(model, name).values()]
+    return list({id(p): p for p in found}.values())
+
+
+def mark_only_adapters_trainable(model: nn.Module) -> None:
+    """Freeze everything but the active adapters and what is trained with them. `unload` undoes it."""
+    ours = (GraloraAdapters, SavedCopies, BiasSwap)
+    mine = {id(m) for module in model.modules() if isinstance(module, ours) for m in module.modules()}
+    active: dict[str, float] = {}
+    for _, layer in gralora_layers(model):
+        active.update(layer.gralora_adapters.active)
+    for _, saved in saved_modules(model):
+        active.update({saved.gralora_saved.active: 1.0} if saved.gralora_saved.active else {})
+    for module in model.modules():
+        swap = module._modules.get(BIAS_CHILD)
+        if isinstance(swap, BiasSwap) and swap.in_place != BiasSwap.BASE:
+            active[swap.in_place] = 1.0
+            swap_owner_bias = module._parameters.pop("bias")  # the adapter's, not the base's
+            freeze_own(module)
+            module._parameters["bias"] = swap_owner_bias
+        elif id(module) not in mine:
+            freeze_own(module)
+    for name in known_adapters(model):
+        for parameter in named_adapter_parameters(model, name).values():
+            parameter.requires_grad_(name in active)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) numbers of parameters, tied ones once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the counts in PEFT's line."""
+    trainable, total = count_parameters(model)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+def _weights(names: Any) -> dict[str, float]:
+    if isinstance(names, str):
+        return {names: 1.0}
+    if isinstance(names, Mapping):
+        for name, weight in names.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ValueError(f"the weight of adapter {name!r} is {weight!r}: it must be a finite number.")
+        return {name: float(weight) for name, weight in names.items()}
+    if isinstance(names, Collection):
+        return dict.fromkeys(names, 1.0)
+    raise TypeError(f"names={names!r} is not legal: it must be a name, a list of names, or a mapping name -> weight.")
+
+
+def _refuse_shared(model: nn.Module, names: Collection[str]) -> None:
+    places: list[tuple[str, list[str]]] = [(key, swap.names) for key, _, swap in bias_swaps(model)]
+    places += [(path, list(saved.gralora_saved)) for path, saved in saved_modules(model)]
+    for place, users in places:
+        both = [name for name in names if name in users]
+        if len(both) > 1:
+            raise ValueError(f"adapters {' and '.join(map(repr, both))} both train {place!r}: only one can be active.")
+
+
+def _merge_again(layer: Any, merged: nn.Parameter | None, base: nn.Parameter, state: dict[str, float]) -> None:
+    layer._parameters["weight"] = merged
+    layer.gralora_adapters.__dict__["base_weight"] = base
+    layer.gralora_adapters.merged = state

@@ -1,0 +1,118 @@
+"""The mathematics of GraLoRA (arXiv 2505.20355) as pure functions on tensors.
+
+One letter per axis, here and everywhere: `i` input block, `j` output block, `m` = in / k, `o` = out / k,
+`r` rank, `s` = r / k, the rank of one block. Block (i, j) of the weight has the down-projection
+`A[i][:, j*s:(j+1)*s]` and the up-projection `B[j][i*s:(i+1)*s, :]`. These functions are the definition;
+faster paths elsewhere are held to them.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def gralora_update(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """What the adapter adds to the layer's output: scaling * x @ ΔWᵀ, without ΔW.
+
+        z[i]  = dropout(x)[i] @ A[i]        y[j] = z regrouped by j @ B[j]
+        y    += dropout(x) @ A_generalᵀ @ B_generalᵀ        (a draw of its own, as in PEFT)
+
+    Args:
+        x: (..., in), of A's dtype.
+        A, B: (k, in / k, r) and (k, r, out / k).
+        A_general, B_general: (hybrid_r, in) and (out, hybrid_r), or None.
+        dropout: probability; 0 outside training.
+
+    Returns:
+        (..., out). Source: paper, section 3; PEFT `tuners/gralora/layer.py`, `Linear.forward`.
+    """
+    k = A.shape[0]
+    blocks = rearrange(_dropout(x, dropout), "... (i m) -> ... i m", i=k)
+    z = einsum(blocks, A, "... i m, i m r -> ... i r")
+    z = rearrange(z, "... i (j s) -> ... j (i s)", j=k)
+    y = rearrange(einsum(z, B, "... j r, j r o -> ... j o"), "... j o -> ... (j o)")
+    if A_general is not None and B_general is not None:
+        y = y + F.linear(F.linear(_dropout(x, dropout), A_general), B_general)
+    return y * scaling
+
+
+def delta_weight(
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
+    *,
+    scaling: float,
+) -> Tensor:
+    """ΔW of shape (out, in): every block a product of rank s, so r * in * out / k multiply-adds in all."""
+    k = A.shape[0]
+    down = rearrange(A, "i m (j s) -> i m j s", j=k)
+    up = rearrange(B, "j (i s) o -> j i s o", i=k)
+    delta = rearrange(einsum(down, up, "i m j s, j i s o -> j o i m"), "j o i m -> (j o) (i m)")
+    if A_general is not None and B_general is not None:
+        delta = delta + B_general @ A_general
+    return delta * scaling
+
+
+def add_delta_rows_(
+    rows: Tensor,
+    start: int,
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
+    *,
+    scaling: float,
+) -> Tensor:
+    """rows += the rows of ΔW from `start` on, in place, block by block, with no temporary of their size.
+
+    Args:
+        rows: (n, in), any strides, of A's dtype; n rows that lie within one output block.
+    """
+    k, o, n = A.shape[0], B.shape[-1], rows.shape[0]
+    j, first = divmod(start, o)
+    down = rearrange(A, "i m (j s) -> j i s m", j=k)[j]
+    up = rearrange(B, "j (i s) o -> j i o s", i=k)[j]
+    for i, block in enumerate(rearrange(rows, "n (i m) -> i n m", i=k)):
+        block.addmm_(up[i, first : first + n], down[i], alpha=scaling)
+    if A_general is not None and B_general is not None:
+        rows.addmm_(B_general[start : start + n], A_general, alpha=scaling)
+    return rows
+
+
+def lora_factors(
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same update as one plain LoRA pair, exactly.
+
+    Returns:
+        down (k * r + hybrid_r, in), block-sparse, and up (out, k * r + hybrid_r): scaling * up @ down is ΔW.
+    """
+    k = A.shape[0]
+    same_block = torch.eye(k, dtype=A.dtype, device=A.device)
+    down = einsum(rearrange(A, "i m (j s) -> i m j s", j=k), same_block, "i m j s, i h -> i j s h m")
+    up = einsum(rearrange(B, "j (i s) o -> j i s o", i=k), same_block, "j i s o, j h -> h o i j s")
+    down = rearrange(down, "i j s h m -> (i j s) (h m)")
+    up = rearrange(up, "h o i j s -> (h o) (i j s)")
+    if A_general is not None and B_general is not None:
+        down, up = torch.cat([down, A_general]), torch.cat([up, B_general], dim=1)
+    return down, up
+
+
+def _dropout(x: Tensor, p: float) -> Tensor:
+    return F.dropout(x, p) if p else x

@@ -1,0 +1,177 @@
+"""`inject` and `unload`: adapters into any model, and out of it without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from gralora.config import GraloraConfig
+from gralora.inplace import freeze_own, restore_class, thaw_own
+from gralora.layers import CHILD, GraloraLayer, adapt, check_adapter_name, gralora_layers, new_adapter
+from gralora.saved import (
+    BIAS_CHILD,
+    SAVED_CHILD,
+    BiasSwap,
+    add_bias,
+    add_copy,
+    bias_copy,
+    bias_swaps,
+    check_units,
+    copies_of,
+    saved_modules,
+    units,
+)
+from gralora.state import activate, all_or_nothing, join, known_adapters, named_adapter_parameters, put_back_weight
+from gralora.targets import Names, Target, Targets, nearest, resolve
+
+NESTED = "_gralora_use_nested_tensor"
+
+
+@dataclass
+class Plan:
+    """What one adapter puts where; everything in it has been checked."""
+
+    targets: list[Target]
+    saved: dict[str, nn.Module] = field(default_factory=dict)
+    biases: dict[str, nn.Module] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    reset: bool = True
+
+
+def inject(
+    model: nn.Module,
+    targets: Targets = None,
+    config: GraloraConfig | None = None,
+    *,
+    adapter_name: str = "default",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Give layers of `model` a GraLoRA adapter, in place, and return `model`.
+
+    Every target becomes a `GraloraLinear` or `GraloraConv1D` in place. The model's output is unchanged until the adapter
+    is trained. The first adapter is active, and then only it (plus what `bias` and `modules_to_save` name) requires
+    gradients; a further one is inactive and frozen until `set_adapter`.
+
+    Args:
+        targets: which layers. A regular expression for the whole qualified name; a list of names or dotted suffixes;
+            "all-linear" (every layer but the output head); a function (name, module) -> bool; a mapping from any of
+            these to its own config (the first match wins); None for `config.target_modules`, then a default by
+            `model.config.model_type`.
+        config: `GraloraConfig()` if None.
+        dtype: of the adapter's parameters. By default the base weight's, but float32 for half precision and quantised.
+
+    Raises:
+        ValueError: a target cannot be adapted, nothing matches, or the name is in use. The model is then unchanged.
+    """
+    check_adapter_name(adapter_name)
+    if adapter_name in known_adapters(model):
+        raise ValueError(f"adapter {adapter_name!r} is in this model already; delete it first, or choose another name.")
+    names = Names(model)
+    found = resolve(model, targets, config, names)
+    configs = list(dict.fromkeys([*(t.config for t in found), *([config] if config else [])]))
+    plan = Plan(found, _saved_units(model, configs, names))
+    plan.biases = _bias_owners(plan, configs, names)
+    if dtype is not None:
+        plan.dtypes = {t.name: dtype for t in found}
+    install(model, plan, adapter_name)
+    return model
+
+
+def install(
+    model: nn.Module,
+    plan: Plan,
+    adapter_name: str,
+    *,
+    first_trainable: bool = True,
+    further_trainable: bool = False,
+) -> None:
+    """Carry out a plan, or on any exception leave the model as it was. The model's first adapter becomes active."""
+    first = not known_adapters(model)
+    check_units(model, plan.saved)
+    adapters = [new_adapter(t.module, t.config, plan.dtypes.get(t.name), reset=plan.reset) for t in plan.targets]
+    copies = copies_of(plan.saved.values())
+    shared: dict[int | None, nn.Parameter] = {}
+    biases = [shared.setdefault(id(owner._parameters["bias"]), bias_copy(owner)) for owner in plan.biases.values()]
+    with all_or_nothing(model):
+        if first:
+            for module in model.modules():
+                freeze_own(module)
+        for target, adapter in zip(plan.targets, adapters, strict=True):
+            adapt(target.module).gralora_adapters.add(adapter_name, adapter)
+        for unit, replica in zip(plan.saved.values(), copies, strict=True):
+            add_copy(unit, adapter_name, replica)
+        for owner, bias in zip(plan.biases.values(), biases, strict=True):
+            add_bias(owner, adapter_name, bias)
+        _keep_nested_tensors_out(model)
+        if first:
+            activate(model, {adapter_name: 1.0}, trainable=first_trainable)
+        else:
+            for parameter in named_adapter_parameters(model, adapter_name).values():
+                parameter.requires_grad_(further_trainable)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take every adapter out: classes, parameters, `requires_grad` and outputs are again those before `inject`.
+
+    Merged adapters are unmerged, saved modules and biases are the base's own. Use `merge_and_unload` to keep the effect.
+    """
+    with all_or_nothing(model):
+        for _, owner, swap in list(bias_swaps(model)):
+            swap.put(owner, BiasSwap.BASE)
+            del owner._modules[BIAS_CHILD]
+        for _, saved in list(saved_modules(model)):
+            del saved._modules[SAVED_CHILD]
+            restore_class(saved)
+        for _, layer in list(gralora_layers(model)):
+            put_back_weight(layer)
+            if "_base_class" in vars(type(layer)):
+                del layer._modules[CHILD]
+            else:
+                layer._attach_container()
+            restore_class(layer)
+        for module in model.modules():
+            thaw_own(module)
+            if NESTED in module.__dict__:
+                module.use_nested_tensor = module.__dict__.pop(NESTED)
+    return model
+
+
+def _keep_nested_tensors_out(model: nn.Module) -> None:
+    # Nested tensors can be read by the fused path alone, and an adapted layer switches that off.
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+            if any(isinstance(m, GraloraLayer) or SAVED_CHILD in m._modules for m in module.modules()):
+                module.__dict__[NESTED] = module.use_nested_tensor
+                module.use_nested_tensor = False
+
+
+def _saved_units(model: nn.Module, configs: list[GraloraConfig], names: Names) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for wanted in dict.fromkeys(name for config in configs for name in config.modules_to_save or ()):
+        modules = names.find([wanted])
+        if not modules:
+            known = [its[0] for _, its, _ in names]
+            raise ValueError(
+                f"modules_to_save names {wanted!r}, which this model lacks. Nearest: {nearest(wanted, known)}."
+            )
+        for name, module in modules:
+            found.update(units(module, name))
+    unique = {id(unit): name for name, unit in reversed(found.items())}
+    return {name: unit for name, unit in found.items() if unique[id(unit)] == name}
+
+
+def _bias_owners(plan: Plan, configs: list[GraloraConfig], names: Names) -> dict[str, nn.Module]:
+    """The modules whose bias is trained, by the bias's name. "all" in one config means all; saved modules are whole."""
+    if any(config.bias == "all" for config in configs):
+        candidates = [(its[0], module) for _, its, module in names]
+    else:
+        candidates = [(t.name, t.module) for t in plan.targets if t.config.bias == "gralora_only"]
+    saved = {id(m) for unit in plan.saved.values() for m in unit.modules()}
+    return {
+        join(name, "bias"): module
+        for name, module in candidates
+        if module._parameters.get("bias") is not None and id(module) not in saved
+    }

@@ -1,0 +1,199 @@
+"""Adapters into the weights, and exactly out again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from gralora import functional
+from gralora.adapter import GraloraAdapter
+from gralora.inject import unload
+from gralora.layers import FULL, HALF, GraloraLayer, gralora_layers
+from gralora.saved import BIAS_CHILD, SAVED_CHILD, bias_swaps, saved_modules
+from gralora.state import all_or_nothing, check_known, put_back_weight
+
+Weighted = list[tuple[GraloraAdapter, float]]
+
+
+def merge(model: nn.Module, adapter_names: str | Collection[str] | None = None, *, safe: bool = True) -> None:
+    """Write adapters into the weights: W + Σ weight * ΔW. A merged layer costs exactly what the base layer costs.
+
+    The layer's own weight is put aside, so `unmerge` gives it back bit for bit, in every dtype. Merging again changes
+    nothing; merging a, then b, equals merging both. Adapters that are active but not merged go on acting beside it.
+
+    Args:
+        adapter_names: one or several; None for the active ones. An inactive adapter is merged with weight 1.
+        safe: refuse if a merged weight would not be finite, or if a layer with a forward of its own computes something
+            else with the merged weight than with the adapter beside it.
+
+    Raises:
+        KeyError: unknown name. TypeError: a weight is quantised or otherwise no plain tensor. ValueError: see `safe`.
+            The model is then unchanged.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    check_known(model, *(names or ()))
+    plan: list[tuple[GraloraLayer, dict[str, float]]] = []
+    for path, layer in gralora_layers(model):
+        adapters = layer.gralora_adapters
+        wanted = adapters.active if names is None else {n: adapters.active.get(n, 1.0) for n in names if n in adapters}
+        if any(name not in adapters.merged for name in wanted):
+            _check_mergeable(path, layer)
+            plan.append((layer, {**adapters.merged, **wanted}))
+    merged = [_merged_weight(layer, weights, safe) for layer, weights in plan]
+    if safe:
+        for (layer, weights), weight in zip(plan, merged, strict=True):
+            _check_same_function(layer, weights, weight)
+    with all_or_nothing(model):
+        for (layer, weights), weight in zip(plan, merged, strict=True):
+            adapters = layer.gralora_adapters
+            if adapters.base_weight is None:
+                adapters.__dict__["base_weight"] = layer._parameters["weight"]
+            layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            adapters.merged = weights
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give every merged layer its own weight back, the very object, bit for bit."""
+    for _, layer in gralora_layers(model):
+        put_back_weight(layer)
+
+
+def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None) -> nn.Module:
+    """The plain model with the active adapters written into it: no adapter, no class of ours, weights W + Σ weight * ΔW.
+
+    Saved modules and biases of the active adapters stay. No second copy of the model is made.
+
+    Raises:
+        TypeError, ValueError: as `merge`; the model is then unchanged. NotImplementedError: `dequantize` is given.
+    """
+    if dequantize is not None:
+        raise NotImplementedError("dequantize is not built yet: merge into a copy of the model with plain weights.")
+    layers = [(path, layer, dict(layer.gralora_adapters.active)) for path, layer in gralora_layers(model)]
+    layers = [(path, layer, {**layer.gralora_adapters.merged, **active}) for path, layer, active in layers]
+    for path, layer, weights in layers:
+        if weights:
+            _check_mergeable(path, layer)
+            _check_same_function(layer, weights, _merged_weight(layer, weights, safe=True))
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for _, layer, weights in layers:
+        put_back_weight(layer)
+        weight = cast(nn.Parameter, layer._parameters["weight"])
+        if owners[id(weight)] > 1 and weights:  # tied: the others keep the base's weight
+            tied = nn.Parameter(_merged_weight(layer, weights, safe=False), requires_grad=weight.requires_grad)
+            layer._parameters["weight"] = tied
+        elif weights:
+            _write_merged(layer, weight.data, weight.data, weights, safe=False)
+    _keep_active_copies(model)
+    return unload(model)
+
+
+def _keep_active_copies(model: nn.Module) -> None:
+    for _, saved in list(saved_modules(model)):
+        copies = saved.gralora_saved
+        if copies.active is not None:
+            replica = copies[copies.active]
+            frozen = {name for name, p in saved._parameters.items() if p is not None and not p.requires_grad}
+            saved._parameters.update(replica._parameters)
+            saved._buffers.update(replica._buffers)
+            saved._modules.update({n: m for n, m in replica._modules.items() if n != SAVED_CHILD})
+            for name in frozen:
+                cast(nn.Parameter, saved._parameters[name]).requires_grad_(
+                    False
+                )  # `unload` thaws what was thawed before
+    for _, owner, _ in list(bias_swaps(model)):
+        bias = owner._parameters["bias"]
+        del owner._modules[BIAS_CHILD]
+        if bias is not None:
+            bias.requires_grad_(False)
+
+
+def _check_mergeable(path: str, layer: GraloraLayer) -> None:
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise TypeError(
+            f"{path!r} computes its weight (parametrised, pruned or normed), so nothing can be merged into it."
+        )
+    # a plain weight is exactly a Parameter over exactly a Tensor; subclasses carry formats that only they know
+    if type(weight) is not nn.Parameter or weight.dtype not in (*FULL, *HALF):
+        raise TypeError(
+            f"the weight of {path!r} is a {type(weight).__name__} of {weight.dtype}, quantised or in a format of its own: "
+            "merging would be wrong. Ways out: leave the adapter unmerged, or merge into a model with plain weights."
+        )
+    if weight.is_meta:
+        raise TypeError(
+            f"the weight of {path!r} is on the meta device (offloaded, or never loaded): nothing to merge into."
+        )
+
+
+def _merged_weight(layer: GraloraLayer, weights: Mapping[str, float], safe: bool) -> Tensor:
+    adapters = layer.gralora_adapters
+    base = adapters.base_weight if adapters.base_weight is not None else layer._parameters["weight"]
+    new = torch.empty_like(cast(nn.Parameter, base), requires_grad=False)
+    return _write_merged(layer, cast(nn.Parameter, base).data, new, weights, safe)
+
+
+@torch.no_grad()
+def _write_merged(layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mapping[str, float], safe: bool) -> Tensor:
+    """new = base + Σ weight * ΔW, one row of blocks at a time; `new` may be `base`. Sums in float32 at least."""
+    chosen: Weighted = [(layer.gralora_adapters[name], weight) for name, weight in weights.items()]
+    layout = "i o -> o i" if layer.transposed else "o i -> o i"
+    source, target = rearrange(base, layout), rearrange(new, layout)
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    for adapter, _ in chosen:
+        dtype = torch.promote_types(dtype, adapter.A.dtype)
+    factors = [tuple(t if t is None else t.to(dtype) for t in adapter.tensors) for adapter, _ in chosen]
+    step = math.gcd(*(adapter.B.shape[-1] for adapter, _ in chosen))
+    for start in range(0, target.shape[0], step):
+        rows = target[start : start + step]
+        work = (
+            rows.copy_(source[start : start + step]) if dtype == base.dtype else source[start : start + step].to(dtype)
+        )
+        for tensors, (adapter, weight) in zip(factors, chosen, strict=True):
+            scaling = weight * adapter.config.scaling
+            functional.add_delta_rows_(work, start, *tensors, scaling=scaling)  # type: ignore[arg-type]
+        if work is not rows:
+            rows.copy_(work)
+        if safe and rows.numel() and not all(bound.isfinite() for bound in torch.aminmax(rows)):
+            raise ValueError(
+                f"merging {', '.join(weights)} would give weights that are not finite, in rows {start} to {start + step} "
+                f"of a {type(layer).__name__} of {base.dtype}: the adapter is broken, or alpha too large for this dtype."
+            )
+    return new
+
+
+@torch.no_grad()
+def _check_same_function(layer: GraloraLayer, weights: Mapping[str, float], merged: Tensor) -> None:
+    """A subclass with a forward of its own may do more with W than x @ Wᵀ; try both ways on a few numbers."""
+    known = layer._base_class.forward
+    if known is nn.Linear.forward or layer._base_class.__name__ == "Conv1D":
+        return
+    adapters = layer.gralora_adapters
+    now = layer._parameters["weight"]
+    base = adapters.base_weight if adapters.base_weight is not None else cast(nn.Parameter, now)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, layer.features(layer)[0], generator=generator).to(base.device, base.dtype)
+    try:
+        layer._parameters["weight"] = base
+        y = layer.base_forward(x)
+        layer._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+        in_weight = layer.base_forward(x) - y
+    finally:
+        layer._parameters["weight"] = now
+    mode = [(adapters[name], adapters[name].training) for name in weights]
+    beside = sum(adapter.eval()(x, weights[name]) for name, (adapter, _) in zip(weights, mode, strict=True))
+    for adapter, training in mode:
+        adapter.train(training)
+    scale = max(float(y.abs().max()), float(cast(Tensor, beside).abs().max()), 1e-30)
+    if float((in_weight - beside).abs().max()) > 100 * torch.finfo(base.dtype).eps * scale:
+        raise ValueError(
+            f"{layer._base_class.__name__} has a forward of its own that is not x @ Wᵀ + b: merged, it would compute "
+            "something else than with the adapter beside it. Leave it unmerged, or pass safe=False to `merge`."
+        )

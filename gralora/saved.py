@@ -1,0 +1,167 @@
+"""What is trained with an adapter but is no adapter: whole modules (`modules_to_save`) and biases.
+
+A saved module keeps its own weights and has one copy per adapter, to which its forward is routed. A trained bias has
+one parameter per adapter, which takes the place of the base's while that adapter is active.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from gralora.inplace import Appendage, InPlaceModule, change_class
+from gralora.layers import GraloraLayer, _keep_fused_paths_off
+from gralora.scope import Switchable
+
+SAVED_CHILD = "gralora_saved"
+BIAS_CHILD = "gralora_bias"
+
+
+class SavedCopies(Switchable):
+    """The copies of one saved module by adapter name; `active` names the one that stands in for it, if any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: str | None = None
+        self.register_forward_pre_hook(_keep_fused_paths_off)
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return cast(nn.Module, self._modules[name])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+
+class SavedModule(InPlaceModule):
+    """Mixin of a module in `modules_to_save`: calls go to the active adapter's copy, else to the module itself."""
+
+    _prefix = "Saved"
+    gralora_saved: SavedCopies
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        copies = self.gralora_saved
+        if copies.active is None or copies.disabled:
+            return self.base_forward(*args, **kwargs)
+        return copies[copies.active](*args, **kwargs)
+
+
+class BiasSwap(Appendage):
+    """The biases of one module that are not in place now: the adapters' by name, and the base's under `BASE`."""
+
+    BASE = "base bias"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_place: str = self.BASE
+        self.names: list[str] = []
+
+    def put(self, owner: nn.Module, name: str) -> None:
+        """Make `name`'s bias the bias of `owner`; the base's where this adapter trains none."""
+        name = name if name in self.names else self.BASE
+        if name != self.in_place:
+            self._parameters[self.in_place] = owner._parameters["bias"]
+            owner._parameters["bias"] = self._parameters.pop(name)
+            self.in_place = name
+
+    def get(self, owner: nn.Module, name: str) -> nn.Parameter:
+        source = owner._parameters["bias"] if name == self.in_place else self._parameters[name]
+        return cast(nn.Parameter, source)
+
+
+def units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The topmost modules at or below `module` that own parameters or buffers.
+
+    Routing these, and not a container above them, works however the container is used: called, iterated, indexed.
+    """
+    if module._parameters or module._buffers or isinstance(module, SavedModule):
+        yield name, module
+    else:
+        for child_name, child in module.named_children():
+            yield from units(child, f"{name}.{child_name}" if name else child_name)
+
+
+def check_units(model: nn.Module, found: dict[str, nn.Module]) -> None:
+    """Raise ValueError if a unit is adapted itself, or is tied to a module that would keep the old weight."""
+    inside = {id(m): name for name, unit in found.items() for m in unit.modules()}
+    for name, unit in found.items():
+        if any(isinstance(m, GraloraLayer) for m in unit.modules()):
+            raise ValueError(
+                f"modules_to_save names {name!r}, which is adapted: a layer is adapted or saved, not both."
+            )
+    owned = {id(p): name for name, unit in found.items() for p in unit.parameters()}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) in owned and id(module) not in inside:
+                raise ValueError(
+                    f"modules_to_save names {owned[id(parameter)]!r}, whose weight is tied to {name!r}: training one "
+                    "copy would break the tie. Name both, or neither."
+                )
+
+
+def copies_of(found: Iterable[nn.Module]) -> list[nn.Module]:
+    """A trainable copy of each unit's base; weights tied among them stay tied among the copies."""
+    memo: dict[int, Any] = {}
+    return [_base_copy(unit, memo) for unit in found]
+
+
+def add_copy(unit: nn.Module, name: str, replica: nn.Module) -> SavedModule:
+    """Make `unit` a saved module, in place, and add an inactive copy."""
+    if not isinstance(unit, SavedModule):
+        change_class(unit, SavedModule)
+        unit.add_module(SAVED_CHILD, SavedCopies())
+    saved = cast(SavedModule, unit)
+    saved.gralora_saved._modules[name] = replica
+    return saved
+
+
+def add_bias(owner: nn.Module, name: str, bias: nn.Parameter) -> None:
+    """Give `owner` an inactive bias for the adapter `name`."""
+    if BIAS_CHILD not in owner._modules:
+        owner.add_module(BIAS_CHILD, BiasSwap())
+    swap = cast(BiasSwap, owner._modules[BIAS_CHILD])
+    swap._parameters[name] = bias
+    swap.names.append(name)
+
+
+def bias_copy(owner: nn.Module) -> nn.Parameter:
+    """A trainable copy of the base's bias of `owner`."""
+    swap = owner._modules.get(BIAS_CHILD)
+    base = swap.get(owner, BiasSwap.BASE) if isinstance(swap, BiasSwap) else cast(Tensor, owner._parameters["bias"])
+    return nn.Parameter(base.detach().clone())
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
+    for name, module in model.named_modules():
+        if isinstance(module, SavedModule):
+            yield name, module
+
+
+def bias_swaps(model: nn.Module) -> Iterator[tuple[str, nn.Module, BiasSwap]]:
+    """(name of the bias, the module that owns it, its store) of every bias that some adapter trains."""
+    for name, module in model.named_modules():
+        swap = module._modules.get(BIAS_CHILD)
+        if isinstance(swap, BiasSwap):
+            yield f"{name}.bias" if name else "bias", module, swap
+
+
+def _base_copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    cls: type[nn.Module] = unit.__class__
+    child = unit._modules.pop(SAVED_CHILD, None)
+    try:
+        unit.__class__ = getattr(unit, "_base_class", cls)
+        replica = copy.deepcopy(unit, memo)
+    finally:
+        unit.__class__ = cls
+        if child is not None:
+            unit._modules[SAVED_CHILD] = child
+    for register in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(replica, register).clear()  # the module's own hooks fire; the copy's would be a second time
+    for parameter in replica.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return replica

@@ -1,0 +1,129 @@
+"""The state of an adapted model: which adapters it has, which act, and how a failed change is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from gralora.layers import GraloraLayer, gralora_layers
+from gralora.saved import bias_swaps, saved_modules
+
+
+class UnknownAdapterError(KeyError):
+    """An adapter was named that the model does not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def known_adapters(model: nn.Module) -> list[str]:
+    """The names of all adapters of `model`, in the order in which they are first met."""
+    names: dict[str, None] = {}
+    for _, layer in gralora_layers(model):
+        names.update(dict.fromkeys(layer.gralora_adapters))
+    for _, saved in saved_modules(model):
+        names.update(dict.fromkeys(saved.gralora_saved))
+    for _, _, swap in bias_swaps(model):
+        names.update(dict.fromkeys(swap.names))
+    return list(names)
+
+
+def check_known(model: nn.Module, *names: str) -> None:
+    """Raise UnknownAdapterError, listing those there are, unless the model has every one of `names`."""
+    known = known_adapters(model)
+    for name in names:
+        if name not in known:
+            raise UnknownAdapterError(f"no adapter {name!r} in this model; it has: {', '.join(known) or 'none'}.")
+
+
+def named_adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """All that is trained with the adapter `name`, under the keys of a file.
+
+    `<module>.gralora_A` and so on for adapters; saved modules and biases under their own names. Buffers of saved
+    modules are not among them.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for path, layer in gralora_layers(model):
+        if name in layer.gralora_adapters:
+            found.update(adapter_keys(path, dict(layer.gralora_adapters[name].named_parameters())))
+    for path, saved in saved_modules(model):
+        if name in saved.gralora_saved:
+            found.update({join(path, key): p for key, p in saved.gralora_saved[name].named_parameters()})
+    for key, owner, swap in bias_swaps(model):
+        if name in swap.names:
+            found[key] = swap.get(owner, name)
+    return found
+
+
+def adapter_keys(path: str, tensors: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The keys of one layer's adapter in a file: PEFT's, without its prefix."""
+    return {
+        join(path, f"gralora_{key}.weight" if key.endswith("_general") else f"gralora_{key}"): tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def activate(model: nn.Module, weights: Mapping[str, float], *, trainable: bool = True) -> None:
+    """Make exactly the adapters in `weights` (name -> weight) act, and, if `trainable`, be trained."""
+    for _, layer in gralora_layers(model):
+        adapters = layer.gralora_adapters
+        adapters.active = {name: weight for name, weight in weights.items() if name in adapters}
+    for _, saved in saved_modules(model):
+        copies = saved.gralora_saved
+        copies.active = next((name for name in weights if name in copies), None)
+    for _, owner, swap in bias_swaps(model):
+        swap.put(owner, next((name for name in weights if name in swap.names), swap.BASE))
+    for name in known_adapters(model):
+        for parameter in named_adapter_parameters(model, name).values():
+            parameter.requires_grad_(trainable and name in weights)
+
+
+def put_back_weight(layer: GraloraLayer) -> None:
+    """Give a merged layer its own weight back, the very object, bit for bit."""
+    adapters = layer.gralora_adapters
+    base = adapters.base_weight
+    if base is not None:
+        now = layer._parameters["weight"]
+        if now is not None and (now.device, now.dtype) != (base.device, base.dtype):  # moved while merged
+            base.data = base.data.to(now.device, now.dtype)
+        layer._parameters["weight"] = base
+        adapters.__dict__["base_weight"] = None
+    adapters.merged = {}
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """On an exception, put every module of `model` back as it was: class, registers, attributes, requires_grad.
+
+    Values written into tensors in place are not covered.
+    """
+    modules = [(module, module.__class__, _registers(module)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, cls, registers in modules:
+            module.__class__ = cls
+            module.__dict__.clear()
+            for name, (register, content) in registers.items():
+                if isinstance(register, (dict, set)):
+                    register.clear()
+                    register.update(content)
+                module.__dict__[name] = register
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _registers(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (value, value.copy() if isinstance(value, (dict, set)) else value)
+        for name, value in module.__dict__.items()
+    }

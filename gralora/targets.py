@@ -1,0 +1,281 @@
+"""Which modules an adapter goes on: every form of `targets`, and the checks before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from gralora.adapter import legal_k
+from gralora.config import GraloraConfig
+from gralora.inplace import InPlaceModule
+from gralora.layers import KINDS, GraloraLayer, kind_of
+
+Predicate = Callable[[str, nn.Module], bool]
+Pattern = str | Collection[str] | Predicate
+Targets = Pattern | Mapping[Any, GraloraConfig | None] | None
+
+ALL_LINEAR = "all-linear"
+
+# The attention projections that are adapted where the user names nothing, by `model.config.model_type`; the choices
+# are those that PEFT makes for LoRA, so that a user who moves here adapts the same layers.
+_Q_V_PROJ = (
+    *("bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral"),
+    *("mixtral", "opt", "qwen2", "qwen3", "stablelm"),
+)
+_QUERY_VALUE = ["bert", "electra", "layoutlm", "roberta", "xlm-roberta"]
+_QUERY_KEY_VALUE = ["RefinedWeb", "RefinedWebModel", "bloom", "chatglm", "falcon", "gpt_neox"]
+DEFAULT_TARGETS: dict[str, str | tuple[str, ...]] = {
+    **dict.fromkeys(_Q_V_PROJ, ("q_proj", "v_proj")),
+    **dict.fromkeys(_QUERY_VALUE, ("query", "value")),
+    **dict.fromkeys(_QUERY_KEY_VALUE, ("query_key_value",)),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "mpt": ("Wqkv",),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to adapt, and how."""
+
+    name: str
+    module: nn.Module
+    config: GraloraConfig
+
+
+class Names:
+    """The modules of a model with every name that leads to them; adapters and saved copies left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: dict[int, list[str]] = {}
+        self.modules: dict[int, nn.Module] = {}
+        self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if "gralora_" in name and any(part.startswith("gralora_") for part in name.split(".")):
+                continue
+            self.names.setdefault(id(module), []).append(name)
+            self.modules[id(module)] = module
+            for child_name, child in module.named_children():
+                self.parents.setdefault(id(child), []).append((module, child_name))
+
+    def __iter__(self) -> Any:
+        return ((key, self.names[key], module) for key, module in self.modules.items())
+
+    def find(self, pattern: str | Collection[str]) -> list[tuple[str, nn.Module]]:
+        """(first name, module) of each that `pattern`, a regular expression or list of names, matches."""
+        match = _matcher(pattern)
+        return [(names[0], module) for _, names, module in self if any(match(name, module) for name in names)]
+
+
+def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, names: Names) -> list[Target]:
+    """The layers that `targets` means, in module order, each with its config.
+
+    Raises:
+        ValueError: nothing matches (the text shows the nearest names), or some match cannot be adapted (the text names
+            every one, and the legal values of k). TypeError: `targets` has no form that is known.
+    """
+    default = config or GraloraConfig()
+    rules = _rules(model, targets, default)
+    saved = _inside(names, [c.modules_to_save for _, c in rules])
+    found: dict[int, Target] = {}
+    for pattern, rule_config in rules:
+        match = _matcher_for(model, pattern, names)
+        excluded = _matcher(rule_config.exclude_modules or ())
+        for key, its_names, module in names:
+            if key in found or key in saved:
+                continue
+            if any(match(name, module) and not excluded(name, module) for name in its_names):
+                found[key] = Target(its_names[0], module, rule_config)
+        if not isinstance(pattern, (str, Mapping)) and isinstance(pattern, Collection):
+            _warn_of_absent(pattern, names)
+    ordered = [found[key] for key in names.modules if key in found]
+    if not ordered:
+        raise ValueError(_nothing_matches(rules, names))
+    _check(ordered, names)
+    _warn_of_layout(ordered)
+    return ordered
+
+
+def default_targets(model: nn.Module) -> str | tuple[str, ...]:
+    """What is adapted in a `transformers` model when nothing is named, by its `config.model_type`."""
+    config = getattr(model, "config", None)
+    model_type = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    if model_type not in DEFAULT_TARGETS:
+        known = f"model_type={model_type!r} has no default" if model_type else "this model has no config.model_type"
+        raise ValueError(
+            f"no targets given, and {known}. Name the layers: a regular expression, a list of names, or "
+            f'"{ALL_LINEAR}". Defaults exist for: {", ".join(sorted(DEFAULT_TARGETS))}.'
+        )
+    return DEFAULT_TARGETS[model_type]
+
+
+def nearest(name: str, known: Collection[str], count: int = 3) -> str:
+    """The known names that look most like `name`, as an error message lists them."""
+    short = {n.rsplit(".", 1)[-1]: n for n in reversed(list(known)) if n}
+    close = difflib.get_close_matches(name, list(known), count, 0.3)
+    close += [short[s] for s in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(short), count, 0.3)]
+    return ", ".join(repr(n) for n in dict.fromkeys(close or list(known)[:count]))
+
+
+def _rules(model: nn.Module, targets: Targets, default: GraloraConfig) -> list[tuple[Pattern, GraloraConfig]]:
+    if isinstance(targets, GraloraConfig):
+        raise TypeError(
+            "targets is a GraloraConfig: call inject(model, targets, config), or inject(model, config=config)."
+        )
+    if targets is None:
+        targets = default.target_modules if default.target_modules is not None else default_targets(model)
+    if isinstance(targets, Mapping):
+        if not targets:
+            raise ValueError("targets is an empty mapping: nothing would be adapted.")
+        return [(pattern, _config_of(pattern, value, default)) for pattern, value in targets.items()]
+    return [(cast(Pattern, targets), default)]
+
+
+def _config_of(pattern: object, value: object, default: GraloraConfig) -> GraloraConfig:
+    if value is not None and not isinstance(value, GraloraConfig):
+        raise TypeError(f"targets[{pattern!r}] is a {type(value).__name__}: it must be a GraloraConfig, or None.")
+    return value or default
+
+
+def _matcher_for(model: nn.Module, pattern: Pattern, names: Names) -> Predicate:
+    if pattern == ALL_LINEAR:
+        heads = {id(head) for head in _output_heads(model)}
+        return lambda name, module: _all_linear(module, names) and id(module) not in heads
+    return _matcher(pattern)
+
+
+def _matcher(pattern: object) -> Predicate:
+    if isinstance(pattern, str):
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"targets={pattern!r} is no regular expression: {error}.") from None
+        return lambda name, module: regex.fullmatch(name) is not None
+    if callable(pattern):
+        return lambda name, module: bool(cast(Predicate, pattern)(name, module))
+    if isinstance(pattern, Collection) and all(isinstance(item, str) for item in pattern):
+        wanted = tuple(cast(Collection[str], pattern))
+        return lambda name, module: _listed(name, wanted) is not None
+    raise TypeError(
+        f"targets={pattern!r} is a {type(pattern).__name__}: it must be a regular expression, a list of names, "
+        f'"{ALL_LINEAR}", a function (name, module) -> bool, a mapping from these to configs, or None.'
+    )
+
+
+def _listed(name: str, wanted: Collection[str]) -> str | None:
+    return next((item for item in wanted if name == item or (item and name.endswith(f".{item}"))), None)
+
+
+def _all_linear(module: nn.Module, names: Names) -> bool:
+    return kind_of(type(module)) is not None and unfit(module, names) is None
+
+
+def _output_heads(model: nn.Module) -> list[nn.Module]:
+    """Output layers: what `get_output_embeddings()` returns, and every linear layer tied to an embedding."""
+    heads = []
+    for module in model.modules():
+        try:
+            head = cast(Any, module).get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        except (NotImplementedError, AttributeError):
+            head = None
+        if isinstance(head, nn.Module):
+            heads.append(head)
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return heads + [m for m in model.modules() if id(m._parameters.get("weight")) in embedded]
+
+
+def unfit(module: nn.Module, names: Names) -> str | None:
+    """Why `module` can't be adapted, whatever the config; None if it can."""
+    kind = kind_of(type(module))
+    if kind is None:
+        adaptable = "subclasses of nn.Linear, and Conv1D (GPT-2's)"
+        return f"is a {type(module).__name__}; adaptable are {adaptable}, all of which '{ALL_LINEAR}' takes"
+    if isinstance(module, InPlaceModule) and not isinstance(module, GraloraLayer):
+        return "is in another adapter's modules_to_save; a layer is adapted or saved, not both"
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, UninitializedParameter):
+        return "has no shape yet (a lazy module); run one forward pass first"
+    if not isinstance(weight, Tensor) or weight.is_complex():
+        return "has a complex weight" if isinstance(weight, Tensor) else "has no weight"
+    if kind.transposed and weight.ndim != 2:
+        return f"has a weight of shape {tuple(weight.shape)}, where a Conv1D has (nx, nf)"
+    attention = any(
+        isinstance(p, nn.MultiheadAttention) and n == "out_proj" for p, n in names.parents.get(id(module), ())
+    )
+    if attention or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "is the out_proj of an nn.MultiheadAttention, which reads its weight and never calls it: no effect"
+    return None
+
+
+def _check(targets: list[Target], names: Names) -> None:
+    problems = []
+    for target in targets:
+        reason = unfit(target.module, names)
+        if reason is not None:
+            problems.append(f"{target.name!r} {reason}.")
+            continue
+        kind = cast(type[GraloraLayer], kind_of(type(target.module)))
+        sizes = kind.features(target.module)
+        k, r = target.config.gralora_k, target.config.r
+        bad = [f"{side}={size}" for side, size in zip(("in_features", "out_features"), sizes, strict=True) if size % k]
+        if bad:
+            legal = legal_k(*sizes, r)
+            problems.append(
+                f"gralora_k={k} does not divide {' and '.join(bad)} of {target.name!r} (r={r}). Legal here: {legal}."
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _inside(names: Names, patterns: list[tuple[str, ...] | None]) -> set[int]:
+    wanted = [item for pattern in patterns for item in pattern or ()]
+    return {id(m) for _, module in (names.find(wanted) if wanted else ()) for m in module.modules()}
+
+
+def _warn_of_absent(pattern: Collection[str], names: Names) -> None:
+    present = {_listed(name, [item]) for item in pattern for its in names.names.values() for name in its}
+    absent = [item for item in pattern if item not in present]
+    if absent and len(absent) < len(pattern):
+        warnings.warn(f"targets not found in this model, passed over: {', '.join(absent)}", UserWarning, stacklevel=4)
+
+
+def _warn_of_layout(targets: list[Target]) -> None:
+    wrong = [
+        t.name
+        for t in targets
+        if t.config.fan_in_fan_out is not None
+        and t.config.fan_in_fan_out is not cast(type[GraloraLayer], kind_of(type(t.module))).transposed
+    ]
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        message = f"fan_in_fan_out contradicts the layout of {shown}; the layout is read off the layer."
+        warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _nothing_matches(rules: list[tuple[Pattern, GraloraConfig]], names: Names) -> str:
+    linear = [its[0] for _, its, module in names if kind_of(type(module)) is not None]
+    if not linear:
+        kinds = " or ".join(kind.__name__.removeprefix("Gralora") for kind in KINDS)
+        return f"nothing to adapt: this model has no {kinds} layer."
+    given = [p for p, _ in rules]
+    texts = [text for p in given for text in ([p] if isinstance(p, str) else p if isinstance(p, Collection) else [])]
+    close = "; ".join(nearest(text, linear) for text in texts) or nearest("", linear)
+    shown = given[0] if len(given) == 1 else given
+    return f"targets={shown!r} match no module of this model. Nearest names: {close}."

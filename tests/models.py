@@ -1,0 +1,112 @@
+"""Models that several tests share: plain PyTorch ones, and tiny ones of real architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gralora import GraloraConfig
+from gralora.layers import gralora_layers
+
+
+class Block(nn.Module):
+    """Attention-like: q, k and v share one input; a tied and a shared layer; a list; a head."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = torch.softmax(self.q(x) @ self.k(x).mT, dim=-1) @ self.v(x)
+        return self.head(self.norm(x + self.mlp(mixed)))
+
+
+def mlp(*widths: int, dtype: torch.dtype | None = None, bias: bool = True) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(fan_in, fan_out, bias=bias, dtype=dtype), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def bert(**kwargs: Any) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return BertModel(BertConfig(vocab_size=64, **sizes, **kwargs)).eval()
+
+
+def gpt2(**kwargs: Any) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, **kwargs)).eval()
+
+
+def llama(**kwargs: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes, **kwargs)).eval()
+
+
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+def logits(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    """The first tensor that a transformers model returns."""
+    return model(tokens)[0]
+
+
+def random_config(**kwargs: Any) -> GraloraConfig:
+    """A config whose adapter acts from the start."""
+    return GraloraConfig(**{"r": 4, "gralora_k": 2, "alpha": 8, "init_weights": False, **kwargs})
+
+
+def randomize_(model: nn.Module, scale: float = 0.3) -> None:
+    """Give every adapter of `model` random values, so that each has an effect."""
+    with torch.no_grad():
+        for _, layer in gralora_layers(model):
+            for parameter in layer.gralora_adapters.parameters():
+                parameter.normal_(std=scale)
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """All that must be the same again: classes, parameters and buffers bit for bit, identity, hooks, requires_grad."""
+    return {
+        "classes": {name: type(module) for name, module in model.named_modules()},
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "identity": {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
+        "trained": {name: p.requires_grad for name, p in model.named_parameters()},
+        "hooks": {
+            name: [list(getattr(module, register)) for register in ("_forward_hooks", "_forward_pre_hooks")]
+            for name, module in model.named_modules()
+        },
+        "attributes": {name: set(vars(module)) for name, module in model.named_modules()},
+    }
+
+
+def assert_same(now: dict[str, Any], before: dict[str, Any]) -> None:
+    for key in before:
+        if key == "tensors":
+            assert list(now[key]) == list(before[key])
+            for name, tensor in before[key].items():
+                assert same_bits(now[key][name], tensor), name
+        else:
+            assert now[key] == before[key], key
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bit for bit: NaN is itself here, and 0 is not -0."""
+    a, b = a.detach().contiguous(), b.detach().contiguous()
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()

@@ -1,0 +1,70 @@
+import dataclasses
+
+import pytest
+
+from gralora import GraloraConfig
+
+
+def test_defaults_are_those_of_peft():
+    import peft
+
+    theirs = peft.GraloraConfig()
+    for field in dataclasses.fields(GraloraConfig):
+        if field.name not in ("fan_in_fan_out", "exclude_modules"):  # read off the layer here; not in PEFT's
+            assert getattr(GraloraConfig(), field.name) == getattr(theirs, field.name), field.name
+
+
+def test_scaling_is_alpha_over_the_sum_of_ranks():
+    assert GraloraConfig(r=24, hybrid_r=8, alpha=64).scaling == 2.0
+
+
+def test_is_frozen_and_hashable():
+    config = GraloraConfig(target_modules=["q", "v"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.r = 3
+    assert hash(config) == hash(GraloraConfig(target_modules=("q", "v")))
+    assert GraloraConfig(target_modules={"v", "q"}).target_modules == ("q", "v")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "text"),
+    [
+        ({"r": 0}, ValueError, r"r=0 .* at least 1"),
+        ({"r": -4}, ValueError, "r=-4"),
+        ({"r": 2.0}, TypeError, r"r=2.0 is a float: it must be an integer"),
+        ({"r": True}, TypeError, "r=True is a bool"),
+        ({"r": "8"}, TypeError, "r='8' is a str"),
+        ({"r": 2**40}, ValueError, "at most"),
+        ({"hybrid_r": -1}, ValueError, "hybrid_r=-1"),
+        ({"hybrid_r": 1.5}, TypeError, "hybrid_r=1.5"),
+        ({"gralora_k": 0}, ValueError, "gralora_k=0"),
+        ({"gralora_k": False}, TypeError, "gralora_k=False"),
+        ({"r": 6, "gralora_k": 4}, ValueError, r"gralora_k=4 does not divide r=6\. Legal for this r: 1, 2, 3, 6\."),
+        ({"alpha": 0}, ValueError, "alpha=0 .* finite number above 0"),
+        ({"alpha": -1.0}, ValueError, "alpha=-1.0"),
+        ({"alpha": float("nan")}, ValueError, "alpha=nan"),
+        ({"alpha": float("inf")}, ValueError, "alpha=inf"),
+        ({"alpha": 10**400}, ValueError, "no finite float"),
+        ({"alpha": "64"}, TypeError, "alpha='64'"),
+        ({"alpha": True}, TypeError, "alpha=True"),
+        ({"gralora_dropout": 1.0}, ValueError, "gralora_dropout=1.0 .* below 1"),
+        ({"gralora_dropout": -0.1}, ValueError, "gralora_dropout=-0.1"),
+        ({"gralora_dropout": float("nan")}, ValueError, "gralora_dropout=nan"),
+        ({"gralora_dropout": None}, TypeError, "gralora_dropout=None"),
+        ({"bias": "lora_only"}, ValueError, "bias='lora_only' .* 'none', 'all', 'gralora_only'"),
+        ({"fan_in_fan_out": "no"}, TypeError, "fan_in_fan_out='no'"),
+        ({"init_weights": 1}, TypeError, "init_weights=1"),
+        ({"target_modules": 3}, TypeError, "target_modules=3"),
+        ({"target_modules": [1]}, TypeError, r"target_modules=\[1\]"),
+        ({"exclude_modules": {"a": 1}}, TypeError, "exclude_modules"),
+        ({"modules_to_save": "head"}, TypeError, "modules_to_save='head' .* list of names"),
+    ],
+)
+def test_every_illegal_field_is_named_with_its_value_and_rule(fields, error, text):
+    with pytest.raises(error, match=text):
+        GraloraConfig(**fields)
+
+
+@pytest.mark.parametrize("alpha", [1, 1e-8, 64.5, 1e30])
+def test_every_positive_finite_alpha_is_legal(alpha):
+    assert GraloraConfig(alpha=alpha).alpha == alpha

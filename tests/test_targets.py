@@ -1,0 +1,184 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import gralora
+from gralora import GraloraConfig
+from gralora.layers import gralora_layers
+
+from .models import Block, bert, gpt2, llama, mlp
+
+
+def adapted(model):
+    return [name for name, _ in gralora_layers(model)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("q|v", ["q", "v"]),
+        (r"mlp\.\d", None),
+        (r"mlp\.[02]", ["mlp.0", "mlp.2"]),
+        (["q", "mlp.2"], ["q", "mlp.2"]),
+        (["2", "k"], ["k", "mlp.2"]),
+        (("q",), ["q"]),
+        ({"v", "q"}, ["q", "v"]),
+        ("all-linear", ["q", "k", "v", "mlp.0", "mlp.2", "head"]),
+        (lambda name, module: isinstance(module, nn.Linear) and module.out_features == 32, ["mlp.0"]),
+    ],
+)
+def test_every_form_of_target(targets, expected):
+    model = Block()
+    if expected is None:  # the regex also matches the GELU between the two
+        with pytest.raises(ValueError, match=r"'mlp\.1' is a GELU; adaptable are subclasses of nn\.Linear"):
+            gralora.inject(model, targets, GraloraConfig(r=4))
+        return
+    assert adapted(gralora.inject(model, targets, GraloraConfig(r=4))) == expected
+
+
+def test_a_mapping_gives_each_layer_its_own_config_and_the_first_match_wins():
+    small, large = GraloraConfig(r=2, gralora_k=1), GraloraConfig(r=8, gralora_k=4)
+    model = gralora.inject(Block(), {"q|k": small, ("k", "v"): large, "all-linear": None}, GraloraConfig(r=6, gralora_k=2))
+    ranks = {name: layer.gralora_adapters["default"].config.r for name, layer in gralora_layers(model)}
+    assert ranks == {"q": 2, "k": 2, "v": 8, "mlp.0": 6, "mlp.2": 6, "head": 6}
+
+
+def test_none_falls_back_to_the_config_then_to_the_architecture():
+    assert adapted(gralora.inject(Block(), None, GraloraConfig(r=4, target_modules=["k"]))) == ["k"]
+    assert adapted(gralora.inject(Block(), config=GraloraConfig(r=4, target_modules="all-linear")))[-1] == "head"
+    assert all(name.endswith(("query", "value")) for name in adapted(gralora.inject(bert())))
+    assert all(name.endswith("c_attn") for name in adapted(gralora.inject(gpt2())))
+    with pytest.raises(ValueError, match=r"no targets given, and this model has no config\.model_type"):
+        gralora.inject(Block())
+    other = bert()
+    other.config.model_type = "unheard-of"
+    with pytest.raises(ValueError, match="model_type='unheard-of' has no default"):
+        gralora.inject(other)
+
+
+def test_exclusion_by_regex_and_by_list():
+    config = GraloraConfig(r=4, exclude_modules=["head", "k"])
+    assert adapted(gralora.inject(Block(), "all-linear", config)) == ["q", "v", "mlp.0", "mlp.2"]
+    config = GraloraConfig(r=4, exclude_modules=r"mlp\..*")
+    assert adapted(gralora.inject(Block(), "all-linear", config)) == ["q", "k", "v", "head"]
+
+
+def test_all_linear_leaves_out_the_output_head_tied_or_not():
+    for make in (gpt2, llama):
+        for tie in (True, False):
+            names = adapted(gralora.inject(make(tie_word_embeddings=tie), "all-linear", GraloraConfig(r=4)))
+            assert names and "lm_head" not in names
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm, self.score = llama(), nn.Linear(32, 2)
+
+    names = adapted(gralora.inject(Wrapped(), "all-linear", GraloraConfig(r=2)))
+    assert "lm.lm_head" not in names and "score" in names
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.body, self.out = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 10, bias=False)
+            self.out.weight = self.embedding.weight
+
+    assert adapted(gralora.inject(Tied(), "all-linear", GraloraConfig(r=2))) == ["body"]
+
+
+def test_the_root_itself_can_be_the_target():
+    for targets in ("", "all-linear", ".*", lambda name, module: True):
+        assert adapted(gralora.inject(nn.Linear(8, 8), targets, GraloraConfig(r=2))) == [""]
+
+
+def test_a_module_reached_by_two_paths_is_adapted_once_whichever_is_named():
+    for name in ("a", "b"):
+        shared = nn.Linear(8, 8)
+        model = nn.ModuleDict({"a": shared, "b": shared})
+        gralora.inject(model, name, GraloraConfig(r=2))
+        assert model["a"] is model["b"] is shared
+        assert adapted(model) == ["a"]
+        assert isinstance(shared, gralora.GraloraLinear)
+
+
+def test_one_error_names_every_offender_and_the_legal_values_of_k():
+    model = nn.ModuleDict({"a": nn.Linear(100, 36), "b": nn.Linear(9, 12), "c": nn.LayerNorm(4), "d": nn.Linear(12, 12)})
+    with pytest.raises(ValueError, match="'a'") as error:
+        gralora.inject(model, ["a", "b", "c", "d"], GraloraConfig(r=12, gralora_k=3))
+    lines = str(error.value).split("\n")
+    assert lines[0] == "gralora_k=3 does not divide in_features=100 of 'a' (r=12). Legal here: 1, 2, 4."
+    assert lines[1].startswith("'c' is a LayerNorm")
+    assert len(lines) == 2
+    with pytest.raises(ValueError, match=r"in_features=9 and out_features=14 of '' \(r=8\)\. Legal here: 1\."):
+        gralora.inject(nn.Linear(9, 14), "", GraloraConfig(r=8, gralora_k=4))
+
+
+def test_no_match_shows_the_nearest_names():
+    with pytest.raises(ValueError, match=r"targets='encoder\.querry' match no module.*'encoder\.query'"):
+        gralora.inject(nn.ModuleDict({"encoder": nn.ModuleDict({"query": nn.Linear(4, 4)})}), "encoder.querry")
+    with pytest.raises(ValueError, match="'mlp.0'"):
+        gralora.inject(Block(), ["mlp.9"])
+    with pytest.raises(ValueError, match="no Linear or Conv1D layer"):
+        gralora.inject(nn.ReLU(), "all-linear")
+    with pytest.raises(ValueError, match="match no module"):
+        gralora.inject(Block(), lambda name, module: False)
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "text"),
+    [
+        (GraloraConfig(), TypeError, r"inject\(model, targets, config\)"),
+        (3, TypeError, "targets=3 is a int"),
+        ([1, 2], TypeError, r"targets=\[1, 2\]"),
+        ("(", ValueError, r"targets='\(' is no regular expression"),
+        ({}, ValueError, "empty mapping"),
+        ({"q": "r=4"}, TypeError, r"targets\['q'\] is a str: it must be a GraloraConfig"),
+    ],
+)
+def test_targets_of_no_known_form(targets, error, text):
+    with pytest.raises(error, match=text):
+        gralora.inject(Block(), targets)
+
+
+def test_names_of_other_architectures_in_a_list_are_passed_over_with_one_warning():
+    with pytest.warns(UserWarning, match="passed over: query_proj, value_proj") as record:
+        gralora.inject(Block(), ["q", "query_proj", "v", "value_proj"], GraloraConfig(r=4))
+    assert len(record) == 1
+
+
+def test_a_contradicting_fan_in_fan_out_gives_one_warning():
+    with pytest.warns(UserWarning, match="fan_in_fan_out contradicts the layout of") as record:
+        gralora.inject(gpt2(), ["c_attn", "c_proj"], GraloraConfig(r=4, fan_in_fan_out=False))
+    assert len(record) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gralora.inject(gpt2(), ["c_attn"], GraloraConfig(r=4, fan_in_fan_out=True))
+        gralora.inject(Block(), ["q"], GraloraConfig(r=4, fan_in_fan_out=False))
+
+
+def test_layers_without_a_shape_or_with_complex_weights_are_refused():
+    with pytest.raises(ValueError, match="run one forward pass first"):
+        gralora.inject(nn.LazyLinear(4), "")
+    with pytest.raises(ValueError, match="complex"):
+        gralora.inject(nn.Linear(4, 4, dtype=torch.complex64), "")
+
+
+def test_a_conv1d_is_known_by_its_name_and_shape():
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 4, 5))
+
+    with pytest.raises(ValueError, match=r"weight of shape \(3, 4, 5\), where a Conv1D has \(nx, nf\)"):
+        gralora.inject(Conv1D(), "")
+    with pytest.raises(ValueError, match="Conv1d"):
+        gralora.inject(nn.Conv1d(4, 4, 3), "")
+
+
+def test_adapters_are_no_targets():
+    model = gralora.inject(mlp(8, 8), "all-linear", GraloraConfig(r=2))
+    seen = []
+    gralora.inject(model, lambda name, module: bool(seen.append(name)) or name == "0", GraloraConfig(r=2), adapter_name="b")
+    assert not any("gralora_" in name for name in seen)

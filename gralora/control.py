@@ -11,7 +11,7 @@ from torch import nn
 
 from gralora.inplace import freeze_own
 from gralora.layers import GraloraAdapters, gralora_layers
-from gralora.saved import BIAS_CHILD, BiasSwap, SavedCopies, bias_swaps, saved_modules
+from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
 from gralora.scope import Switchable, switched_off
 from gralora.state import (
     activate,
@@ -107,19 +107,18 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     """Freeze everything but the active adapters and what is trained with them. `unload` undoes it."""
     ours = (GraloraAdapters, SavedCopies, BiasSwap)
     mine = {id(m) for module in model.modules() if isinstance(module, ours) for m in module.modules()}
-    active: dict[str, float] = {}
+    active: set[str] = set()
     for _, layer in gralora_layers(model):
         active.update(layer.gralora_adapters.active)
     for _, saved in saved_modules(model):
-        active.update({saved.gralora_saved.active: 1.0} if saved.gralora_saved.active else {})
+        active.update([saved.gralora_saved.active] if saved.gralora_saved.active else [])
+    for _, owner, swap in bias_swaps(model):
+        active.add(swap.in_place)
+        swap.get(owner, BiasSwap.BASE).requires_grad_(False)
+    for parameter in adapter_parameters(model):
+        parameter.requires_grad_(False)
     for module in model.modules():
-        swap = module._modules.get(BIAS_CHILD)
-        if isinstance(swap, BiasSwap) and swap.in_place != BiasSwap.BASE:
-            active[swap.in_place] = 1.0
-            swap_owner_bias = module._parameters.pop("bias")  # the adapter's, not the base's
-            freeze_own(module)
-            module._parameters["bias"] = swap_owner_bias
-        elif id(module) not in mine:
+        if id(module) not in mine:
             freeze_own(module)
     for name in known_adapters(model):
         for parameter in named_adapter_parameters(model, name).values():

@@ -90,7 +90,7 @@ def install(
 ) -> None:
     """Carry out a plan, or on any exception leave the model as it was. The model's first adapter becomes active."""
     first = not known_adapters(model)
-    check_units(model, plan.saved)
+    check_units(model, plan.saved, [t.module for t in plan.targets])
     adapters = [new_adapter(t.module, t.config, plan.dtypes.get(t.name), reset=plan.reset) for t in plan.targets]
     copies = copies_of(plan.saved.values())
     shared: dict[int | None, nn.Parameter] = {}

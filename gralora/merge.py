@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import cast
 
@@ -79,12 +80,9 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None)
         if weights:
             _check_mergeable(path, layer)
             _check_same_function(layer, weights, _merged_weight(layer, weights, safe=True))
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    unmerge(model)
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for _, layer, weights in layers:
-        put_back_weight(layer)
         weight = cast(nn.Parameter, layer._parameters["weight"])
         if owners[id(weight)] > 1 and weights:  # tied: the others keep the base's weight
             tied = nn.Parameter(_merged_weight(layer, weights, safe=False), requires_grad=weight.requires_grad)

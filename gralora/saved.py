@@ -86,11 +86,12 @@ def units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
             yield from units(child, f"{name}.{child_name}" if name else child_name)
 
 
-def check_units(model: nn.Module, found: dict[str, nn.Module]) -> None:
+def check_units(model: nn.Module, found: dict[str, nn.Module], targets: Iterable[nn.Module]) -> None:
     """Raise ValueError if a unit is adapted itself, or is tied to a module that would keep the old weight."""
+    adapted = {id(module) for module in targets}
     inside = {id(m): name for name, unit in found.items() for m in unit.modules()}
     for name, unit in found.items():
-        if any(isinstance(m, GraloraLayer) for m in unit.modules()):
+        if any(isinstance(m, GraloraLayer) or id(m) in adapted for m in unit.modules()):
             raise ValueError(
                 f"modules_to_save names {name!r}, which is adapted: a layer is adapted or saved, not both."
             )

@@ -57,8 +57,9 @@ TOKENS = torch.arange(24).reshape(2, 12)
 
 
 def logits(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    """The first tensor that a transformers model returns."""
-    return model(tokens)[0]
+    """The tensors that a transformers model returns (logits; or hidden states and pooled output), as one."""
+    out = [value for value in model(tokens).to_tuple() if isinstance(value, torch.Tensor)]
+    return torch.cat([value.flatten() for value in out])
 
 
 def random_config(**kwargs: Any) -> GraloraConfig:

@@ -54,9 +54,7 @@ def pairs(ours: nn.Module, theirs: nn.Module) -> list[tuple[torch.Tensor, torch.
     layers, reference = dict(gralora_layers(ours)), peft_layers(theirs)
     assert list(layers) == list(reference)
     return [
-        pair
-        for name in layers
-        for pair in zip(our_tensors(layers[name]), peft_tensors(reference[name]), strict=True)
+        pair for name in layers for pair in zip(our_tensors(layers[name]), peft_tensors(reference[name]), strict=True)
     ]
 
 

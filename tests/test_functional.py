@@ -24,7 +24,11 @@ def adapters(draw):
         return torch.randn(shape, dtype=torch.float64)
 
     general = (normal(h, k * m), normal(k * o, h)) if h else (None, None)
-    return (normal(k, m, k * s), normal(k, k * s, k * o // k), *general), draw(st.floats(0.1, 4)), normal(*leading, k * m)
+    return (
+        (normal(k, m, k * s), normal(k, k * s, k * o // k), *general),
+        draw(st.floats(0.1, 4)),
+        normal(*leading, k * m),
+    )
 
 
 def loop_delta(A, B, A_general, B_general, scaling):

@@ -40,7 +40,9 @@ def test_every_form_of_target(targets, expected):
 
 def test_a_mapping_gives_each_layer_its_own_config_and_the_first_match_wins():
     small, large = GraloraConfig(r=2, gralora_k=1), GraloraConfig(r=8, gralora_k=4)
-    model = gralora.inject(Block(), {"q|k": small, ("k", "v"): large, "all-linear": None}, GraloraConfig(r=6, gralora_k=2))
+    model = gralora.inject(
+        Block(), {"q|k": small, ("k", "v"): large, "all-linear": None}, GraloraConfig(r=6, gralora_k=2)
+    )
     ranks = {name: layer.gralora_adapters["default"].config.r for name, layer in gralora_layers(model)}
     assert ranks == {"q": 2, "k": 2, "v": 8, "mlp.0": 6, "mlp.2": 6, "head": 6}
 
@@ -104,7 +106,9 @@ def test_a_module_reached_by_two_paths_is_adapted_once_whichever_is_named():
 
 
 def test_one_error_names_every_offender_and_the_legal_values_of_k():
-    model = nn.ModuleDict({"a": nn.Linear(100, 36), "b": nn.Linear(9, 12), "c": nn.LayerNorm(4), "d": nn.Linear(12, 12)})
+    model = nn.ModuleDict(
+        {"a": nn.Linear(100, 36), "b": nn.Linear(9, 12), "c": nn.LayerNorm(4), "d": nn.Linear(12, 12)}
+    )
     with pytest.raises(ValueError, match="'a'") as error:
         gralora.inject(model, ["a", "b", "c", "d"], GraloraConfig(r=12, gralora_k=3))
     lines = str(error.value).split("\n")
@@ -180,5 +184,7 @@ def test_a_conv1d_is_known_by_its_name_and_shape():
 def test_adapters_are_no_targets():
     model = gralora.inject(mlp(8, 8), "all-linear", GraloraConfig(r=2))
     seen = []
-    gralora.inject(model, lambda name, module: bool(seen.append(name)) or name == "0", GraloraConfig(r=2), adapter_name="b")
+    gralora.inject(
+        model, lambda name, module: bool(seen.append(name)) or name == "0", GraloraConfig(r=2), adapter_name="b"
+    )
     assert not any("gralora_" in name for name in seen)

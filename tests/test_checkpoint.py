@@ -1,0 +1,321 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import gralora
+from gralora import AdapterFileError, GraloraConfig
+
+from .models import Block, assert_same, bert, fingerprint, gpt2, logits, mlp, random_config, same_bits
+
+X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
+MIXED = {
+    "q": random_config(r=2, gralora_k=1, alpha=3.5),
+    "k|v": random_config(r=8, gralora_k=4, gralora_dropout=0.25),
+    "mlp.*[02]": random_config(r=6, gralora_k=2, hybrid_r=3),
+}
+
+
+def pair():
+    """Two models of the same base weights."""
+    torch.manual_seed(5)
+    one = Block()
+    two = Block()
+    two.load_state_dict(one.state_dict())
+    return one, two
+
+
+@pytest.mark.parametrize(
+    ("targets", "config"),
+    [
+        ("all-linear", random_config()),
+        (MIXED, None),
+        (["q"], random_config(hybrid_r=2, bias="all", modules_to_save=["head", "norm"])),
+        (["q"], random_config(bias="gralora_only")),
+    ],
+)
+def test_save_and_load_give_the_same_model(tmp_path, targets, config):
+    one, two = pair()
+    gralora.inject(one, targets, config)
+    with torch.no_grad():
+        for p in gralora.adapter_parameters(one):
+            p.add_(torch.randn_like(p) * 0.1)
+    gralora.save_adapter(one, tmp_path / "a.safetensors")
+    base = two(X)
+    assert gralora.load_adapter(two, tmp_path / "a.safetensors") is two
+    one.eval(), two.eval()
+    assert same_bits(one(X), two(X))
+    assert not torch.allclose(two(X), base)
+    for name, layer in gralora.layers.gralora_layers(one):
+        theirs = two.get_submodule(name).gralora_adapters["default"].config
+        for field in ("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout"):
+            assert getattr(layer.gralora_adapters["default"].config, field) == getattr(theirs, field)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_the_file_describes_itself(tmp_path):
+    one, _ = pair()
+    gralora.inject(one, MIXED)
+    gralora.save_adapter(one, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata, keys = file.metadata(), set(file.keys())
+    assert metadata["format"] == "gralora"
+    assert metadata["format_version"] == "1"
+    assert metadata["gralora_version"] == gralora.__version__
+    assert json.loads(metadata["modules"])["q"] == {
+        "r": 2,
+        "hybrid_r": 0,
+        "alpha": 3.5,
+        "gralora_k": 1,
+        "gralora_dropout": 0.0,
+    }
+    assert {"q.gralora_A", "q.gralora_B", "mlp.0.gralora_A_general.weight", "mlp.2.gralora_B_general.weight"} <= keys
+    assert keys == set(gralora.adapter_state_dict(one))
+
+
+def test_keys_are_those_of_peft_without_its_prefix():
+    import peft
+
+    from .peft_reference import peft_model
+
+    config = random_config(hybrid_r=2, modules_to_save=["pooler"], bias="gralora_only")
+    theirs = peft.get_peft_model_state_dict(peft_model(bert(), config, ["query"]))
+    ours = gralora.inject(bert(), ["query"], config)
+    # PEFT calls the bias of an adapted layer by the name that its wrapper gives it
+    stripped = {
+        key.removeprefix("base_model.model.").replace(".base_layer.", "."): t.shape for key, t in theirs.items()
+    }
+    assert {key: t.shape for key, t in gralora.adapter_state_dict(ours).items()} == stripped
+
+
+def test_load_adapter_freezes_unless_told_and_activates_only_the_first(tmp_path):
+    one, two = pair()
+    gralora.inject(one, ["q"], random_config(modules_to_save=["head"], bias="gralora_only"))
+    gralora.save_adapter(one, tmp_path / "a")
+    gralora.load_adapter(two, tmp_path / "a")
+    assert not any(p.requires_grad for p in two.parameters())
+    y = two(X)
+    gralora.load_adapter(two, tmp_path / "a", "second")
+    assert same_bits(two(X), y)
+    gralora.set_adapter(two, "second")
+    assert same_bits(two(X), y)
+    _, three = pair()
+    gralora.load_adapter(three, tmp_path / "a", trainable=True)
+    trained = {n for n, p in three.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in one.named_parameters() if p.requires_grad}
+
+
+def test_loading_under_a_name_in_use_replaces_the_values_in_place(tmp_path):
+    one, two = pair()
+    for model in (one, two):
+        gralora.inject(model, ["q", "v"], random_config())
+    gralora.save_adapter(one, tmp_path / "a")
+    pointers = [p.data_ptr() for p in gralora.adapter_parameters(two)]
+    gralora.load_adapter(two, tmp_path / "a")
+    assert [p.data_ptr() for p in gralora.adapter_parameters(two)] == pointers
+    assert same_bits(two(X), one(X))
+    _, other = pair()
+    gralora.inject(other, ["q"], random_config())
+    before = fingerprint(other)
+    with pytest.raises(AdapterFileError, match="in this model already, on other layers than the file's: v"):
+        gralora.load_adapter(other, tmp_path / "a")
+    assert_same(fingerprint(other), before)
+    _, other = pair()
+    gralora.inject(other, ["q", "v"], random_config(r=8))
+    with pytest.raises(AdapterFileError, match="shapes differ"):
+        gralora.load_adapter(other, tmp_path / "a")
+
+
+def test_drop_in_layers_save_and_load(tmp_path):
+    def make():
+        torch.manual_seed(2)
+        return nn.Sequential(gralora.GraloraLinear(16, 8, config=random_config()), nn.ReLU(), nn.Linear(8, 2))
+
+    one, two = make(), make()
+    with torch.no_grad():
+        one[0].gralora_adapters["default"].A.add_(1)
+    gralora.save_adapter(one, tmp_path / "a")
+    assert same_bits(gralora.load_adapter(two, tmp_path / "a")(X), one(X))
+
+
+def test_the_dtype_of_an_adapter_survives_a_reload(tmp_path):
+    one, two = pair()
+    gralora.inject(one, ["q"], random_config(), dtype=torch.bfloat16)
+    gralora.save_adapter(one, tmp_path / "a")
+    gralora.load_adapter(two, tmp_path / "a")
+    assert two.q.gralora_adapters["default"].A.dtype == torch.bfloat16
+    assert same_bits(one(X), two(X))
+
+
+def test_loading_touches_no_random_state_and_a_tied_copy_stays_tied(tmp_path):
+    one, two = gpt2(), gpt2()
+    two.load_state_dict(one.state_dict())
+    gralora.inject(one, ["c_attn"], random_config(modules_to_save=["lm_head", "wte"]))
+    gralora.save_adapter(one, tmp_path / "a")
+    state = torch.get_rng_state()
+    gralora.load_adapter(two, tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same_bits(logits(one), logits(two))
+    assert two.lm_head.gralora_saved["default"].weight is two.transformer.wte.gralora_saved["default"].weight
+
+
+def test_state_dicts_are_checked_before_anything_is_copied():
+    one, two = pair()
+    gralora.inject(one, ["q", "v"], random_config())
+    gralora.inject(two, ["q", "v"], random_config())
+    state = gralora.adapter_state_dict(one)
+    assert gralora.load_adapter_state_dict(two, state) == ([], [])
+    assert same_bits(one(X), two(X))
+    before = fingerprint(two)
+    partial = {k: v + 1 for k, v in state.items() if k != "v.gralora_B"}
+    with pytest.raises(KeyError, match="missing: v.gralora_B"):
+        gralora.load_adapter_state_dict(two, partial)
+    with pytest.raises(KeyError, match="unexpected: x.gralora_A"):
+        gralora.load_adapter_state_dict(two, {**state, "x.gralora_A": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"q.gralora_A is \(1, 2\) there and \(2, 8, 4\) here"):
+        gralora.load_adapter_state_dict(two, {**partial, "q.gralora_A": torch.ones(1, 2)}, strict=False)
+    assert_same(fingerprint(two), before)
+    result = gralora.load_adapter_state_dict(two, {**partial, "z": torch.ones(1)}, strict=False)
+    assert result == (["v.gralora_B"], ["z"])
+    assert same_bits(gralora.adapter_state_dict(two)["q.gralora_A"], state["q.gralora_A"] + 1)
+    with pytest.raises(KeyError, match="it has: default"):
+        gralora.adapter_state_dict(two, "other")
+
+
+def test_saving_refuses_unknown_formats_and_adapters(tmp_path):
+    one, _ = pair()
+    gralora.inject(one, ["q"], random_config())
+    with pytest.raises(ValueError, match="format='onnx' is not known; there are: 'gralora'"):
+        gralora.save_adapter(one, tmp_path / "a", format="onnx")
+    with pytest.raises(KeyError, match="it has: default"):
+        gralora.save_adapter(one, tmp_path / "a", "other")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    one, _ = pair()
+    gralora.inject(one, ["q"], random_config())
+    gralora.save_adapter(one, tmp_path / "a")
+    old = (tmp_path / "a").read_bytes()
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    for where in ("os.replace", "os.fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, fail)
+            with pytest.raises(OSError, match="no space"):
+                gralora.save_adapter(one, tmp_path / "a")
+        assert (tmp_path / "a").read_bytes() == old
+        assert os.listdir(tmp_path) == ["a"]
+
+
+GOOD = {"r": 4, "hybrid_r": 0, "alpha": 8, "gralora_k": 2, "gralora_dropout": 0.0}
+
+
+def write(path, modules=None, tensors=None, **metadata):
+    if tensors is None:
+        tensors = {"q.gralora_A": torch.randn(2, 8, 4), "q.gralora_B": torch.randn(2, 4, 8)}
+    modules = modules if isinstance(modules, str) else json.dumps({"q": GOOD} if modules is None else modules)
+    save_file(tensors, path, {"format": "gralora", "format_version": "1", "modules": modules, **metadata})
+    return path
+
+
+def test_a_file_written_by_hand_loads(tmp_path):
+    _, two = pair()
+    y = two(X)
+    assert not torch.allclose(gralora.load_adapter(two, write(tmp_path / "a"))(X), y)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"r": 4.0}, "r=4.0 is a float"),
+        ({"r": True}, "r=True is a bool"),
+        ({"r": 0}, "r=0 is not legal"),
+        ({"r": 10**18, "gralora_k": 1}, "at most"),
+        ({"gralora_k": 3}, "gralora_k=3 does not divide r=4"),
+        ({"alpha": -1}, "alpha=-1"),
+        ({"alpha": "8"}, "alpha='8'"),
+        ({"gralora_dropout": -1}, "gralora_dropout=-1"),
+        ({"hybrid_r": 1}, "gralora_A_general"),
+        ({"r": 8}, "has shape"),
+        ({"gralora_k": 1}, "has shape"),
+        ({"extra": 1}, "must hold exactly"),
+    ],
+)
+def test_illegal_metadata_is_refused_before_the_model_is_touched(tmp_path, fields, text):
+    _, two = pair()
+    before = fingerprint(two)
+    with pytest.raises(AdapterFileError, match=text):
+        gralora.load_adapter(two, write(tmp_path / "a", {"q": {**GOOD, **fields}}))
+    assert_same(fingerprint(two), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"modules": "{"}, "no valid JSON"),
+        ({"modules": '{"q": 1, "q": 2}'}, "a key stands twice"),
+        ({"modules": '{"q": NaN}'}, "NaN is not JSON"),
+        ({"modules": "[" * 100_000}, "no valid JSON"),
+        ({"modules": "[]"}, "no JSON object"),
+        ({"modules": {"q": []}}, "must hold exactly"),
+        ({"modules": {"zzz": GOOD}, "tensors": {}}, "without a 3-D gralora_A"),
+        ({"modules": {}}, "does not fit this model"),
+        ({"format": "other"}, "no gralora adapter"),
+        ({"format_version": "2"}, "format version '2'"),
+        ({"biases": '"q.bias"'}, "no JSON list of names"),
+        ({"biases": '["q.weight"]'}, "is no bias of this model"),
+        ({"biases": '["q.bias"]'}, "missing: q.bias"),
+        ({"biases": '["../x.bias"]'}, "which this model lacks"),
+        ({"modules_to_save": '["mlp"]'}, "owns no parameters"),
+        ({"modules_to_save": '["head"]'}, "missing: head.weight"),
+        ({"modules_to_save": '["heda"]'}, "Nearest: 'head'"),
+        ({"modules_to_save": '["q"]'}, "adapted or saved"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_and_the_model_is_untouched(tmp_path, options, text):
+    _, two = pair()
+    before = fingerprint(two)
+    with pytest.raises(ValueError, match=text):
+        gralora.load_adapter(two, write(tmp_path / "a", **options))
+    assert_same(fingerprint(two), before)
+
+
+def test_layers_that_the_model_lacks_or_has_otherwise_are_named(tmp_path):
+    for name, text in [
+        ("qq", "adapts 'qq', which this model lacks. Nearest: 'q'"),
+        ("norm", "'norm', which in this model"),
+    ]:
+        tensors = {f"{name}.gralora_A": torch.randn(2, 8, 4), f"{name}.gralora_B": torch.randn(2, 4, 8)}
+        with pytest.raises(AdapterFileError, match=text):
+            gralora.load_adapter(Block(), write(tmp_path / "a", {name: GOOD}, tensors))
+    with pytest.raises(AdapterFileError, match=r"q.gralora_A must have shape \(2, 4, 4\).*has shape \(2, 8, 4\)"):
+        gralora.load_adapter(Block(8), write(tmp_path / "a"))
+
+
+def test_what_is_no_adapter_file_is_refused(tmp_path):
+    (tmp_path / "text").write_text("no tensors here")
+    (tmp_path / "empty").write_bytes(b"")
+    save_file({"x": torch.ones(1)}, tmp_path / "other")
+    for name in ("text", "empty", "other"):
+        with pytest.raises(AdapterFileError):
+            gralora.load_adapter(mlp(4, 4), tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        gralora.load_adapter(mlp(4, 4), tmp_path / "absent")
+    with pytest.raises(AdapterFileError, match="no adapter of a known format"):
+        gralora.load_adapter(mlp(4, 4), tmp_path)
+
+
+def test_loading_the_root_and_a_shared_module(tmp_path):
+    layer = gralora.inject(nn.Linear(16, 8), "", GraloraConfig(r=4, init_weights=False))
+    assert set(gralora.adapter_state_dict(layer)) == {"gralora_A", "gralora_B"}
+    gralora.save_adapter(layer, tmp_path / "a")
+    twin = nn.Linear(16, 8)
+    twin.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    assert same_bits(gralora.load_adapter(twin, tmp_path / "a")(X), layer(X))

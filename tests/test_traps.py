@@ -1,0 +1,170 @@
+"""Every known way in which an adapter could be injected and do nothing."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gralora
+from gralora.layers import gralora_layers
+
+from .models import assert_same, bert, fingerprint, gpt2, llama, logits, mlp, random_config, same_bits
+
+X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
+
+
+def encoder(layers=2, **kwargs):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0, **kwargs)
+    return nn.TransformerEncoder(layer, layers).eval()
+
+
+def decoder():
+    layer = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    return nn.TransformerDecoder(layer, 1).eval()
+
+
+def hooked():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = mlp(16, 16, 16)
+    add_hook_to_module(model[0], ModelHook())
+    return model
+
+
+MODELS = {
+    "mlp": (lambda: mlp(16, 16, 16), lambda m: m(X)),
+    "accelerate": (hooked, lambda m: m(X)),
+    "encoder layer": (lambda: encoder().layers[0].eval(), lambda m: m(X)),
+    "encoder": (encoder, lambda m: m(X)),
+    "encoder with mask": (encoder, lambda m: m(X, src_key_padding_mask=torch.arange(5).expand(2, 5) > 3)),
+    "decoder": (decoder, lambda m: m(X, X)),
+    "bert": (bert, logits),
+    "gpt2": (gpt2, logits),
+    "llama": (llama, logits),
+}
+MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "grad": contextlib.nullcontext}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_each_adapted_layer_alone_changes_the_output(name, mode):
+    make, run = MODELS[name]
+    model = gralora.inject(make(), "all-linear", random_config(alpha=32))
+    layers = dict(gralora_layers(model))
+    assert layers
+    with MODES[mode]():
+        with gralora.disable_adapter(model):
+            base = run(model).clone()
+        for alone in layers:
+            for path, layer in layers.items():
+                layer.gralora_adapters.active = {"default": 1.0} if path == alone else {}
+            assert not torch.allclose(run(model), base), f"{alone} has no effect"
+
+
+def test_a_forward_that_accelerate_set_before_inject_is_kept_and_the_adapter_acts():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Counting.calls += 1
+            return args, kwargs
+
+    model = mlp(16, 16)
+    base = model(X)
+    add_hook_to_module(model[0], Counting())
+    gralora.inject(model, ["0"], random_config())
+    y = model(X)
+    assert Counting.calls == 1
+    assert not torch.allclose(y, base)
+    add_hook_to_module(model[0], Counting())  # replaced
+    assert same_bits(model(X), y)
+    assert Counting.calls == 2
+    add_hook_to_module(model[0], Counting(), append=True)
+    assert same_bits(model(X), y)
+    remove_hook_from_module(model[0])
+    assert same_bits(model(X), y)
+    assert same_bits(gralora.unload(model)(X), base)
+
+
+def test_hooks_of_accelerate_before_inject_survive_unload_and_those_after_too():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    for order in ("before", "after"):
+        model = mlp(16, 16)
+        base = model(X)
+        if order == "before":
+            add_hook_to_module(model[0], ModelHook())
+        before = fingerprint(model)
+        gralora.inject(model, ["0"], random_config())
+        if order == "after":
+            add_hook_to_module(model[0], ModelHook())
+        assert not torch.allclose(model(X), base)
+        assert not torch.allclose(copy.deepcopy(model)(X), base)
+        gralora.unload(model)
+        assert same_bits(model(X), base)
+        if order == "before":
+            assert_same(fingerprint(model), before)
+
+
+def test_the_fused_path_of_the_encoder_layer_is_off_whether_or_not_its_owner_is_seen():
+    layer = encoder().layers[0].eval()
+    with torch.no_grad():
+        base = layer(X)
+        gralora.inject(layer.linear1, "", random_config(alpha=32))  # the parent is not in sight
+        assert not torch.allclose(layer(X), base)
+        gralora.unload(layer.linear1)
+        assert same_bits(layer(X), base)
+
+
+def test_the_fused_path_stays_off_in_copies_and_drop_in_layers():
+    model = gralora.inject(encoder(), "all-linear", random_config(alpha=32))
+    with torch.no_grad():
+        y = model(X)
+        assert same_bits(copy.deepcopy(model)(X), y)
+        layer = encoder().layers[0].eval()
+        base = layer(X)
+        layer.linear2 = gralora.GraloraLinear.from_linear(layer.linear2, random_config(alpha=32))
+        assert not torch.allclose(layer(X), base)
+
+
+def test_an_encoder_with_a_padding_mask_runs_in_eval_and_has_its_flag_back_after_unload():
+    model = encoder()
+    assert model.use_nested_tensor
+    mask = torch.arange(5).expand(2, 5) > 3
+    with torch.no_grad():
+        base = model(X, src_key_padding_mask=mask)
+        gralora.inject(model, ["linear1"], random_config())
+        adapted = model(X, src_key_padding_mask=mask)
+        assert not torch.allclose(adapted[~mask], base[~mask])
+        assert not model.use_nested_tensor
+        gralora.unload(model)
+        assert model.use_nested_tensor
+        assert same_bits(model(X, src_key_padding_mask=mask), base)
+
+
+@pytest.mark.parametrize(
+    "targets", [["self_attn.out_proj"], r".*out_proj", lambda name, module: name.endswith("out_proj")]
+)
+def test_out_proj_of_multihead_attention_is_refused_with_the_reason(targets):
+    model = encoder()
+    before = fingerprint(model)
+    with pytest.raises(
+        ValueError, match="out_proj of an nn.MultiheadAttention, which reads its weight and never calls it"
+    ):
+        gralora.inject(model, targets, random_config())
+    assert_same(fingerprint(model), before)
+
+
+def test_out_proj_is_refused_when_replaced_by_a_linear_layer_or_alone_in_sight():
+    attention = nn.MultiheadAttention(16, 2)
+    with pytest.raises(ValueError, match="never calls it"):
+        gralora.inject(attention.out_proj, "", random_config())
+    attention.out_proj = nn.Linear(16, 16)
+    with pytest.raises(ValueError, match="never calls it"):
+        gralora.inject(attention, ["out_proj"], random_config())
+    with pytest.raises(ValueError, match="match no module"):
+        gralora.inject(attention, "all-linear", random_config())

@@ -10,6 +10,9 @@ from hypothesis import settings
 settings.register_profile("gralora", deadline=None, print_blob=True, max_examples=60)
 settings.load_profile("gralora")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

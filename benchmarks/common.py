@@ -1,0 +1,81 @@
+"""What every benchmark shares: its command line, the machine it ran on, its table, JSON and picture."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import matplotlib as mpl
+import torch
+
+mpl.use("agg")
+from matplotlib.figure import Figure
+
+VERSIONED = ("gralora", "torch", "peft", "transformers", "loralib", "numpy")
+
+
+def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
+    """A command line with `--out` and `--quick`; the module's docstring is its help."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder for the JSON and the picture")
+    result.add_argument("--quick", action="store_true", help=quick)
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    versions = {}
+    for package in VERSIONED:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def describe(info: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    return f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads; Python {info['python']}, {versions}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table, its columns aligned."""
+    texts = [list(head), *([_text(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(head))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in texts]
+    lines.insert(1, "| " + " | ".join("-" * w for w in widths) + " |")
+    return "\n".join(lines)
+
+
+def write(out: Path, name: str, result: dict[str, Any], figure: Figure) -> None:
+    """`NAME.json` and `NAME.png` into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    result = {**result, "machine": machine()}
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    figure.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight")
+    print(f"\n{describe(result['machine'])}\nwrote {out / name}.json and {out / name}.png")
+
+
+def _text(cell: object) -> str:
+    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)

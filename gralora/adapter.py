@@ -91,17 +91,24 @@ class GraloraAdapter(nn.Module):
         """(A, B, A_general, B_general), as the functions of `gralora.functional` take them."""
         return self.A, self.B, self.A_general, self.B_general
 
+    def arguments(self, weight: float = 1.0) -> tuple[Tensors, float, float]:
+        """(tensors, scaling, dropout) that hold for a forward now, the scaling times `weight`."""
+        return self.tensors, weight * self.config.scaling, self.config.gralora_dropout if self.training else 0.0
+
     def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
         """The update for `x` (..., in), times `weight`: (..., out), in the adapter's dtype (or autocast's)."""
-        config = self.config
-        dropout = config.gralora_dropout if self.training else 0.0
-        return functional.gralora_update(
-            x.to(self.A.dtype), *self.tensors, scaling=weight * config.scaling, dropout=dropout
-        )
+        tensors, scaling, dropout = self.arguments(weight)
+        return functional.gralora_update(x.to(self.A.dtype), *tensors, scaling=scaling, dropout=dropout)
 
     def delta_weight(self) -> Tensor:
-        """ΔW (out, in), in the adapter's dtype."""
-        return functional.delta_weight(*self.tensors, scaling=self.config.scaling)
+        """ΔW (out, in), in the adapter's dtype. Without gradients it is filled block by block, with no temporary."""
+        scaling, (k, _, o) = self.config.scaling, self.B.shape
+        if torch.is_grad_enabled() or self.A.dtype not in (torch.float32, torch.float64):
+            return functional.delta_weight(*self.tensors, scaling=scaling)
+        delta = self.A.new_zeros(k * o, k * self.A.shape[1])
+        for j in range(k):
+            functional.add_delta_rows_(delta[j * o : (j + 1) * o], j * o, *self.tensors, scaling=scaling)
+        return delta
 
     def extra_repr(self) -> str:
         c = self.config

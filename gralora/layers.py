@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gralora import autograd
 from gralora.adapter import GraloraAdapter
 from gralora.config import GraloraConfig
 from gralora.inplace import InPlaceModule, change_class, freeze_own, made_class
@@ -83,6 +84,8 @@ class GraloraLayer(InPlaceModule):
 
     _prefix = "Gralora"
     gralora_adapters: GraloraAdapters
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     transposed: ClassVar[bool]  # weight is (in, out)
 
     @classmethod
@@ -98,10 +101,35 @@ class GraloraLayer(InPlaceModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's dtype."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        y: Tensor = self.base_forward(*args, **kwargs)
-        for adapter, weight in self.gralora_adapters.applied():
-            y = (y + adapter(x, weight)).to(y.dtype)
+        applied = self.gralora_adapters.applied()
+        if not applied:
+            return cast(Tensor, self.base_forward(*args, **kwargs))
+        if not autograd.usable(x, applied[0][0].A):
+            y: Tensor = self.base_forward(*args, **kwargs)
+            for adapter, weight in applied:
+                y = (y + adapter(x, weight)).to(y.dtype)
+            return y
+        base_weight = self.plain_weight()
+        if base_weight is not None:
+            adapter, weight = applied.pop(0)
+            y = autograd.linear_with_adapter(x, base_weight, self.bias, *adapter.arguments(weight))
+        else:
+            y = self.base_forward(*args, **kwargs)
+        for adapter, weight in applied:
+            y = autograd.add_adapter_(y, x, *adapter.arguments(weight))
         return y
+
+    def plain_weight(self) -> Tensor | None:
+        """The weight (out, in), if the base is exactly x @ Wᵀ + b with it; None if the base must be called to know."""
+        weight = self.weight
+        if type(weight) not in (nn.Parameter, Tensor) or "_base_instance_forward" in self.__dict__:
+            return None
+        return cast(Tensor, weight.t() if self.transposed else weight) if self._is_plain() else None
+
+    @classmethod
+    def _is_plain(cls) -> bool:
+        """Whether the base class computes x @ Wᵀ + b and nothing else."""
+        raise NotImplementedError
 
     def delta_weight(self, adapter_name: str | None = None) -> Tensor:
         """ΔW in the layout of `weight`: of one adapter, or the weighted sum of the active ones."""
@@ -212,6 +240,10 @@ class GraloraLinear(GraloraLayer, nn.Linear):
     def accepts(cls, original: type[nn.Module]) -> bool:
         return issubclass(original, nn.Linear)
 
+    @classmethod
+    def _is_plain(cls) -> bool:
+        return cls._base_class.forward is nn.Linear.forward
+
     @staticmethod
     def features(module: nn.Module) -> tuple[int, int]:
         return cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
@@ -270,6 +302,11 @@ class GraloraConv1D(GraloraLayer, Conv1D):
     def accepts(cls, original: type[nn.Module]) -> bool:
         # transformers' own is known by its name, so that transformers need not be imported
         return any(base is Conv1D or base.__name__ == "Conv1D" for base in original.__mro__)
+
+    @classmethod
+    def _is_plain(cls) -> bool:
+        owner = next(base for base in cls._base_class.__mro__ if "forward" in vars(base))
+        return owner is Conv1D or f"{owner.__module__}.{owner.__name__}" == "transformers.pytorch_utils.Conv1D"
 
     @staticmethod
     def features(module: nn.Module) -> tuple[int, int]:

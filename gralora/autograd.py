@@ -11,7 +11,7 @@ Axes as in `functional`; views of blocks carry the token axis `t` in the middle:
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def _run(
 ) -> Tensor:
     inputs = (y, x, weight, bias, *tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Function.apply(*inputs, scaling, dropout)  # type: ignore[no-any-return]
+        return cast(Tensor, _Function.apply(*inputs, scaling, dropout))  # type: ignore[no-untyped-call]
     return _forward(y, x, weight, bias, tensors, scaling, dropout)[0]
 
 
@@ -102,7 +102,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         y, x, weight, bias, *tensors, scaling, dropout = args
-        out, saved = _forward(y, x, weight, bias, tuple(tensors), scaling, dropout)  # type: ignore[arg-type]
+        out, saved = _forward(y, x, weight, bias, tuple(tensors), scaling, dropout)
         if y is not None:
             ctx.mark_dirty(y)
         needs_bias = bias if bias is not None and ctx.needs_input_grad[3] else None
@@ -233,12 +233,9 @@ def _backward_of_plain(
     if weight is not None:
         y = y + F.linear(x, weight, bias)
     inputs = (x, weight, bias, *tensors)
-    needed = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i + 1]]
-    found = torch.autograd.grad(y, [inputs[i] for i in needed], grad, create_graph=True)  # type: ignore[misc]
-    result: list[Tensor | None] = [None] * len(inputs)
-    for i, gradient in zip(needed, found, strict=True):
-        result[i] = gradient
-    return tuple(result)
+    needed = {i: t for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i + 1]}
+    found = dict(zip(needed, torch.autograd.grad(y, list(needed.values()), grad, create_graph=True), strict=True))
+    return tuple(found.get(i) for i in range(len(inputs)))
 
 
 def _blocks(flat: Tensor, k: int) -> Tensor:

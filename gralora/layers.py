@@ -84,8 +84,6 @@ class GraloraLayer(InPlaceModule):
 
     _prefix = "Gralora"
     gralora_adapters: GraloraAdapters
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     transposed: ClassVar[bool]  # weight is (in, out)
 
     @classmethod
@@ -112,7 +110,8 @@ class GraloraLayer(InPlaceModule):
         base_weight = self.plain_weight()
         if base_weight is not None:
             adapter, weight = applied.pop(0)
-            y = autograd.linear_with_adapter(x, base_weight, self.bias, *adapter.arguments(weight))
+            bias = cast(Tensor | None, self.bias)
+            y = autograd.linear_with_adapter(x, base_weight, bias, *adapter.arguments(weight))
         else:
             y = self.base_forward(*args, **kwargs)
         for adapter, weight in applied:
@@ -121,10 +120,12 @@ class GraloraLayer(InPlaceModule):
 
     def plain_weight(self) -> Tensor | None:
         """The weight (out, in), if the base is exactly x @ Wᵀ + b with it; None if the base must be called to know."""
-        weight = self.weight
+        weight = cast(Tensor, self.weight)
         if type(weight) not in (nn.Parameter, Tensor) or "_base_instance_forward" in self.__dict__:
             return None
-        return cast(Tensor, weight.t() if self.transposed else weight) if self._is_plain() else None
+        if not self._is_plain():
+            return None
+        return weight.t() if self.transposed else weight
 
     @classmethod
     def _is_plain(cls) -> bool:

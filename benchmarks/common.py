@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,43 @@ def write(out: Path, name: str, result: dict[str, Any], figure: Figure) -> None:
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     figure.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight")
     print(f"\n{describe(result['machine'])}\nwrote {out / name}.json and {out / name}.png")
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+    """Seconds per call of each variant, one after the other in every round, so that noise falls on all alike."""
+    for run in variants.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            times[name].append((time.perf_counter() - start) / repeats)
+    return times
+
+
+def above(times: Mapping[str, list[float]], name: str, base: str) -> float:
+    """Median over the rounds of the time of `name` above that of `base` in the same round."""
+    return statistics.median(a - b for a, b in zip(times[name], times[base], strict=True))
+
+
+def ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:
+    """Median over the rounds of the time of `name` over that of `base` in the same round."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def bars(title: str, unit: str, groups: Sequence[str], series: Mapping[str, Sequence[float]]) -> Figure:
+    """Groups of bars, one colour per series."""
+    figure = Figure(figsize=(max(7.0, 0.8 * len(groups)), 4))
+    axes = figure.subplots()
+    width = 0.8 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        axes.bar([g + (i - (len(series) - 1) / 2) * width for g in range(len(groups))], values, width, label=name)
+    axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 4 else 0, fontsize=8)
+    axes.set(title=title, ylabel=unit)
+    axes.legend(fontsize=8)
+    return figure
 
 
 def _text(cell: object) -> str:

@@ -142,13 +142,15 @@ def _forward(
     own = flat.to(A.dtype)
     dropped, mask = _drop(own, keep)
     z = _regroup(torch.bmm(_blocks(dropped, len(A)), A))
+    z_general = mask_general = None
+    if A_general is not None:
+        dropped, mask_general = _drop(own, keep)
+        z_general = dropped @ A_general.t()
+    del own, dropped  # may be copies of x; what follows is as large
     # where the types differ, the update is built in the adapter's and added once, so rounded once
     update = out if direct else torch.empty_like(out, dtype=A.dtype)
     _blocks(update, len(B)).baddbmm_(z, B, beta=1 if direct else 0, alpha=scaling)
-    z_general = mask_general = None
-    if A_general is not None and B_general is not None:
-        dropped, mask_general = _drop(own, keep)
-        z_general = dropped @ A_general.t()
+    if z_general is not None and B_general is not None:
         update.addmm_(z_general, B_general.t(), alpha=scaling)
     if not direct:
         out.add_(update)
@@ -159,33 +161,34 @@ def _backward(
     ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, tensors: _Tensors, saved: Saved
 ) -> tuple[Tensor | None, ...]:
     _, need_x, need_weight, need_bias, need_A, need_B, need_A_general, need_B_general = ctx.needs_input_grad[:8]
-    A, B, A_general, B_general = tensors
+    A, B, _, B_general = tensors
     keep = 1.0 - ctx.dropout
     scaling = ctx.scaling / keep
     flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    own, own_g = flat.to(A.dtype), g.to(A.dtype)
-    grad_x: Tensor | None = None
-    grad_A = grad_B = grad_A_general = grad_B_general = None
+    grad_x = grad_z = grad_z_general = grad_A = grad_B = grad_A_general = grad_B_general = None
+    # first all that reads the output's gradient, then all that reads x: copies in the adapter's type live briefly
+    own = g.to(A.dtype)
+    blocks = _blocks(own, len(B))
+    if need_B:
+        grad_B = _product(saved.z.mT, blocks, scaling)
+    if need_A or need_x:
+        grad_z = _regroup(_product(blocks, B.mT, scaling))
+    if B_general is not None and need_B_general:
+        grad_B_general = _product(own.t(), cast(Tensor, saved.z_general), scaling)
+    if B_general is not None and (need_A_general or need_x):
+        grad_z_general = _product(own, B_general, scaling)
+    del own, blocks
+    if need_A or need_A_general:
+        own = flat.to(A.dtype)
+        if need_A:
+            grad_A = _tall_product(_blocks(_masked(own, saved.mask), len(A)), cast(Tensor, grad_z))
+        if need_A_general:
+            grad_A_general = cast(Tensor, grad_z_general).t() @ _masked(own, saved.mask_general)
+        del own
     if need_x and weight is not None:
         grad_x = g @ weight
-    g_blocks = _blocks(own_g, len(B))
-    if need_B:
-        grad_B = _product(saved.z.mT, g_blocks, scaling)
-    grad_z = None
-    if need_A or need_x:
-        grad_z = _regroup(_product(g_blocks, B.mT, scaling))
-    if need_A and grad_z is not None:
-        grad_A = _tall_product(_blocks(_masked(own, saved.mask), len(A)), grad_z)
-    grad_z_general = None
-    if A_general is not None and B_general is not None and saved.z_general is not None:
-        if need_B_general:
-            grad_B_general = _product(own_g.t(), saved.z_general, scaling)
-        if need_A_general or need_x:
-            grad_z_general = _product(own_g, B_general, scaling)
-        if need_A_general and grad_z_general is not None:
-            grad_A_general = grad_z_general.t() @ _masked(own, saved.mask_general)
     if need_x:
-        grad_x = _add_input_grad(grad_x, flat, tensors, grad_z, grad_z_general, saved)
+        grad_x = _add_input_grad(grad_x, flat, tensors, cast(Tensor, grad_z), grad_z_general, saved)
         grad_x = grad_x.view(x.shape)
     grad_weight = g.t() @ flat if need_weight else None
     grad_bias = g.sum(0) if need_bias else None
@@ -196,13 +199,12 @@ def _add_input_grad(
     grad_x: Tensor | None,
     flat: Tensor,
     tensors: _Tensors,
-    grad_z: Tensor | None,
+    grad_z: Tensor,
     grad_z_general: Tensor | None,
     saved: Saved,
 ) -> Tensor:
     """The adapter's part of the input's gradient, into the base's part where the types agree and nothing was dropped."""
     A, _, A_general, _ = tensors
-    assert grad_z is not None
     direct = grad_x is not None and grad_x.dtype == A.dtype and saved.mask is None
     update = grad_x if direct and grad_x is not None else torch.empty_like(flat, dtype=A.dtype)
     _blocks(update, len(A)).baddbmm_(grad_z, A.mT, beta=1 if direct else 0)

@@ -93,7 +93,9 @@ def restore_class(module: InPlaceModule) -> None:
         return
     base_forward = MethodType(ours._base_class.forward, module)
     for name, value in list(module.__dict__.items()):
-        if value == MethodType(ours.forward, module):  # kept by a tool that wrapped the adapted forward
+        if isinstance(value, MethodType) and value == MethodType(
+            ours.forward, module
+        ):  # kept by a tool that wrapped the adapted forward
             module.__dict__[name] = base_forward
     instance_forward = module.__dict__.pop("_base_instance_forward", None)
     cast(nn.Module, module).__class__ = ours._base_class

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from gralora import functional
 from gralora.adapter import GraloraAdapter
+from gralora.config import divisors
 from gralora.inject import unload
 from gralora.layers import FULL, HALF, GraloraLayer, gralora_layers
 from gralora.saved import BIAS_CHILD, SAVED_CHILD, bias_swaps, saved_modules
 from gralora.state import all_or_nothing, check_known, put_back_weight
 
+CACHED = 2**19  # numbers
 Weighted = list[tuple[GraloraAdapter, float]]
 
 
@@ -148,7 +150,9 @@ def _write_merged(layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mappi
     for adapter, _ in chosen:
         dtype = torch.promote_types(dtype, adapter.A.dtype)
     factors = [tuple(t if t is None else t.to(dtype) for t in adapter.tensors) for adapter, _ in chosen]
-    step = math.gcd(*(adapter.B.shape[-1] for adapter, _ in chosen))
+    # rows within one output block of every adapter, and few enough to stay in a cache through all that is done to them
+    block = math.gcd(*(adapter.B.shape[-1] for adapter, _ in chosen))
+    step = max(d for d in divisors(block) if d == 1 or d * target.shape[1] <= CACHED)
     for start in range(0, target.shape[0], step):
         rows = target[start : start + step]
         work = (
@@ -159,7 +163,8 @@ def _write_merged(layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mappi
             functional.add_delta_rows_(work, start, *tensors, scaling=scaling)  # type: ignore[arg-type]
         if work is not rows:
             rows.copy_(work)
-        if safe and rows.numel() and not all(bound.isfinite() for bound in torch.aminmax(rows)):
+        # a finite sum has finite terms; the reverse does not hold, so look closer before refusing
+        if safe and not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
             raise ValueError(
                 f"merging {', '.join(weights)} would give weights that are not finite, in rows {start} to {start + step} "
                 f"of a {type(layer).__name__} of {base.dtype}: the adapter is broken, or alpha too large for this dtype."

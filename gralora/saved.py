@@ -88,6 +88,8 @@ def units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 def check_units(model: nn.Module, found: dict[str, nn.Module], targets: Iterable[nn.Module]) -> None:
     """Raise ValueError if a unit is adapted itself, or is tied to a module that would keep the old weight."""
+    if not found:
+        return
     adapted = {id(module) for module in targets}
     inside = {id(m): name for name, unit in found.items() for m in unit.modules()}
     for name, unit in found.items():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from gralora.layers import GraloraLayer, gralora_layers
-from gralora.saved import bias_swaps, saved_modules
+from gralora.layers import GraloraAdapters, GraloraLayer, gralora_layers
+from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
 
 
 class UnknownAdapterError(KeyError):
@@ -22,12 +22,11 @@ class UnknownAdapterError(KeyError):
 def known_adapters(model: nn.Module) -> list[str]:
     """The names of all adapters of `model`, in the order in which they are first met."""
     names: dict[str, None] = {}
-    for _, layer in gralora_layers(model):
-        names.update(dict.fromkeys(layer.gralora_adapters))
-    for _, saved in saved_modules(model):
-        names.update(dict.fromkeys(saved.gralora_saved))
-    for _, _, swap in bias_swaps(model):
-        names.update(dict.fromkeys(swap.names))
+    for module in model.modules():
+        if isinstance(module, (GraloraAdapters, SavedCopies)):
+            names.update(dict.fromkeys(module))
+        elif isinstance(module, BiasSwap):
+            names.update(dict.fromkeys(module.names))
     return list(names)
 
 
@@ -72,17 +71,26 @@ def join(path: str, key: str) -> str:
 
 def activate(model: nn.Module, weights: Mapping[str, float], *, trainable: bool = True) -> None:
     """Make exactly the adapters in `weights` (name -> weight) act, and, if `trainable`, be trained."""
+
+    def train(name: str, parameters: Iterable[nn.Parameter | None]) -> None:
+        for parameter in parameters:
+            if parameter is not None:
+                parameter.requires_grad_(trainable and name in weights)
+
     for _, layer in gralora_layers(model):
         adapters = layer.gralora_adapters
         adapters.active = {name: weight for name, weight in weights.items() if name in adapters}
+        for name in adapters:
+            train(name, adapters[name]._parameters.values())
     for _, saved in saved_modules(model):
         copies = saved.gralora_saved
         copies.active = next((name for name in weights if name in copies), None)
+        for name in copies:
+            train(name, copies[name].parameters())
     for _, owner, swap in bias_swaps(model):
         swap.put(owner, next((name for name in weights if name in swap.names), swap.BASE))
-    for name in known_adapters(model):
-        for parameter in named_adapter_parameters(model, name).values():
-            parameter.requires_grad_(trainable and name in weights)
+        for name in swap.names:
+            train(name, [swap.get(owner, name)])
 
 
 def put_back_weight(layer: GraloraLayer) -> None:
@@ -124,6 +132,6 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 def _registers(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     return {
-        name: (value, value.copy() if isinstance(value, (dict, set)) else value)
+        name: (value, value.copy() if isinstance(value, (dict, set)) and value else ())
         for name, value in module.__dict__.items()
     }

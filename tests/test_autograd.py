@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import gralora
+from benchmarks._counting import Kernels, kept_for_backward, kernels
 from gralora import GraloraConfig, autograd
 
-from .counting import Kernels, kept_for_backward, kernels
 from .models import mlp, random_config, randomize_, relative, same_bits
 from .test_layers import Doubled
 

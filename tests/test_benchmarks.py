@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,3 +30,22 @@ def test_the_main_job_learns_reloads_and_merges(tmp_path):
     assert result["adapter_bytes"] < 0.1 * result["model_bytes"]
     assert result["trainable"] < 0.1 * result["total"]
     assert result["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", ["layer", "kernels", "memory", "step", "merge", "inject", "save_load"])
+def test_benchmark_prints_a_table_and_writes_json_and_picture(name, tmp_path):
+    printed = run(name, tmp_path)
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert "| ---" in printed
+    assert {"cpu", "threads", "versions"} <= set(result["machine"])
+    assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+
+
+def test_kernel_counts_are_repeatable_and_those_of_the_committed_run(tmp_path):
+    run("kernels", tmp_path)
+    committed = json.loads((ROOT / "benchmarks/results/kernels.json").read_text())
+    ours = {case: counts["gralora"] for case, counts in committed["counts"].items()}
+    again = json.loads((tmp_path / "kernels.json").read_text())["counts"]
+    assert {case: counts["gralora"] for case, counts in again.items()} == ours
+    for counts in again.values():
+        assert counts["gralora"] < counts["LoRA (PEFT)"] < counts["GraLoRA (PEFT)"]

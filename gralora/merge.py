@@ -71,13 +71,18 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None)
 
     Saved modules and biases of the active adapters stay. No second copy of the model is made.
 
+    Args:
+        dequantize: a floating type. Each adapted layer whose weight is quantised then becomes an `nn.Linear` of this type
+            that holds the dequantised W + Σ weight * ΔW; W is what the layer's own forward makes of unit vectors.
+
     Raises:
-        TypeError, ValueError: as `merge`; the model is then unchanged. NotImplementedError: `dequantize` is given.
+        TypeError, ValueError: as `merge`; the model is then unchanged.
     """
-    if dequantize is not None:
-        raise NotImplementedError("dequantize is not built yet: merge into a copy of the model with plain weights.")
     layers = [(path, layer, dict(layer.gralora_adapters.active)) for path, layer in gralora_layers(model)]
     layers = [(path, layer, {**layer.gralora_adapters.merged, **active}) for path, layer, active in layers]
+    packed = [row for row in layers if dequantize is not None and _is_packed(row[1])]
+    layers = [row for row in layers if row not in packed]
+    plain = [_dequantized(layer, weights, cast(torch.dtype, dequantize)) for _, layer, weights in packed]
     for path, layer, weights in layers:
         if weights:
             _check_mergeable(path, layer)
@@ -91,8 +96,47 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None)
             layer._parameters["weight"] = tied
         elif weights:
             _write_merged(layer, weight.data, weight.data, weights, safe=False)
+    for (_, layer, _), linear in zip(packed, plain, strict=True):
+        _become(layer, linear)
     _keep_active_copies(model)
     return unload(model)
+
+
+def _is_packed(layer: GraloraLayer) -> bool:
+    weight = layer._parameters.get("weight")
+    return weight is not None and (type(weight) is not nn.Parameter or weight.dtype not in (*FULL, *HALF))
+
+
+@torch.no_grad()
+def _dequantized(layer: GraloraLayer, weights: Mapping[str, float], dtype: torch.dtype) -> nn.Linear:
+    """A plain layer of the same map, with the adapters in its weight."""
+    n_in, n_out = layer.features(layer)
+    bias, device = layer._parameters.get("bias"), cast(Tensor, layer.weight).device
+    if bias is not None:
+        layer._parameters["bias"] = None
+    try:
+        weight = layer.base_forward(torch.eye(n_in, dtype=dtype, device=device)).t().float()
+    finally:
+        if bias is not None:
+            layer._parameters["bias"] = bias
+    for name, share in weights.items():
+        weight = weight + share * layer.gralora_adapters[name].delta_weight().float()
+    if not weight.to(dtype).isfinite().all():
+        raise ValueError(f"merging {', '.join(weights)} would give weights that are not finite in {dtype}.")
+    linear = nn.Linear(n_in, n_out, bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return linear
+
+
+def _become(layer: nn.Module, linear: nn.Linear) -> None:
+    """Turn `layer` into `linear` in place; the object and its hooks stay."""
+    hooks = {name: value for name, value in layer.__dict__.items() if "_hooks" in name}
+    state = {**linear.__dict__, **hooks, "training": layer.training}
+    layer.__class__ = nn.Linear
+    layer.__dict__.clear()
+    layer.__dict__.update(state)
 
 
 def _keep_active_copies(model: nn.Module) -> None:
@@ -125,7 +169,8 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
     if type(weight) is not nn.Parameter or weight.dtype not in (*FULL, *HALF):
         raise TypeError(
             f"the weight of {path!r} is a {type(weight).__name__} of {weight.dtype}, quantised or in a format of its own: "
-            "merging would be wrong. Ways out: leave the adapter unmerged, or merge into a model with plain weights."
+            "merging would be wrong. Ways out: leave the adapter unmerged, merge into a model with plain weights, or "
+            "merge_and_unload(model, dequantize=torch.bfloat16), which makes a plain layer of it."
         )
     if weight.is_meta:
         raise TypeError(

@@ -233,3 +233,38 @@ def test_merge_during_training_is_not_silently_trained():
     gralora.merge(model)
     with pytest.raises(RuntimeError, match="does not require grad"):
         model(torch.randn(2, 16)).sum().backward()
+
+
+class Halves(nn.Linear):
+    """A quantised layer of our own making: int8 and one scale, in a parameter that only it understands."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.scale = float(linear.weight.detach().abs().max()) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight.to(input.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_merge_and_unload_makes_a_plain_layer_of_a_quantised_one(bias):
+    model = nn.Sequential(Halves(nn.Linear(16, 24, bias=bias)), nn.Tanh(), nn.Linear(24, 8))
+    gralora.inject(model, "all-linear", random_config(hybrid_r=2))
+    layer, hits, x = model[0], [], torch.randn(5, 16)
+    layer.register_forward_hook(lambda *_: hits.append(1))
+    y = model(x)
+    before = fingerprint(model)
+    with pytest.raises(TypeError, match="dequantize=torch.bfloat16"):
+        gralora.merge_and_unload(model)
+    assert_same(fingerprint(model), before)
+    with gralora.disable_adapter(model):
+        assert relative(model(x), y) > 0.05
+    gralora.merge_and_unload(model, dequantize=torch.float32)
+    assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert model[0] is layer
+    hits.clear()
+    torch.testing.assert_close(model(x), y)
+    assert hits == [1]
+    assert set(model.state_dict()) == {n for n in before["tensors"] if "gralora_" not in n}

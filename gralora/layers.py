@@ -27,10 +27,6 @@ FULL = (torch.float32, torch.float64)
 Layer = TypeVar("Layer", bound="GraloraLayer")
 
 
-def _keep_fused_paths_off(module: nn.Module, args: Any) -> None:
-    """Never called. Its presence tells `nn.TransformerEncoderLayer` that this subtree must be run, not just read."""
-
-
 class GraloraAdapters(Switchable):
     """The adapters of one layer by name, and their state.
 
@@ -49,9 +45,6 @@ class GraloraAdapters(Switchable):
         self.active = {}
         self.merged = {}
         self.__dict__["base_weight"] = None  # not registered: it is no parameter of the model while it is put aside
-        # nn.TransformerEncoderLayer, in eval, reads its children's weights and skips their forwards, unless any module
-        # below it has a hook. This module is never called, so the hook costs nothing.
-        self.register_forward_pre_hook(_keep_fused_paths_off)
 
     def __getitem__(self, name: str) -> GraloraAdapter:
         return cast(GraloraAdapter, self._modules[name])

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from gralora.inplace import Appendage, InPlaceModule, change_class
-from gralora.layers import GraloraLayer, _keep_fused_paths_off
+from gralora.layers import GraloraLayer
 from gralora.scope import Switchable
 
 SAVED_CHILD = "gralora_saved"
@@ -26,7 +26,6 @@ class SavedCopies(Switchable):
     def __init__(self) -> None:
         super().__init__()
         self.active: str | None = None
-        self.register_forward_pre_hook(_keep_fused_paths_off)
 
     def __getitem__(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])

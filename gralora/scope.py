@@ -6,13 +6,19 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+from torch import nn
 
 from gralora.inplace import Appendage
 
 _disabled: ContextVar[frozenset[int]] = ContextVar("gralora_disabled", default=frozenset())
 _lock = threading.Lock()
+
+
+def _keep_fused_paths_off(module: nn.Module, args: Any) -> None:
+    """Never called. Its presence tells `nn.TransformerEncoderLayer` that this subtree must be run, not just read."""
 
 
 class Switchable(Appendage):
@@ -25,6 +31,9 @@ class Switchable(Appendage):
     def __init__(self) -> None:
         super().__init__()
         self.scopes = 0
+        # nn.TransformerEncoderLayer, in eval, reads its children's weights and skips their forwards, unless any module
+        # below it has a hook. This module is never called, so the hook costs nothing.
+        self.register_forward_pre_hook(_keep_fused_paths_off)
 
     @property
     def disabled(self) -> bool:

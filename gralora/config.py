@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 BIAS_CHOICES = ("none", "all", "gralora_only")
@@ -36,11 +36,11 @@ class GraloraConfig:
     alpha: float = 64
     gralora_dropout: float = 0.0
     gralora_k: int = 2
-    target_modules: str | tuple[str, ...] | None = field(default=None)
-    exclude_modules: str | tuple[str, ...] | None = field(default=None)
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
     fan_in_fan_out: bool | None = None
     bias: str = "none"
-    modules_to_save: tuple[str, ...] | None = field(default=None)
+    modules_to_save: tuple[str, ...] | None = None
     init_weights: bool = True
 
     def __post_init__(self) -> None:

@@ -23,7 +23,15 @@ from gralora.config import GraloraConfig
 from gralora.inject import Plan, install
 from gralora.layers import check_adapter_name, gralora_layers, kind_of
 from gralora.saved import bias_swaps, saved_modules, units
-from gralora.state import adapter_keys, all_or_nothing, check_known, join, known_adapters, named_adapter_parameters
+from gralora.state import (
+    adapter_keys,
+    all_or_nothing,
+    check_known,
+    check_unmerged,
+    join,
+    known_adapters,
+    named_adapter_parameters,
+)
 from gralora.targets import Names, Target, nearest, unfit
 from gralora.version import __version__
 
@@ -79,10 +87,11 @@ def load_adapter_state_dict(
     """Copy values into an adapter that the model has. Nothing is allocated; the dtype of the adapter stays.
 
     Raises:
-        KeyError: no such adapter; or, if `strict`, keys are missing or unexpected. ValueError: a shape differs.
-            Nothing has then been copied.
+        KeyError: no such adapter; or, if `strict`, keys are missing or unexpected. ValueError: a shape differs, or the
+            adapter is merged. Nothing has then been copied.
     """
     check_known(model, adapter_name)
+    check_unmerged(model, adapter_name)
     own = _live_tensors(model, adapter_name)
     result = LoadResult([k for k in own if k not in state_dict], [k for k in state_dict if k not in own])
     if strict and any(result):

@@ -17,6 +17,7 @@ from gralora.state import (
     activate,
     all_or_nothing,
     check_known,
+    check_unmerged,
     known_adapters,
     named_adapter_parameters,
     put_back_weight,
@@ -75,9 +76,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         KeyError: no such adapter. ValueError: it is merged; unmerge first. The model is then unchanged.
     """
     check_known(model, name)
-    merged = [path for path, layer in gralora_layers(model) if name in layer.gralora_adapters.merged]
-    if merged:
-        raise ValueError(f"adapter {name!r} is merged (in {merged[0]!r}, for one) and can't be deleted: unmerge first.")
+    check_unmerged(model, name)
     with all_or_nothing(model):
         for _, layer in gralora_layers(model):
             if name in layer.gralora_adapters:

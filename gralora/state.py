@@ -38,6 +38,13 @@ def check_known(model: nn.Module, *names: str) -> None:
             raise UnknownAdapterError(f"no adapter {name!r} in this model; it has: {', '.join(known) or 'none'}.")
 
 
+def check_unmerged(model: nn.Module, name: str) -> None:
+    """Raise ValueError if the adapter `name` is within some layer's weight, where a change to it would have no effect."""
+    for path, layer in gralora_layers(model):
+        if name in layer.gralora_adapters.merged:
+            raise ValueError(f"adapter {name!r} is merged (in {path!r}, for one) and can't be changed: unmerge first.")
+
+
 def named_adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """All that is trained with the adapter `name`, under the keys of a file.
 

@@ -319,3 +319,20 @@ def test_loading_the_root_and_a_shared_module(tmp_path):
     twin = nn.Linear(16, 8)
     twin.load_state_dict({"weight": layer.weight, "bias": layer.bias})
     assert same_bits(gralora.load_adapter(twin, tmp_path / "a")(X), layer(X))
+
+
+def test_new_values_for_a_merged_adapter_are_refused(tmp_path):
+    one, two = pair()
+    for model in (one, two):
+        gralora.inject(model, ["q"], random_config())
+    gralora.save_adapter(one, tmp_path / "a")
+    gralora.merge(two)
+    before = fingerprint(two)
+    with pytest.raises(ValueError, match="adapter 'default' is merged"):
+        gralora.load_adapter_state_dict(two, gralora.adapter_state_dict(one))
+    with pytest.raises(AdapterFileError, match="adapter 'default' is merged"):
+        gralora.load_adapter(two, tmp_path / "a")
+    assert_same(fingerprint(two), before)
+    gralora.unmerge(two)
+    gralora.load_adapter(two, tmp_path / "a")
+    assert same_bits(two(X), one(X))

@@ -115,9 +115,8 @@ class _Function(torch.autograd.Function):
         (grad,) = grads
         x, weight, bias, A, B, A_general, B_general, *saved = ctx.saved_tensors
         tensors = (A, B, A_general, B_general)
-        backward = (
-            _backward_of_plain if torch.is_grad_enabled() else _backward
-        )  # the former can be differentiated again
+        # with gradients on, the caller means to differentiate the result again
+        backward = _backward_of_plain if torch.is_grad_enabled() else _backward
         found = backward(ctx, grad, x, weight, bias, tensors, Saved(*saved))
         return (grad if ctx.needs_input_grad[0] else None, *found, None, None)
 

@@ -159,7 +159,7 @@ def load_adapter(
             for parameter in named_adapter_parameters(model, adapter_name).values():
                 parameter.requires_grad_(trainable)
         else:
-            install(model, plan, adapter_name, first_trainable=trainable, further_trainable=trainable)
+            install(model, plan, adapter_name, trainable=trainable)
         try:
             load_adapter_state_dict(model, file.tensors, adapter_name)
         except (KeyError, ValueError) as error:

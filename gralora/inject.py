@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gralora.config import GraloraConfig
-from gralora.inplace import freeze_own, restore_class, thaw_own
+from gralora.inplace import freeze_own, is_restorable, restore_class, thaw_own
 from gralora.layers import CHILD, GraloraLayer, adapt, check_adapter_name, gralora_layers, new_adapter
 from gralora.saved import (
     BIAS_CHILD,
@@ -85,11 +85,14 @@ def install(
     plan: Plan,
     adapter_name: str,
     *,
-    first_trainable: bool = True,
-    further_trainable: bool = False,
+    trainable: bool | None = None,
 ) -> None:
-    """Carry out a plan, or on any exception leave the model as it was. The model's first adapter becomes active."""
+    """Carry out a plan, or on any exception leave the model as it was.
+
+    The model's first adapter becomes active and, unless `trainable` says otherwise, is trained; a further one is neither.
+    """
     first = not known_adapters(model)
+    trainable = first if trainable is None else trainable
     check_units(model, plan.saved, [t.module for t in plan.targets])
     adapters = [new_adapter(t.module, t.config, plan.dtypes.get(t.name), reset=plan.reset) for t in plan.targets]
     copies = copies_of(plan.saved.values())
@@ -107,10 +110,10 @@ def install(
             add_bias(owner, adapter_name, bias)
         _keep_nested_tensors_out(model)
         if first:
-            activate(model, {adapter_name: 1.0}, trainable=first_trainable)
+            activate(model, {adapter_name: 1.0}, trainable=trainable)
         else:
             for parameter in named_adapter_parameters(model, adapter_name).values():
-                parameter.requires_grad_(further_trainable)
+                parameter.requires_grad_(trainable)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -127,7 +130,7 @@ def unload(model: nn.Module) -> nn.Module:
             restore_class(saved)
         for _, layer in list(gralora_layers(model)):
             put_back_weight(layer)
-            if "_base_class" in vars(type(layer)):
+            if is_restorable(layer):
                 del layer._modules[CHILD]
             else:
                 layer._attach_container()

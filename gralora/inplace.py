@@ -83,19 +83,23 @@ def change_class(module: nn.Module, mixin: type[InPlaceModule]) -> None:
         module.__dict__["_base_instance_forward"] = module.__dict__.pop("forward")
 
 
+def is_restorable(module: InPlaceModule) -> bool:
+    """Whether the class of `module` is one that `change_class` gives, and not one derived from it or put over it."""
+    return "_base_class" in vars(type(module))
+
+
 def restore_class(module: InPlaceModule) -> None:
     """Give `module` back the class, and the instance-level forward, that it had before `change_class`.
 
     A class that somebody derived from ours, or put over ours (`parametrize`), is left: without adapters it is the base.
     """
     ours = type(module)
-    if "_base_class" not in vars(ours):
+    if not is_restorable(module):
         return
     base_forward = MethodType(ours._base_class.forward, module)
     for name, value in list(module.__dict__.items()):
-        if isinstance(value, MethodType) and value == MethodType(
-            ours.forward, module
-        ):  # kept by a tool that wrapped the adapted forward
+        # kept by a tool that wrapped the adapted forward
+        if isinstance(value, MethodType) and value == MethodType(ours.forward, module):
             module.__dict__[name] = base_forward
     instance_forward = module.__dict__.pop("_base_instance_forward", None)
     cast(nn.Module, module).__class__ = ours._base_class

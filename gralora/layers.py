@@ -116,12 +116,12 @@ class GraloraLayer(InPlaceModule):
         weight = cast(Tensor, self.weight)
         if type(weight) not in (nn.Parameter, Tensor) or "_base_instance_forward" in self.__dict__:
             return None
-        if not self._is_plain():
+        if not self.is_plain():
             return None
         return weight.t() if self.transposed else weight
 
     @classmethod
-    def _is_plain(cls) -> bool:
+    def is_plain(cls) -> bool:
         """Whether the base class computes x @ Wᵀ + b and nothing else."""
         raise NotImplementedError
 
@@ -235,7 +235,7 @@ class GraloraLinear(GraloraLayer, nn.Linear):
         return issubclass(original, nn.Linear)
 
     @classmethod
-    def _is_plain(cls) -> bool:
+    def is_plain(cls) -> bool:
         return cls._base_class.forward is nn.Linear.forward
 
     @staticmethod
@@ -298,7 +298,7 @@ class GraloraConv1D(GraloraLayer, Conv1D):
         return any(base is Conv1D or base.__name__ == "Conv1D" for base in original.__mro__)
 
     @classmethod
-    def _is_plain(cls) -> bool:
+    def is_plain(cls) -> bool:
         owner = next(base for base in cls._base_class.__mro__ if "forward" in vars(base))
         return owner is Conv1D or f"{owner.__module__}.{owner.__name__}" == "transformers.pytorch_utils.Conv1D"
 

@@ -12,7 +12,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gralora import functional
-from gralora.adapter import GraloraAdapter
 from gralora.config import divisors
 from gralora.inject import unload
 from gralora.layers import FULL, HALF, GraloraLayer, gralora_layers
@@ -20,7 +19,6 @@ from gralora.saved import BIAS_CHILD, SAVED_CHILD, bias_swaps, saved_modules
 from gralora.state import all_or_nothing, check_known, put_back_weight
 
 CACHED = 2**19  # numbers
-Weighted = list[tuple[GraloraAdapter, float]]
 
 
 def merge(model: nn.Module, adapter_names: str | Collection[str] | None = None, *, safe: bool = True) -> None:
@@ -78,8 +76,10 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None)
     Raises:
         TypeError, ValueError: as `merge`; the model is then unchanged.
     """
-    layers = [(path, layer, dict(layer.gralora_adapters.active)) for path, layer in gralora_layers(model)]
-    layers = [(path, layer, {**layer.gralora_adapters.merged, **active}) for path, layer, active in layers]
+    layers = [
+        (path, layer, {**layer.gralora_adapters.merged, **layer.gralora_adapters.active})
+        for path, layer in gralora_layers(model)
+    ]
     packed = [row for row in layers if dequantize is not None and _is_packed(row[1])]
     layers = [row for row in layers if row not in packed]
     plain = [_dequantized(layer, weights, cast(torch.dtype, dequantize)) for _, layer, weights in packed]
@@ -103,6 +103,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None)
 
 
 def _is_packed(layer: GraloraLayer) -> bool:
+    # a plain weight is exactly a Parameter over exactly a Tensor; subclasses carry formats that only they know
     weight = layer._parameters.get("weight")
     return weight is not None and (type(weight) is not nn.Parameter or weight.dtype not in (*FULL, *HALF))
 
@@ -149,9 +150,8 @@ def _keep_active_copies(model: nn.Module) -> None:
             saved._buffers.update(replica._buffers)
             saved._modules.update({n: m for n, m in replica._modules.items() if n != SAVED_CHILD})
             for name in frozen:
-                cast(nn.Parameter, saved._parameters[name]).requires_grad_(
-                    False
-                )  # `unload` thaws what was thawed before
+                # `unload` thaws what was thawed before
+                cast(nn.Parameter, saved._parameters[name]).requires_grad_(False)
     for _, owner, _ in list(bias_swaps(model)):
         bias = owner._parameters["bias"]
         del owner._modules[BIAS_CHILD]
@@ -165,8 +165,7 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
         raise TypeError(
             f"{path!r} computes its weight (parametrised, pruned or normed), so nothing can be merged into it."
         )
-    # a plain weight is exactly a Parameter over exactly a Tensor; subclasses carry formats that only they know
-    if type(weight) is not nn.Parameter or weight.dtype not in (*FULL, *HALF):
+    if _is_packed(layer):
         raise TypeError(
             f"the weight of {path!r} is a {type(weight).__name__} of {weight.dtype}, quantised or in a format of its own: "
             "merging would be wrong. Ways out: leave the adapter unmerged, merge into a model with plain weights, or "
@@ -188,7 +187,7 @@ def _merged_weight(layer: GraloraLayer, weights: Mapping[str, float], safe: bool
 @torch.no_grad()
 def _write_merged(layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mapping[str, float], safe: bool) -> Tensor:
     """new = base + Σ weight * ΔW, one row of blocks at a time; `new` may be `base`. Sums in float32 at least."""
-    chosen: Weighted = [(layer.gralora_adapters[name], weight) for name, weight in weights.items()]
+    chosen = [(layer.gralora_adapters[name], weight) for name, weight in weights.items()]
     layout = "i o -> o i" if layer.transposed else "o i -> o i"
     source, target = rearrange(base, layout), rearrange(new, layout)
     dtype = torch.promote_types(base.dtype, torch.float32)
@@ -220,8 +219,7 @@ def _write_merged(layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mappi
 @torch.no_grad()
 def _check_same_function(layer: GraloraLayer, weights: Mapping[str, float], merged: Tensor) -> None:
     """A subclass with a forward of its own may do more with W than x @ Wᵀ; try both ways on a few numbers."""
-    known = layer._base_class.forward
-    if known is nn.Linear.forward or layer._base_class.__name__ == "Conv1D":
+    if layer.is_plain():
         return
     adapters = layer.gralora_adapters
     now = layer._parameters["weight"]

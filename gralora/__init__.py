@@ -8,11 +8,11 @@ gralora.save_adapter(model, "adapter.safetensors")
 """
 
 from gralora.checkpoint import (
-    AdapterFileError,
     adapter_state_dict,
     load_adapter,
     load_adapter_state_dict,
     save_adapter,
+    to_lora,
 )
 from gralora.config import GraloraConfig
 from gralora.control import (
@@ -25,6 +25,7 @@ from gralora.control import (
     print_trainable_parameters,
     set_adapter,
 )
+from gralora.files import AdapterFileError
 from gralora.inject import inject, unload
 from gralora.layers import GraloraConv1D, GraloraLayer, GraloraLinear, adapted_class, delta_weight
 from gralora.merge import merge, merge_and_unload, unmerge
@@ -56,6 +57,7 @@ __all__ = [
     "print_trainable_parameters",
     "save_adapter",
     "set_adapter",
+    "to_lora",
     "unload",
     "unmerge",
 ]

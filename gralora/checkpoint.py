@@ -1,30 +1,22 @@
-"""Adapters in files: adapter-only state dicts, and the library's own self-describing safetensors file.
-
-A file is untrusted input. Names, shapes and configs are checked against the file's own header and the model before
-anything is allocated or changed, and nothing is ever unpickled.
-"""
+"""Adapters out of models and into them: adapter-only state dicts, saving and loading in every format of the table."""
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gralora.config import GraloraConfig
+from gralora.files import GRALORA, AdapterFile, AdapterFileError, BaseWeight, Format, layer_shapes
 from gralora.inject import Plan, install
-from gralora.layers import check_adapter_name, gralora_layers, kind_of
+from gralora.interop import LORA, PEFT, as_lora, lora_pairs
+from gralora.layers import GraloraLayer, check_adapter_name, gralora_layers, kind_of
 from gralora.saved import bias_swaps, saved_modules, units
 from gralora.state import (
-    adapter_keys,
     all_or_nothing,
     check_known,
     check_unmerged,
@@ -33,14 +25,9 @@ from gralora.state import (
     named_adapter_parameters,
 )
 from gralora.targets import Names, Target, nearest, unfit
-from gralora.version import __version__
 
-FORMAT_VERSION = 1
-LAYER_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout")
-
-
-class AdapterFileError(ValueError):
-    """A file is no adapter, is damaged, or does not fit the model."""
+FORMATS: dict[str, Format] = {"gralora": GRALORA, "peft": PEFT, "lora": LORA}
+"""The table of file formats, by the name that `save_adapter` takes; the first that matches reads."""
 
 
 class LoadResult(NamedTuple):
@@ -48,25 +35,6 @@ class LoadResult(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
-
-
-@dataclass
-class AdapterFile:
-    """One adapter, read from any format: the config of every layer, and what is trained with them."""
-
-    configs: dict[str, GraloraConfig]
-    tensors: dict[str, Tensor]
-    modules_to_save: list[str] = field(default_factory=list)
-    biases: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Format:
-    """One row of the table of file formats."""
-
-    matches: Callable[[Path], bool]
-    read: Callable[[Path], AdapterFile]
-    write: Callable[[nn.Module, Path, str], None]
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -109,6 +77,9 @@ def load_adapter_state_dict(
     ]
     if wrong:
         raise ValueError(f"shapes differ, nothing was loaded: {_shorten(wrong)}")
+    torn = _torn({key: own[key] for key in shared}, state_dict)
+    if torn:
+        raise ValueError(f"{' and '.join(torn)} are one tensor here, and differ there: nothing was loaded.")
     with torch.no_grad():
         for key in shared:
             own[key].copy_(state_dict[key])
@@ -116,23 +87,82 @@ def load_adapter_state_dict(
 
 
 def save_adapter(
-    model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", *, format: str = "gralora"
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    format: str = "gralora",
+    rank: int | None = None,
+    errors: dict[str, float] | None = None,
 ) -> None:
-    """Write one adapter to `path`: one safetensors file that describes itself, written atomically.
+    """Write one adapter to `path`, atomically.
+
+    Args:
+        format: "gralora": one safetensors file that describes itself. "peft": a folder that PEFT reads as GraLoRA.
+            "lora": a folder that PEFT and every server of LoRA reads as plain LoRA of rank k * r + hybrid_r; exact.
+        rank: for "lora": the rank of every layer. A higher one is cut by SVD, a lower one padded with zeros.
+        errors: a dict to be filled with ‖what is written - ΔW‖ / ‖ΔW‖ of each layer.
 
     Raises:
-        KeyError: no such adapter. ValueError: no such format.
+        KeyError: no such adapter. ValueError: no such format, or it can't express this adapter.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not known; there are: {', '.join(map(repr, FORMATS))}.")
-    check_known(model, adapter_name)
-    FORMATS[format].write(model, Path(path), adapter_name)
+    FORMATS[format].write(convertible(adapter_file(model, adapter_name), format, rank, errors), Path(path))
+
+
+def convertible(
+    file: AdapterFile, format: str, rank: int | None = None, errors: dict[str, float] | None = None
+) -> AdapterFile:
+    """`file` as `format` can express it: for "lora" as pairs of rank `rank`, or of their own, exactly."""
+    if format == "lora":
+        return as_lora(file, rank, errors)
+    if rank is not None:
+        raise ValueError(f'rank={rank} is for format="lora"; the rank of GraLoRA is its r.')
+    if errors is not None:
+        errors.update(dict.fromkeys(file.configs, 0.0))
+    return file
+
+
+def to_lora(
+    model: nn.Module, adapter_name: str = "default", rank: int | None = None, *, errors: dict[str, float] | None = None
+) -> dict[str, Tensor]:
+    """The adapter as plain LoRA pairs: `<module>.lora_A.weight` (R, in) and `<module>.lora_B.weight` (out, R).
+
+    Their product lora_B @ lora_A is ΔW, the scaling included: exactly with R = k * r + hybrid_r, or the best of `rank`.
+
+    Args:
+        rank: of every layer. A higher one is cut by SVD, computed from the factors; a lower one is padded with zeros.
+        errors: a dict to be filled with ‖lora_B @ lora_A - ΔW‖ / ‖ΔW‖ of each layer.
+
+    Raises:
+        KeyError: no such adapter. ValueError: `rank` is no positive integer.
+    """
+    return lora_pairs(as_lora(adapter_file(model, adapter_name), rank, errors), scaled=True)
+
+
+def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
+    """All that a file of one adapter holds, in whatever format; the tensors share memory with the model."""
+    layers = [(name, layer) for name, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters]
+    origin = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return AdapterFile(
+        tensors=adapter_state_dict(model, adapter_name),
+        configs={name: layer.gralora_adapters[adapter_name].config for name, layer in layers},
+        modules_to_save=[name for name, saved in saved_modules(model) if adapter_name in saved.gralora_saved],
+        biases=[key for key, _, swap in bias_swaps(model) if adapter_name in swap.names],
+        base={name: _base_of(layer) for name, layer in layers},
+        module_names=[name for name, _ in model.named_modules() if "gralora_" not in name],
+        base_name=origin if isinstance(origin, str) and origin else None,
+    )
 
 
 def load_adapter(
     model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", *, trainable: bool = False
 ) -> nn.Module:
     """Read an adapter from `path`, inject it and load its values; returns `model`.
+
+    `path` is a file of ours, or a folder of PEFT's: GraLoRA, or plain LoRA, which is GraLoRA with k = 1. A warning names
+    the layers whose weights are not those that the adapter was trained on, where the file knows them.
 
     The first adapter of a model becomes active, a further one is added inactive. It is frozen unless `trainable`, and in
     the dtype of the file. Where the model has an adapter of this name already, on the same layers and of the same
@@ -150,6 +180,7 @@ def load_adapter(
         raise AdapterFileError(f"{source} is no adapter of a known format ({', '.join(FORMATS)}).")
     file = found.read(source)
     plan = _plan(model, file)
+    _warn_of_another_base(source, plan, file)
     with all_or_nothing(model):
         if adapter_name in known_adapters(model):
             _check_same_layers(model, file, adapter_name)
@@ -167,86 +198,6 @@ def load_adapter(
     return model
 
 
-def read_gralora(path: Path) -> AdapterFile:
-    """Read the library's own file. Only the header is believed, and only after it has been checked."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != "gralora":
-                raise AdapterFileError(f"{path} is a safetensors file, but no gralora adapter.")
-            if metadata.get("format_version") != str(FORMAT_VERSION):
-                given = metadata.get("format_version")
-                raise AdapterFileError(f"{path} is of format version {given!r}; this library reads {FORMAT_VERSION}.")
-            configs = _read_configs(path, metadata.get("modules", ""))
-            saved, biases = (_read_names(path, metadata, key) for key in ("modules_to_save", "biases"))
-            keys = list(file.keys())
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-            _check_header(path, configs, shapes)
-            tensors = {key: file.get_tensor(key) for key in keys}
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path} cannot be read as a safetensors file: {error}") from error
-    return AdapterFile(configs, tensors, saved, biases)
-
-
-def write_gralora(model: nn.Module, path: Path, adapter_name: str) -> None:
-    modules = {
-        name: {f: getattr(layer.gralora_adapters[adapter_name].config, f) for f in LAYER_FIELDS}
-        for name, layer in gralora_layers(model)
-        if adapter_name in layer.gralora_adapters
-    }
-    metadata = {
-        "format": "gralora",
-        "format_version": str(FORMAT_VERSION),
-        "gralora_version": __version__,
-        "modules": json.dumps(modules),
-        "modules_to_save": json.dumps([n for n, saved in saved_modules(model) if adapter_name in saved.gralora_saved]),
-        "biases": json.dumps([key for key, _, swap in bias_swaps(model) if adapter_name in swap.names]),
-    }
-    tensors = unshared(adapter_state_dict(model, adapter_name))
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, each in memory of its own, as safetensors wants them."""
-    seen: set[int] = set()
-    result = {}
-    for key, tensor in tensors.items():
-        tensor = tensor.cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        result[key] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return result
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: a crash leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_gralora(path: Path) -> bool:
-    return path.is_file()
-
-
-FORMATS: dict[str, Format] = {"gralora": Format(_is_gralora, read_gralora, write_gralora)}
-"""The table of file formats, by the name that `save_adapter` takes; the first that matches reads."""
-
-
 def _live_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(named_adapter_parameters(model, adapter_name))
     for path, saved in saved_modules(model):
@@ -254,6 +205,16 @@ def _live_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             own = saved.gralora_saved[adapter_name].state_dict()
             tensors.update({join(path, key): tensor for key, tensor in own.items() if join(path, key) not in tensors})
     return tensors
+
+
+def _torn(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Two keys that are one tensor in `own` and two different ones in `given`, as PEFT saves a tied head."""
+    first: dict[int, str] = {}
+    for key, tensor in own.items():
+        other = first.setdefault(id(tensor), key)
+        if other in given and key in given and other != key and not torch.equal(given[other], given[key]):
+            return other, key
+    return None
 
 
 def _plan(model: nn.Module, file: AdapterFile) -> Plan:
@@ -284,28 +245,39 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
                 )
             dtypes[name] = tensor.dtype
         targets.append(Target(name, module, config))
-    saved = {name: module_at(name) for name in file.modules_to_save}
-    for name, module in saved.items():
-        if dict(units(module, name)) != {name: module}:
-            raise AdapterFileError(f"the file holds a copy of {name!r}, which in this model owns no parameters.")
+    saved = {unit: m for name in file.modules_to_save for unit, m in units(module_at(name), name)}
     biases = {}
     for key in file.biases:
         owner = module_at(key.rpartition(".")[0])
         if key.rpartition(".")[2] != "bias" or owner._parameters.get("bias") is None:
             raise AdapterFileError(f"the file holds {key!r}, which is no bias of this model.")
         biases[key] = owner
-    return Plan(targets, saved, biases, dtypes, reset=False)
+    parameters = {join(name, key): p for name, unit in saved.items() for key, p in unit.named_parameters()}
+    return Plan(targets, saved, biases, dtypes, reset=False, tied=not _torn(parameters, file.tensors))
 
 
-def layer_shapes(name: str, in_features: int, out_features: int, config: GraloraConfig) -> dict[str, tuple[int, ...]]:
-    """The keys of one layer's adapter in a file, and their shapes."""
-    k, r, h = config.gralora_k, config.r, config.hybrid_r
-    if in_features % k or out_features % k:
-        raise AdapterFileError(f"gralora_k={k} divides not both sizes of {name!r}, {in_features} and {out_features}.")
-    shapes: dict[str, Any] = {"A": (k, in_features // k, r), "B": (k, r, out_features // k)}
-    if h:
-        shapes |= {"A_general": (h, in_features), "B_general": (out_features, h)}
-    return cast(dict[str, tuple[int, ...]], adapter_keys(name, shapes))
+def _base_of(module: nn.Module) -> BaseWeight:
+    kind = cast(type[GraloraLayer], kind_of(type(module)))
+    aside = module.gralora_adapters.base_weight if isinstance(module, GraloraLayer) else None
+    n_in, n_out = kind.features(module)
+    return BaseWeight.of(cast(Tensor, module.weight) if aside is None else aside, (n_out, n_in), kind.transposed)
+
+
+def _warn_of_another_base(path: Path, plan: Plan, file: AdapterFile) -> None:
+    """Compare what the file remembers of the weights beneath it with this model's; shapes have been checked."""
+    here = {t.name: _base_of(t.module) for t in plan.targets if t.name in file.base}
+    differing = [
+        name if here[name].dtype == there.dtype else f"{name} ({there.dtype} there, {here[name].dtype} here)"
+        for name, there in file.base.items()
+        if name in here and None not in (there.values, here[name].values) and there.values != here[name].values
+    ]
+    if differing:
+        warnings.warn(
+            f"{path} was trained on another base: the weights differ in {_shorten(differing)}, "
+            f"{len(differing)} of {len(here)} layers. Outputs will not be those it was trained for.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_same_layers(model: nn.Module, file: AdapterFile, adapter_name: str) -> None:
@@ -316,55 +288,6 @@ def _check_same_layers(model: nn.Module, file: AdapterFile, adapter_name: str) -
             f"adapter {adapter_name!r} is in this model already, on other layers than the file's: {differing}. "
             "Delete it first, or load under another name."
         )
-
-
-def _check_header(path: Path, configs: Mapping[str, GraloraConfig], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Sizes follow from A and B; every other shape must agree with them."""
-    for name, config in configs.items():
-        A, B = (shapes.get(join(name, f"gralora_{letter}"), ()) for letter in "AB")
-        if len(A) != 3 or len(B) != 3:
-            raise AdapterFileError(f"{path}: {name!r} stands in the metadata without a 3-D gralora_A and gralora_B.")
-        for key, shape in layer_shapes(name, A[0] * A[1], B[0] * B[2], config).items():
-            if shapes.get(key) != shape:
-                raise AdapterFileError(f"{path}: {key} has shape {shapes.get(key)}, but the metadata means {shape}.")
-
-
-def _read_configs(path: Path, text: str) -> dict[str, GraloraConfig]:
-    modules = _json(path, "modules", text)
-    if not isinstance(modules, dict):
-        raise AdapterFileError(f"{path}: the metadata 'modules' is no JSON object.")
-    configs = {}
-    for name, values in modules.items():
-        if not isinstance(values, dict) or set(values) != set(LAYER_FIELDS):
-            raise AdapterFileError(f"{path}: the metadata of {name!r} must hold exactly {', '.join(LAYER_FIELDS)}.")
-        try:
-            configs[name] = GraloraConfig(**values)
-        except (TypeError, ValueError) as error:
-            raise AdapterFileError(f"{path}: the metadata of {name!r} is not legal: {error}") from error
-    return configs
-
-
-def _read_names(path: Path, metadata: Mapping[str, str], key: str) -> list[str]:
-    names = _json(path, key, metadata.get(key, "[]"))
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise AdapterFileError(f"{path}: the metadata {key!r} is no JSON list of names.")
-    return names
-
-
-def _json(path: Path, what: str, text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a key stands twice")
-        return result
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path}: the metadata {what!r} is no valid JSON: {error}") from error
 
 
 def _shorten(items: Iterable[str], count: int = 5) -> str:

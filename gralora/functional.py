@@ -114,5 +114,62 @@ def lora_factors(
     return down, up
 
 
+def truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best pair of rank `rank` for up @ down, by SVD of a core no larger than the pair's own rank.
+
+    Returns:
+        down (rank, in), up (out, rank), padded with zeros where the product's rank is lower, and the relative error.
+    """
+    Q_up, R_up = torch.linalg.qr(up)
+    Q_down, R_down = torch.linalg.qr(down.mT)
+    U, S, Vh = torch.linalg.svd(R_up @ R_down.mT, full_matrices=False)
+    kept = min(rank, len(S))
+    root = S[:kept].sqrt()
+    pad = rank - kept
+    new_up = F.pad((Q_up @ U[:, :kept]) * root, (0, pad))
+    new_down = F.pad(root[:, None] * (Vh[:kept] @ Q_down.mT), (0, 0, 0, pad))
+    total = float(S.norm())
+    return new_down, new_up, float(S[kept:].norm()) / total if total else 0.0
+
+
+def product_norm(down: Tensor, up: Tensor) -> float:
+    """The Frobenius norm of up @ down, without the product."""
+    return float((torch.linalg.qr(up).R @ torch.linalg.qr(down.mT).R.mT).norm())
+
+
+def block_svd(delta: Tensor, r: int, k: int) -> tuple[Tensor, Tensor]:
+    """The GraLoRA pair whose ΔW, at scaling 1, is nearest to `delta` (out, in): a truncated SVD of every block."""
+    U, S, Vh = torch.linalg.svd(rearrange(delta, "(j o) (i m) -> j i o m", j=k, i=k), full_matrices=False)
+    s = min(r // k, S.shape[-1])
+    root, pad = S[..., :s].sqrt(), r // k - s
+    up = F.pad(U[..., :s] * root[..., None, :], (0, pad))
+    down = F.pad(root[..., None] * Vh[..., :s, :], (0, 0, 0, pad))
+    return rearrange(down, "j i s m -> i m (j s)"), rearrange(up, "j i o s -> j (i s) o")
+
+
+def nearest_factors(
+    delta: Tensor, r: int, k: int, hybrid_r: int = 0, *, sweeps: int = 8
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(A, B, A_general, B_general) whose ΔW, at scaling 1, is near to `delta` (out, in).
+
+    Without `hybrid_r` it is the nearest. With it, blocks and plain pair are fitted in turn to what the other leaves over;
+    every sweep comes nearer.
+    """
+    A, B = block_svd(delta, r, k)
+    if not hybrid_r:
+        return A, B, None, None
+    for _ in range(sweeps):
+        general = block_svd(delta - delta_weight(A, B, scaling=1.0), hybrid_r, 1)
+        A_general, B_general = rearrange(general[0], "1 i r -> r i"), rearrange(general[1], "1 r o -> o r")
+        A, B = block_svd(delta - B_general @ A_general, r, k)
+    return A, B, A_general, B_general
+
+
+def best_lora_error(delta: Tensor, rank: int) -> float:
+    """The relative error of the best LoRA of rank `rank` for `delta`."""
+    S = torch.linalg.svdvals(delta)
+    return float(S[rank:].norm() / S.norm()) if S.norm() else 0.0
+
+
 def _dropout(x: Tensor, p: float) -> Tensor:
     return F.dropout(x, p) if p else x

@@ -39,6 +39,7 @@ class Plan:
     biases: dict[str, nn.Module] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     reset: bool = True
+    tied: bool = True
 
 
 def inject(
@@ -95,7 +96,7 @@ def install(
     trainable = first if trainable is None else trainable
     check_units(model, plan.saved, [t.module for t in plan.targets])
     adapters = [new_adapter(t.module, t.config, plan.dtypes.get(t.name), reset=plan.reset) for t in plan.targets]
-    copies = copies_of(plan.saved.values())
+    copies = copies_of(plan.saved.values(), tied=plan.tied)
     shared: dict[int | None, nn.Parameter] = {}
     biases = [shared.setdefault(id(owner._parameters["bias"]), bias_copy(owner)) for owner in plan.biases.values()]
     with all_or_nothing(model):

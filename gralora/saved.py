@@ -106,10 +106,10 @@ def check_units(model: nn.Module, found: dict[str, nn.Module], targets: Iterable
                 )
 
 
-def copies_of(found: Iterable[nn.Module]) -> list[nn.Module]:
-    """A trainable copy of each unit's base; weights tied among them stay tied among the copies."""
+def copies_of(found: Iterable[nn.Module], *, tied: bool = True) -> list[nn.Module]:
+    """A trainable copy of each unit's base; weights tied among them stay tied among the copies, if `tied`."""
     memo: dict[int, Any] = {}
-    return [_base_copy(unit, memo) for unit in found]
+    return [_base_copy(unit, memo if tied else {}) for unit in found]
 
 
 def add_copy(unit: nn.Module, name: str, replica: nn.Module) -> SavedModule:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from gralora.layers import GraloraAdapters, GraloraLayer, gralora_layers
 from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
+
+T = TypeVar("T")
 
 
 class UnknownAdapterError(KeyError):
@@ -64,7 +66,7 @@ def named_adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parame
     return found
 
 
-def adapter_keys(path: str, tensors: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def adapter_keys(path: str, tensors: Mapping[str, T]) -> dict[str, T]:
     """The keys of one layer's adapter in a file: PEFT's, without its prefix."""
     return {
         join(path, f"gralora_{key}.weight" if key.endswith("_general") else f"gralora_{key}"): tensor

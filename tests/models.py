@@ -53,12 +53,40 @@ def llama(**kwargs: Any) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes, **kwargs)).eval()
 
 
+def opt(**kwargs: Any) -> nn.Module:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}
+    positions = {"word_embed_proj_dim": 32, "max_position_embeddings": 32}
+    return OPTForCausalLM(OPTConfig(vocab_size=64, **sizes, **positions, **kwargs)).eval()
+
+
+def t5(**kwargs: Any) -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 64, "d_kv": 8}
+    config = T5Config(vocab_size=64, decoder_start_token_id=0, **sizes, **kwargs)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def vit(**kwargs: Any) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, **sizes, **kwargs)).eval()
+
+
 TOKENS = torch.arange(24).reshape(2, 12)
 
 
-def logits(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+def logits(model: nn.Module) -> torch.Tensor:
     """The tensors that a transformers model returns (logits; or hidden states and pooled output), as one."""
-    out = [value for value in model(tokens).to_tuple() if isinstance(value, torch.Tensor)]
+    config = model.config
+    if config.model_type == "vit":
+        out = model(pixel_values=torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16))
+    else:
+        out = model(TOKENS, **({"decoder_input_ids": TOKENS} if config.is_encoder_decoder else {}))
+    out = [value for value in out.to_tuple() if isinstance(value, torch.Tensor)]
     return torch.cat([value.flatten() for value in out])
 
 

@@ -189,7 +189,7 @@ def test_state_dicts_are_checked_before_anything_is_copied():
 def test_saving_refuses_unknown_formats_and_adapters(tmp_path):
     one, _ = pair()
     gralora.inject(one, ["q"], random_config())
-    with pytest.raises(ValueError, match="format='onnx' is not known; there are: 'gralora'"):
+    with pytest.raises(ValueError, match="format='onnx' is not known; there are: 'gralora', 'peft', 'lora'"):
         gralora.save_adapter(one, tmp_path / "a", format="onnx")
     with pytest.raises(KeyError, match="it has: default"):
         gralora.save_adapter(one, tmp_path / "a", "other")
@@ -273,7 +273,7 @@ def test_illegal_metadata_is_refused_before_the_model_is_touched(tmp_path, field
         ({"biases": '["q.weight"]'}, "is no bias of this model"),
         ({"biases": '["q.bias"]'}, "missing: q.bias"),
         ({"biases": '["../x.bias"]'}, "which this model lacks"),
-        ({"modules_to_save": '["mlp"]'}, "owns no parameters"),
+        ({"modules_to_save": '["mlp"]'}, "missing: mlp.0.weight"),
         ({"modules_to_save": '["head"]'}, "missing: head.weight"),
         ({"modules_to_save": '["heda"]'}, "Nearest: 'head'"),
         ({"modules_to_save": '["q"]'}, "adapted or saved"),
@@ -308,7 +308,7 @@ def test_what_is_no_adapter_file_is_refused(tmp_path):
             gralora.load_adapter(mlp(4, 4), tmp_path / name)
     with pytest.raises(FileNotFoundError):
         gralora.load_adapter(mlp(4, 4), tmp_path / "absent")
-    with pytest.raises(AdapterFileError, match="no adapter of a known format"):
+    with pytest.raises(AdapterFileError, match="no folder of an adapter: it lacks adapter_config.json"):
         gralora.load_adapter(mlp(4, 4), tmp_path)
 
 

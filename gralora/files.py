@@ -1,0 +1,291 @@
+"""Adapters in files, without a model: what a file holds, and the library's own self-describing safetensors file.
+
+A file is untrusted input. Names, shapes and configs are checked against the file's own header before anything is
+allocated, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gralora.config import GraloraConfig
+from gralora.state import adapter_keys, join
+from gralora.version import __version__
+
+FORMAT_VERSION = 1
+LAYER_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout")
+SAMPLES = 256
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class AdapterFileError(ValueError):
+    """A file is no adapter, is damaged, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class BaseWeight:
+    """What a file remembers of the weight that an adapter was trained on.
+
+    Attributes:
+        shape: (out, in), however the layer stores it.
+        fan_in_fan_out: the layer stores it as (in, out), as GPT-2's Conv1D does.
+        values: a hash of values spread over the weight, each rounded to bfloat16 so that a cast of the same weight agrees;
+            None where they can't be read (quantised, offloaded, sharded).
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    fan_in_fan_out: bool
+    values: str | None
+
+    @classmethod
+    def of(cls, weight: Tensor, shape: tuple[int, int], fan_in_fan_out: bool) -> BaseWeight:
+        plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point()
+        plain = plain and weight.numel() > 0 and not weight.is_meta
+        values = _hash(weight.detach().t() if fan_in_fan_out else weight.detach()) if plain else None
+        return cls(shape, str(weight.dtype).removeprefix("torch."), fan_in_fan_out, values)
+
+
+@dataclass
+class AdapterFile:
+    """One adapter, read from any format or about to be written: the config of every layer, and what is trained with them.
+
+    `base` holds what is known of the weights beneath it. `module_names` and `base_name` describe the model that it comes
+    from, if it comes from one.
+    """
+
+    configs: dict[str, GraloraConfig]
+    tensors: dict[str, Tensor]
+    modules_to_save: list[str] = field(default_factory=list)
+    biases: list[str] = field(default_factory=list)
+    base: dict[str, BaseWeight] = field(default_factory=dict)
+    module_names: list[str] = field(default_factory=list)
+    base_name: str | None = None
+
+
+class Format(NamedTuple):
+    """One row of the table of file formats."""
+
+    matches: Callable[[Path], bool]
+    read: Callable[[Path], AdapterFile]
+    write: Callable[[AdapterFile, Path], None]
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of itself, and the way to its tensors."""
+
+    metadata: dict[str, str]
+    shapes: Shapes
+    get: Callable[[str], Tensor]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Header]:
+    """A safetensors file, its header checked; anything wrong with it is an AdapterFileError."""
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            yield Header(file.metadata() or {}, shapes, file.get_tensor)
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{path} cannot be read as a safetensors file: {error}") from error
+
+
+def read_gralora(path: Path) -> AdapterFile:
+    """Read the library's own file. Only the header is believed, and only after it has been checked."""
+    with opened(path) as (metadata, shapes, get):
+        if metadata.get("format") != "gralora":
+            beside = path.with_name("adapter_config.json").exists()
+            hint = " Its folder is one of PEFT's: give the folder." if beside else ""
+            raise AdapterFileError(f"{path} is a safetensors file, but no gralora adapter.{hint}")
+        if metadata.get("format_version") != str(FORMAT_VERSION):
+            given = metadata.get("format_version")
+            raise AdapterFileError(f"{path} is of format version {given!r}; this library reads {FORMAT_VERSION}.")
+        configs = _read_configs(path, metadata.get("modules", ""))
+        saved, biases = (_read_names(path, metadata, key) for key in ("modules_to_save", "biases"))
+        base = _read_base(path, metadata.get("base", "{}"))
+        check_shapes(path, configs, shapes)
+        tensors = {key: get(key) for key in shapes}
+    return AdapterFile(configs, tensors, saved, biases, base)
+
+
+def write_gralora(file: AdapterFile, path: Path) -> None:
+    metadata = {
+        "format": "gralora",
+        "format_version": str(FORMAT_VERSION),
+        "gralora_version": __version__,
+        "modules": json.dumps({n: {f: getattr(c, f) for f in LAYER_FIELDS} for n, c in file.configs.items()}),
+        "modules_to_save": json.dumps(file.modules_to_save),
+        "biases": json.dumps(file.biases),
+        "base": json.dumps({name: asdict(weight) for name, weight in file.base.items()}),
+    }
+    tensors = unshared(file.tensors)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, each in memory of its own, as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return result
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place: a crash leaves the old file or the new one."""
+    temporary = _beside(path)
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a new folder, then put it in place under its name; nothing half-written ever bears that name.
+
+    An existing folder keeps its other files, and each new file replaces its old one atomically.
+    """
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for file in temporary.iterdir():
+            _sync(file)
+        if path.is_dir():
+            for file in temporary.iterdir():
+                os.replace(file, path / file.name)
+        else:
+            os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(path)
+    _sync(path.parent)
+
+
+def layer_shapes(name: str, in_features: int, out_features: int, config: GraloraConfig) -> Shapes:
+    """The keys of one layer's adapter in a file, and their shapes."""
+    k, r, h = config.gralora_k, config.r, config.hybrid_r
+    if in_features % k or out_features % k:
+        raise AdapterFileError(f"gralora_k={k} divides not both sizes of {name!r}, {in_features} and {out_features}.")
+    shapes: dict[str, Any] = {"A": (k, in_features // k, r), "B": (k, r, out_features // k)}
+    if h:
+        shapes |= {"A_general": (h, in_features), "B_general": (out_features, h)}
+    return cast(Shapes, adapter_keys(name, shapes))
+
+
+def check_shapes(path: Path, configs: Mapping[str, GraloraConfig], shapes: Shapes) -> None:
+    """Sizes follow from A and B; every other shape must agree with them."""
+    for name, config in configs.items():
+        A, B = (shapes.get(join(name, f"gralora_{letter}"), ()) for letter in "AB")
+        if len(A) != 3 or len(B) != 3:
+            raise AdapterFileError(f"{path}: {name!r} stands in the metadata without a 3-D gralora_A and gralora_B.")
+        for key, shape in layer_shapes(name, A[0] * A[1], B[0] * B[2], config).items():
+            if shapes.get(key) != shape:
+                raise AdapterFileError(f"{path}: {key} has shape {shapes.get(key)}, but the metadata means {shape}.")
+
+
+def parse_json(path: Path, what: str, text: str) -> Any:
+    """Strict JSON: no key twice, no NaN, no nesting that would break the parser."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key stands twice")
+        return result
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path}: {what} is no valid JSON: {error}") from error
+
+
+def layer_config(path: Path, name: str, values: Mapping[str, Any]) -> GraloraConfig:
+    try:
+        return GraloraConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{path}: the metadata of {name!r} is not legal: {error}") from error
+
+
+def _hash(weight: Tensor) -> str:
+    count = min(SAMPLES, weight.numel())
+    positions = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(count - 1, 1)
+    values = weight[positions // weight.shape[1], positions % weight.shape[1]].to(torch.bfloat16)
+    return hashlib.sha256(repr(values.tolist()).encode()).hexdigest()[:16]
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_configs(path: Path, text: str) -> dict[str, GraloraConfig]:
+    modules = parse_json(path, "the metadata 'modules'", text)
+    if not isinstance(modules, dict):
+        raise AdapterFileError(f"{path}: the metadata 'modules' is no JSON object.")
+    for name, values in modules.items():
+        if not isinstance(values, dict) or set(values) != set(LAYER_FIELDS):
+            raise AdapterFileError(f"{path}: the metadata of {name!r} must hold exactly {', '.join(LAYER_FIELDS)}.")
+    return {name: layer_config(path, name, values) for name, values in modules.items()}
+
+
+def _read_names(path: Path, metadata: Mapping[str, str], key: str) -> list[str]:
+    names = parse_json(path, f"the metadata {key!r}", metadata.get(key, "[]"))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterFileError(f"{path}: the metadata {key!r} is no JSON list of names.")
+    return names
+
+
+def _read_base(path: Path, text: str) -> dict[str, BaseWeight]:
+    base = parse_json(path, "the metadata 'base'", text)
+    if not isinstance(base, dict):
+        raise AdapterFileError(f"{path}: the metadata 'base' is no JSON object.")
+    return {name: _base_weight(path, name, fields) for name, fields in base.items()}
+
+
+def _base_weight(path: Path, name: str, fields: Any) -> BaseWeight:
+    match fields:
+        case {
+            "shape": [int(out), int(n_in)],
+            "dtype": str(dtype),
+            "fan_in_fan_out": bool(layout),
+            "values": str() | None,
+        }:
+            return BaseWeight((out, n_in), dtype, layout, fields["values"])
+    raise AdapterFileError(
+        f"{path}: the metadata 'base' of {name!r} must hold shape, dtype, fan_in_fan_out and values."
+    )
+
+
+GRALORA = Format(Path.is_file, read_gralora, write_gralora)

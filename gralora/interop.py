@@ -1,0 +1,360 @@
+"""PEFT's folders: GraLoRA as GraLoRA, and GraLoRA as the plain LoRA that it is.
+
+A GraLoRA update is exactly a LoRA of rank k * r + hybrid_r, and a LoRA is exactly a GraLoRA with k = 1. So between
+formats an adapter is rewritten as an `AdapterFile` with k = 1, and both of PEFT's folders hold one of these.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gralora import functional
+from gralora.config import GraloraConfig
+from gralora.files import (
+    LAYER_FIELDS,
+    AdapterFile,
+    AdapterFileError,
+    Format,
+    Shapes,
+    check_shapes,
+    layer_config,
+    opened,
+    parse_json,
+    unshared,
+    write_folder,
+)
+from gralora.state import adapter_keys, join
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LARGEST_CONFIG = 2**24  # bytes
+REGEXES = 32
+
+HARMLESS = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules"),
+    *("fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout"),
+    *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
+    *("revision", "target_modules", "task_type", "use_rslora", "corda_config", "eva_config", "lora_ga_config"),
+    *("init_lora_weights", "loftq_config"),
+}
+"""Fields of PEFT's LoRA config that leave a trained adapter plain LoRA; any other that is set names a variant."""
+
+PLAIN_INITS = (True, False, None, "true", "gaussian", "orthogonal", "eva")
+"""Initialisations that leave the base weights alone."""
+
+
+def as_lora(file: AdapterFile, rank: int | None = None, errors: dict[str, float] | None = None) -> AdapterFile:
+    """The same adapter with k = 1: exact, or with every layer of rank `rank`, cut by SVD or padded with zeros.
+
+    Args:
+        errors: filled with the relative error of each layer's ΔW.
+    """
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise ValueError(
+            f"rank={rank!r} is not legal: it must be an integer of at least 1, or None for the exact rank."
+        )
+    configs, tensors = {}, {}
+    for name, config in file.configs.items():
+        down, up = functional.lora_factors(*_layer_tensors(file, name))
+        own, dtype, error = len(down), down.dtype, 0.0
+        if rank is not None and own > rank:
+            down, up, error = functional.truncated(down.double(), up.double(), rank)
+        elif rank is not None:
+            down = torch.cat([down, down.new_zeros(rank - own, down.shape[1])])
+            up = torch.cat([up, up.new_zeros(len(up), rank - own)], dim=1)
+        r = own if rank is None else rank
+        alpha = config.alpha * r / (config.r + config.hybrid_r)
+        dropout = config.gralora_dropout
+        whole = int(alpha) if alpha == int(alpha) else alpha
+        configs[name] = GraloraConfig(r=r, alpha=whole, gralora_k=1, gralora_dropout=dropout)
+        pair = {"A": rearrange(down, "r i -> 1 i r").to(dtype), "B": rearrange(up, "o r -> 1 r o").to(dtype)}
+        tensors.update(adapter_keys(name, {key: tensor.contiguous() for key, tensor in pair.items()}))
+        if errors is not None:
+            errors[name] = error
+    owned = {key for name, config in file.configs.items() for key in _keys(name, config)}
+    tensors.update({key: tensor for key, tensor in file.tensors.items() if key not in owned})
+    return AdapterFile(
+        configs, tensors, file.modules_to_save, file.biases, file.base, file.module_names, file.base_name
+    )
+
+
+def lora_pairs(file: AdapterFile, *, scaled: bool = False) -> dict[str, Tensor]:
+    """The pairs of a file with k = 1 under PEFT's names; `scaled`: with the scaling in lora_B."""
+    result = {}
+    for name, config in file.configs.items():
+        A, B, _, _ = _layer_tensors(file, name)
+        result[join(name, "lora_A.weight")] = rearrange(A, "1 i r -> r i").contiguous()
+        result[join(name, "lora_B.weight")] = (
+            rearrange(B, "1 r o -> o r") * (config.scaling if scaled else 1)
+        ).contiguous()
+    return result
+
+
+def write_peft(file: AdapterFile, path: Path) -> None:
+    """A folder that PEFT reads as GraLoRA. There, one config holds for all layers."""
+    for field in LAYER_FIELDS:
+        values = {getattr(config, field): name for name, config in file.configs.items()}
+        if len(values) > 1:
+            shown = ", ".join(f"{value} in {name!r}" for value, name in list(values.items())[:3])
+            raise ValueError(
+                f"layers differ in {field} ({shown}), which PEFT's GraLoRA can't express: its config holds for all "
+                'layers. format="lora" writes it as plain LoRA, exactly; format="gralora" as it is.'
+            )
+    config = next(iter(file.configs.values()), GraloraConfig())
+    fields = {field: getattr(config, field) for field in LAYER_FIELDS}
+    _write(file, path, {"peft_type": "GRALORA", **fields, "init_weights": True}, "gralora_only", dict(file.tensors))
+
+
+def write_lora(file: AdapterFile, path: Path) -> None:
+    """A folder that PEFT, and all that reads its folders, reads as plain LoRA; `file` has k = 1 throughout."""
+    common = Counter((config.r, config.alpha) for config in file.configs.values()).most_common(1)
+    r, alpha = common[0][0] if common else (1, 1)
+    dropouts = {config.gralora_dropout for config in file.configs.values()}
+    fields = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
+        "rank_pattern": {_exactly(name): c.r for name, c in file.configs.items() if c.r != r},
+        "alpha_pattern": {_exactly(name): c.alpha for name, c in file.configs.items() if c.alpha != alpha},
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    owned = {key for name, config in file.configs.items() for key in _keys(name, config)}
+    rest = {key: tensor for key, tensor in file.tensors.items() if key not in owned}
+    _write(file, path, fields, "lora_only", {**lora_pairs(file), **rest})
+
+
+def read_folder(path: Path) -> AdapterFile:
+    """Read a folder of PEFT's: GraLoRA, or plain LoRA as GraLoRA with k = 1. Variants of LoRA are refused by name."""
+    if (path / PICKLE).exists():
+        raise AdapterFileError(
+            f"{path} holds {PICKLE}, a pickle, which can run any code and is never opened. Save the adapter with PEFT's "
+            f"save_pretrained (which writes {WEIGHTS}), and remove the pickle."
+        )
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise AdapterFileError(f"{path} is no folder of an adapter: it lacks {name}.")
+    config = _read_config(path / CONFIG)
+    kind = config.get("peft_type")
+    if kind not in READERS:
+        raise AdapterFileError(f"{path}: peft_type={kind!r} is not known; known are {', '.join(READERS)}.")
+    with opened(path / WEIGHTS) as (_, shapes, get):
+        # in full, `base_layer` and `modules_to_save` are PEFT's wrappers; `original_module` is the base's own
+        wanted = [key for key in shapes if ".original_module." not in key and ".modules_to_save." not in key]
+        keys = {key.removeprefix(PREFIX).replace(".base_layer.", "."): key for key in wanted}
+        stripped = {key: shapes[full] for key, full in keys.items()}
+        file, names = READERS[kind](path, config, stripped, lambda key: get(keys[key]))
+        rest = [key for key in keys if key not in names]
+        file.tensors.update({key: get(keys[key]) for key in rest})
+    _sort_out(file, rest, config.get("modules_to_save") or [])
+    base_name = config.get("base_model_name_or_path")
+    file.base_name = base_name if isinstance(base_name, str) else None
+    return file
+
+
+Loader = Callable[[str], Tensor]
+
+
+def _read_gralora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loader) -> tuple[AdapterFile, set[str]]:
+    names = [key.removesuffix("gralora_A").removesuffix(".") for key in shapes if _last(key) == "gralora_A"]
+    given = {field: config[field] for field in LAYER_FIELDS if field in config}
+    configs = {name: layer_config(path, name, given) for name in names}
+    check_shapes(path, configs, shapes)
+    owned = {key for name, each in configs.items() for key in _keys(name, each)}
+    return AdapterFile(configs, {key: get(key) for key in owned}), owned
+
+
+def _read_lora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loader) -> tuple[AdapterFile, set[str]]:
+    _refuse_variants(path, config, shapes)
+    alpha_of = _pattern(path, config.get("alpha_pattern"), config.get("lora_alpha", 8))
+    configs, tensors, owned = {}, {}, set()
+    for key in [key for key in shapes if key.endswith("lora_A.weight")]:
+        name = key.removesuffix("lora_A.weight").removesuffix(".")
+        pair = [join(name, f"lora_{letter}.weight") for letter in "AB"]
+        down, up = (shapes.get(each, ()) for each in pair)
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+            raise AdapterFileError(
+                f"{path}: {name!r} has lora_A of shape {down} and lora_B of {up}: no pair of matrices."
+            )
+        alpha, r = alpha_of(name), down[0]
+        if config.get("use_rslora") and isinstance(alpha, (int, float)):
+            alpha = alpha * r**0.5
+        fields = {"r": r, "alpha": alpha, "gralora_k": 1, "gralora_dropout": config.get("lora_dropout", 0.0)}
+        configs[name] = layer_config(path, name, fields)
+        A, B = rearrange(get(pair[0]), "r i -> 1 i r"), rearrange(get(pair[1]), "o r -> 1 r o")
+        tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
+        owned.update(pair)
+    return AdapterFile(configs, tensors), owned
+
+
+READERS = {"GRALORA": _read_gralora, "LORA": _read_lora}
+"""By PEFT's `peft_type`."""
+
+PEFT = Format(Path.is_dir, read_folder, write_peft)
+LORA = Format(Path.is_dir, read_folder, write_lora)
+
+
+def _refuse_variants(path: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
+    for field, value in config.items():
+        if field not in HARMLESS and value:
+            raise AdapterFileError(f"{path}: {field}={value!r} is a variant of LoRA; only plain LoRA can be read.")
+    if config.get("init_lora_weights", True) not in PLAIN_INITS:
+        raise AdapterFileError(
+            f"{path}: init_lora_weights={config['init_lora_weights']!r} changed the base weights too, so the adapter alone is "
+            "not the whole update. Let PEFT convert it: save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    for key in shapes:
+        if "lora_" in _last(key.removesuffix(".weight")) and not key.endswith(("lora_A.weight", "lora_B.weight")):
+            raise AdapterFileError(
+                f"{path}: {key} belongs to a variant of LoRA, or to an embedding; neither can be read."
+            )
+
+
+def _pattern(path: Path, patterns: Any, default: Any) -> Callable[[str], Any]:
+    """What PEFT's `alpha_pattern` says of a layer: the first pattern that matches the name, or its end after a dot."""
+    if not isinstance(patterns or {}, dict):
+        raise AdapterFileError(f"{path}: alpha_pattern is no JSON object.")
+    rules = {re.sub(r"\\([.\-])", r"\1", text): value for text, value in (patterns or {}).items()}
+    regexes = {text for text in rules if not re.fullmatch(r"\^?[\w.\-]+\$?", text)}
+    # a stranger's expression must not be able to take for ever
+    for text in regexes:
+        if (
+            len(regexes) > REGEXES
+            or len(text) > 500
+            or re.search(r"\)[*+{]", text)
+            or len(re.findall(r"[*+{]", text)) > 2
+        ):
+            raise AdapterFileError(
+                f"{path}: alpha_pattern holds {text[:80]!r}, too complex an expression to be trusted."
+            )
+
+    def value_of(name: str) -> Any:
+        parts = name.split(".")
+        ends = [".".join(parts[start:]) for start in range(len(parts))]
+        for text, value in rules.items():
+            own = ends[:1] if text.startswith("^") else ends
+            bare = text.removeprefix("^").removesuffix("$")
+            if bare in own or (text in regexes and any(re.fullmatch(bare, end) for end in own)):
+                return value
+        return default
+
+    try:
+        value_of("")
+    except re.error as error:
+        raise AdapterFileError(f"{path}: alpha_pattern holds an illegal expression: {error}.") from error
+    return value_of
+
+
+def _sort_out(file: AdapterFile, keys: Iterable[str], saved: Any) -> None:
+    """Tell from their names what the tensors beside the adapters are: whole modules that were saved, or biases."""
+    wanted = tuple(name for name in saved if isinstance(name, str)) if isinstance(saved, list) else ()
+    modules: dict[str, None] = {}
+    for key in keys:
+        owner = key.rpartition(".")[0]
+        parts = owner.split(".")
+        above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        root = next((path for path in above if wanted and path.endswith(wanted)), None)
+        if root is None and _last(key) == "bias":
+            file.biases.append(key)
+        else:
+            modules[root or owner] = None
+    file.modules_to_save = list(modules)
+
+
+def _write(
+    file: AdapterFile, path: Path, fields: Mapping[str, Any], some_biases: str, tensors: Mapping[str, Tensor]
+) -> None:
+    if "" in file.configs:
+        raise ValueError(
+            "the model itself is the adapted layer; PEFT can't name that. Put it into a module, and inject there."
+        )
+    adapted = {join(name, "bias") for name in file.configs}
+    bias = "none" if not file.biases else some_biases if adapted.issuperset(file.biases) else "all"
+    layouts = {file.base[name].fan_in_fan_out for name in file.configs if name in file.base}
+    config = {
+        **fields,
+        "base_model_name_or_path": file.base_name,
+        "bias": bias,
+        "fan_in_fan_out": layouts == {True},
+        "inference_mode": True,
+        "modules_to_save": _named_by_end(file.modules_to_save, file.module_names) or None,
+        "target_modules": _target_modules(list(file.configs), file.module_names),
+        "task_type": None,
+    }
+    renamed = {
+        PREFIX + (key.removesuffix("bias") + "base_layer.bias" if key in adapted else key): tensor
+        for key, tensor in unshared(tensors).items()
+    }
+
+    def write(folder: Path) -> None:
+        save_file(renamed, folder / WEIGHTS, {"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    write_folder(path, write)
+
+
+def _target_modules(targets: list[str], names: list[str]) -> list[str] | str:
+    """The full names; or, where PEFT would match more by their ends, the regular expression for exactly them."""
+    chosen = set(targets)
+    ends = tuple(f".{name}" for name in targets)
+    if any(name.endswith(ends) for name in names if name not in chosen):
+        return "|".join(map(re.escape, targets))
+    return targets
+
+
+def _named_by_end(saved: list[str], names: list[str]) -> list[str]:
+    inside = tuple(f"{name}." for name in saved)
+    more = (
+        [n for n in names if n.endswith(tuple(saved)) and n not in saved and not n.startswith(inside)] if saved else []
+    )
+    if more:
+        raise ValueError(
+            f"PEFT finds modules_to_save by the ends of names, and {', '.join(saved)} would find {more[0]!r} as well. "
+            'Rename the module, or save with format="gralora".'
+        )
+    return saved
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise AdapterFileError(f"{path} is {path.stat().st_size} bytes long: no config of an adapter.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AdapterFileError(f"{path} is no text: {error}") from error
+    config = parse_json(path, "the config", text)
+    if not isinstance(config, dict):
+        raise AdapterFileError(f"{path} is no JSON object.")
+    return config
+
+
+def _layer_tensors(file: AdapterFile, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    keys = adapter_keys(name, dict.fromkeys(("A", "B", "A_general", "B_general")))
+    A, B, A_general, B_general = (file.tensors.get(key) for key in keys)
+    assert A is not None and B is not None  # every reader has checked
+    return A, B, A_general, B_general
+
+
+def _keys(name: str, config: GraloraConfig) -> Iterable[str]:
+    pair = ("A", "B", "A_general", "B_general") if config.hybrid_r else ("A", "B")
+    return adapter_keys(name, dict.fromkeys(pair))
+
+
+def _exactly(name: str) -> str:
+    return "^" + re.escape(name)
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]

@@ -25,6 +25,7 @@ from gralora.control import (
     print_trainable_parameters,
     set_adapter,
 )
+from gralora.extract import extract, reblock
 from gralora.files import AdapterFileError
 from gralora.inject import inject, unload
 from gralora.layers import GraloraConv1D, GraloraLayer, GraloraLinear, adapted_class, delta_weight
@@ -48,6 +49,7 @@ __all__ = [
     "delete_adapter",
     "delta_weight",
     "disable_adapter",
+    "extract",
     "inject",
     "load_adapter",
     "load_adapter_state_dict",
@@ -55,6 +57,7 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "print_trainable_parameters",
+    "reblock",
     "save_adapter",
     "set_adapter",
     "to_lora",

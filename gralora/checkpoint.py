@@ -156,6 +156,16 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
     )
 
 
+def read_adapter(path: Path) -> AdapterFile:
+    """Read an adapter in whatever format it is."""
+    if not path.exists():
+        raise FileNotFoundError(f"no adapter at {path}")
+    format = next((f for f in FORMATS.values() if f.matches(path)), None)
+    if format is None:
+        raise AdapterFileError(f"{path} is no adapter of a known format ({', '.join(FORMATS)}).")
+    return format.read(path)
+
+
 def load_adapter(
     model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", *, trainable: bool = False
 ) -> nn.Module:
@@ -173,12 +183,7 @@ def load_adapter(
     """
     check_adapter_name(adapter_name)
     source = Path(path)
-    if not source.exists():
-        raise FileNotFoundError(f"no adapter at {source}")
-    found = next((f for f in FORMATS.values() if f.matches(source)), None)
-    if found is None:
-        raise AdapterFileError(f"{source} is no adapter of a known format ({', '.join(FORMATS)}).")
-    file = found.read(source)
+    file = read_adapter(source)
     plan = _plan(model, file)
     _warn_of_another_base(source, plan, file)
     with all_or_nothing(model):

@@ -65,8 +65,8 @@ class BaseWeight:
 class AdapterFile:
     """One adapter, read from any format or about to be written: the config of every layer, and what is trained with them.
 
-    `base` holds what is known of the weights beneath it. `module_names` and `base_name` describe the model that it comes
-    from, if it comes from one.
+    `format` names the row of the table of formats that it was read by; `base` holds what is known of the weights beneath
+    it. `module_names` and `base_name` describe the model that it comes from, if it comes from one.
     """
 
     configs: dict[str, GraloraConfig]
@@ -76,6 +76,7 @@ class AdapterFile:
     base: dict[str, BaseWeight] = field(default_factory=dict)
     module_names: list[str] = field(default_factory=list)
     base_name: str | None = None
+    format: str | None = None
 
 
 class Format(NamedTuple):
@@ -120,7 +121,7 @@ def read_gralora(path: Path) -> AdapterFile:
         base = _read_base(path, metadata.get("base", "{}"))
         check_shapes(path, configs, shapes)
         tensors = {key: get(key) for key in shapes}
-    return AdapterFile(configs, tensors, saved, biases, base)
+    return AdapterFile(configs, tensors, saved, biases, base, format="gralora")
 
 
 def write_gralora(file: AdapterFile, path: Path) -> None:

@@ -65,7 +65,7 @@ def as_lora(file: AdapterFile, rank: int | None = None, errors: dict[str, float]
         )
     configs, tensors = {}, {}
     for name, config in file.configs.items():
-        down, up = functional.lora_factors(*_layer_tensors(file, name))
+        down, up = functional.lora_factors(*layer_tensors(file, name))
         own, dtype, error = len(down), down.dtype, 0.0
         if rank is not None and own > rank:
             down, up, error = functional.truncated(down.double(), up.double(), rank)
@@ -81,7 +81,7 @@ def as_lora(file: AdapterFile, rank: int | None = None, errors: dict[str, float]
         tensors.update(adapter_keys(name, {key: tensor.contiguous() for key, tensor in pair.items()}))
         if errors is not None:
             errors[name] = error
-    owned = {key for name, config in file.configs.items() for key in _keys(name, config)}
+    owned = {key for name, config in file.configs.items() for key in layer_keys(name, config)}
     tensors.update({key: tensor for key, tensor in file.tensors.items() if key not in owned})
     return AdapterFile(
         configs, tensors, file.modules_to_save, file.biases, file.base, file.module_names, file.base_name
@@ -92,7 +92,7 @@ def lora_pairs(file: AdapterFile, *, scaled: bool = False) -> dict[str, Tensor]:
     """The pairs of a file with k = 1 under PEFT's names; `scaled`: with the scaling in lora_B."""
     result = {}
     for name, config in file.configs.items():
-        A, B, _, _ = _layer_tensors(file, name)
+        A, B, _, _ = layer_tensors(file, name)
         result[join(name, "lora_A.weight")] = rearrange(A, "1 i r -> r i").contiguous()
         result[join(name, "lora_B.weight")] = (
             rearrange(B, "1 r o -> o r") * (config.scaling if scaled else 1)
@@ -131,7 +131,7 @@ def write_lora(file: AdapterFile, path: Path) -> None:
         "use_rslora": False,
         "use_dora": False,
     }
-    owned = {key for name, config in file.configs.items() for key in _keys(name, config)}
+    owned = {key for name, config in file.configs.items() for key in layer_keys(name, config)}
     rest = {key: tensor for key, tensor in file.tensors.items() if key not in owned}
     _write(file, path, fields, "lora_only", {**lora_pairs(file), **rest})
 
@@ -160,6 +160,7 @@ def read_folder(path: Path) -> AdapterFile:
         file.tensors.update({key: get(keys[key]) for key in rest})
     _sort_out(file, rest, config.get("modules_to_save") or [])
     base_name = config.get("base_model_name_or_path")
+    file.format = FORMAT_OF[kind]
     file.base_name = base_name if isinstance(base_name, str) else None
     return file
 
@@ -172,7 +173,7 @@ def _read_gralora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Lo
     given = {field: config[field] for field in LAYER_FIELDS if field in config}
     configs = {name: layer_config(path, name, given) for name in names}
     check_shapes(path, configs, shapes)
-    owned = {key for name, each in configs.items() for key in _keys(name, each)}
+    owned = {key for name, each in configs.items() for key in layer_keys(name, each)}
     return AdapterFile(configs, {key: get(key) for key in owned}), owned
 
 
@@ -201,6 +202,8 @@ def _read_lora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loade
 
 READERS = {"GRALORA": _read_gralora, "LORA": _read_lora}
 """By PEFT's `peft_type`."""
+
+FORMAT_OF = {"GRALORA": "peft", "LORA": "lora"}
 
 PEFT = Format(Path.is_dir, read_folder, write_peft)
 LORA = Format(Path.is_dir, read_folder, write_lora)
@@ -340,14 +343,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _layer_tensors(file: AdapterFile, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def layer_tensors(file: AdapterFile, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     keys = adapter_keys(name, dict.fromkeys(("A", "B", "A_general", "B_general")))
     A, B, A_general, B_general = (file.tensors.get(key) for key in keys)
     assert A is not None and B is not None  # every reader has checked
     return A, B, A_general, B_general
 
 
-def _keys(name: str, config: GraloraConfig) -> Iterable[str]:
+def layer_keys(name: str, config: GraloraConfig) -> Iterable[str]:
     pair = ("A", "B", "A_general", "B_general") if config.hybrid_r else ("A", "B")
     return adapter_keys(name, dict.fromkeys(pair))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gralora import functional
+from gralora.adapter import Tensors
 from gralora.config import divisors
 from gralora.inject import unload
 from gralora.layers import FULL, HALF, GraloraLayer, gralora_layers
@@ -184,34 +185,52 @@ def _merged_weight(layer: GraloraLayer, weights: Mapping[str, float], safe: bool
     return _write_merged(layer, cast(nn.Parameter, base).data, new, weights, safe)
 
 
-@torch.no_grad()
 def _write_merged(layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mapping[str, float], safe: bool) -> Tensor:
-    """new = base + Σ weight * ΔW, one row of blocks at a time; `new` may be `base`. Sums in float32 at least."""
     chosen = [(layer.gralora_adapters[name], weight) for name, weight in weights.items()]
-    layout = "i o -> o i" if layer.transposed else "o i -> o i"
+    updates = [(adapter.tensors, weight * adapter.config.scaling) for adapter, weight in chosen]
+    return write_merged(base, new, updates, transposed=layer.transposed, safe=safe, what=", ".join(weights))
+
+
+@torch.no_grad()
+def write_merged(
+    base: Tensor,
+    new: Tensor,
+    updates: Sequence[tuple[Tensors, float]],
+    *,
+    transposed: bool,
+    safe: bool,
+    what: str,
+) -> Tensor:
+    """new = base + Σ scaling * ΔW, one row of blocks at a time; `new` may be `base`. Sums in float32 at least.
+
+    Args:
+        updates: (the adapter's tensors, its scaling) of each.
+        transposed: `base` is (in, out).
+        safe: refuse a result that is not finite; `what` names it.
+    """
+    layout = "i o -> o i" if transposed else "o i -> o i"
     source, target = rearrange(base, layout), rearrange(new, layout)
     dtype = torch.promote_types(base.dtype, torch.float32)
-    for adapter, _ in chosen:
-        dtype = torch.promote_types(dtype, adapter.A.dtype)
-    factors = [tuple(t if t is None else t.to(dtype) for t in adapter.tensors) for adapter, _ in chosen]
+    for (A, *_), _ in updates:
+        dtype = torch.promote_types(dtype, A.dtype)
+    factors = [(tuple(t if t is None else t.to(dtype) for t in tensors), scaling) for tensors, scaling in updates]
     # rows within one output block of every adapter, and few enough to stay in a cache through all that is done to them
-    block = math.gcd(*(adapter.B.shape[-1] for adapter, _ in chosen))
+    block = math.gcd(*(tensors[1].shape[-1] for tensors, _ in updates))
     step = max(d for d in divisors(block) if d == 1 or d * target.shape[1] <= CACHED)
     for start in range(0, target.shape[0], step):
         rows = target[start : start + step]
         work = (
             rows.copy_(source[start : start + step]) if dtype == base.dtype else source[start : start + step].to(dtype)
         )
-        for tensors, (adapter, weight) in zip(factors, chosen, strict=True):
-            scaling = weight * adapter.config.scaling
+        for tensors, scaling in factors:
             functional.add_delta_rows_(work, start, *tensors, scaling=scaling)  # type: ignore[arg-type]
         if work is not rows:
             rows.copy_(work)
         # a finite sum has finite terms; the reverse does not hold, so look closer before refusing
         if safe and not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
             raise ValueError(
-                f"merging {', '.join(weights)} would give weights that are not finite, in rows {start} to {start + step} "
-                f"of a {type(layer).__name__} of {base.dtype}: the adapter is broken, or alpha too large for this dtype."
+                f"merging {what} would give weights that are not finite in {base.dtype}, in rows {start} to "
+                f"{start + step}: the adapter is broken, or alpha too large for this dtype."
             )
     return new
 

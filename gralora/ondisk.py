@@ -1,0 +1,273 @@
+"""Merging into checkpoints on disk, and extracting from them, without a model: one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gralora import functional
+from gralora.adapter import legal_k
+from gralora.config import GraloraConfig
+from gralora.extract import difference, fitted
+from gralora.files import GRALORA, AdapterFile, BaseWeight, write_atomically
+from gralora.interop import layer_keys, layer_tensors
+from gralora.merge import write_merged
+from gralora.shards import CONV1D_MODELS, DTYPES, FLOATS, INDEX, Checkpoint, Shard, replace_folder
+from gralora.state import adapter_keys, join
+from gralora.targets import nearest
+
+WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+
+Progress = Callable[[Sequence[str]], Iterable[str]]
+
+
+class Extracted(NamedTuple):
+    """One layer of an extraction: the relative errors of the GraLoRA and of the best LoRA of equal parameters."""
+
+    layer: str
+    shape: tuple[int, int]
+    error: float
+    best_lora_error: float
+
+
+def merge_checkpoint(
+    model: Path, file: AdapterFile, out: Path, *, force: bool = False, progress: Progress = iter
+) -> list[str]:
+    """Write the checkpoint `model` with the adapter merged to `out`; all other files of a folder are copied.
+
+    Equal to merging in memory, bit for bit.
+
+    Returns:
+        the names of copied files that hold weights of another format, unmerged.
+
+    Raises:
+        ValueError: the adapter's layers are not in the checkpoint, or can't be merged. FileExistsError: `out` exists.
+    """
+    checkpoint = Checkpoint.open(model)
+    _check_out(out, force, model)
+    work = _Merging(checkpoint, file, progress)
+    if model.is_file():
+        write_atomically(out, lambda path: work.write(checkpoint.shards[0], path))
+    else:
+        replace_folder(out, work.fill)
+    if work.differing:
+        warnings.warn(
+            f"the adapter was trained on another base: the weights differ in {', '.join(work.differing[:5])}, "
+            f"{len(work.differing)} of {len(file.configs)} layers.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return work.unmerged
+
+
+class _Merging:
+    """A merge that has been checked: what each tensor of the checkpoint becomes."""
+
+    def __init__(self, checkpoint: Checkpoint, file: AdapterFile, progress: Progress) -> None:
+        rename = _renaming(file, checkpoint)
+        self.checkpoint, self.file = checkpoint, file
+        self.layers = {join(rename(name), "weight"): name for name in file.configs}
+        self.layouts = {key: _check_layer(checkpoint, key, file, name) for key, name in self.layers.items()}
+        self.replaced = _replaced(file, checkpoint, rename)
+        self.steps = iter(progress(list(self.layers)))
+        self.differing: list[str] = []
+        self.unmerged: list[str] = []
+
+    def merged(self, shard: Shard, key: str) -> bytearray | None:
+        """The bytes of a tensor with the adapter in it; None if it has none."""
+        if key not in self.layers:
+            return None
+        next(self.steps)
+        name, layout = self.layers[key], self.layouts[key]
+        tensor, buffer = shard.read(key)
+        there = self.file.base.get(name)
+        if there is not None and there.values not in (None, BaseWeight.of(tensor, there.shape, layout).values):
+            self.differing.append(name)
+        updates = [(layer_tensors(self.file, name), self.file.configs[name].scaling)]
+        write_merged(tensor, tensor, updates, transposed=layout, safe=True, what=repr(name))
+        return buffer
+
+    def write(self, shard: Shard, path: Path) -> None:
+        last = self.checkpoint.shards[-1]
+        new = {key: t for key, t in self.replaced.items() if self.checkpoint.where.get(key, last) is shard}
+        shard.write(path, lambda key: self.merged(shard, key), new)
+        if shard is last:
+            next(self.steps, None)  # so that a bar ends
+
+    def fill(self, folder: Path) -> None:
+        shards = {shard.path.name: shard for shard in self.checkpoint.shards}
+        for each in sorted(self.checkpoint.path.iterdir()):
+            target = folder / each.name
+            if each.name in shards:
+                self.write(shards[each.name], target)
+            else:
+                shutil.copytree(each, target) if each.is_dir() else shutil.copy2(each, target)
+                self.unmerged += [each.name] if each.name.endswith(WEIGHT_FILES) else []
+        if self.checkpoint.index is not None:
+            _write_index(self.checkpoint, self.replaced, folder / INDEX)
+
+
+def extract_checkpoint(
+    base: Path,
+    tuned: Path,
+    out: Path,
+    targets: str,
+    config: GraloraConfig,
+    *,
+    force: bool = False,
+    progress: Progress = iter,
+) -> list[Extracted]:
+    """Write the best GraLoRA for tuned - base to `out`, a file of ours.
+
+    Args:
+        targets: a regular expression for the whole name of a layer.
+    """
+    first, second = Checkpoint.open(base), Checkpoint.open(tuned)
+    _check_out(out, force, base, tuned)
+    names = [name for name in first.names() if re.fullmatch(targets, name)]
+    if not names:
+        raise ValueError(f"{targets!r} matches no layer of {base}. Nearest names: {nearest(targets, first.names())}.")
+    file = AdapterFile({}, {})
+    transposed = first.model_type in CONV1D_MODELS
+    _check_extractable(first, second, names, config)
+    rows = []
+    for name in progress(names):
+        key = join(name, "weight")
+        weight = first.where[key].read(key)[0]
+        delta = difference(key, weight, second.where[key].read(key)[0])
+        delta = delta.mT if transposed else delta
+        (A, B, *general), error = fitted(delta, config)
+        shape = (delta.shape[0], delta.shape[1])
+        factors = dict(zip(("A", "B", "A_general", "B_general"), (A, B, *general), strict=True))
+        file.configs[name] = config
+        pairs = adapter_keys(name, factors)
+        file.tensors.update({key: tensor.float().contiguous() for key, tensor in pairs.items() if tensor is not None})
+        file.base[name] = BaseWeight.of(weight, shape, transposed)
+        rows.append(Extracted(name, shape, error, functional.best_lora_error(delta, config.r + config.hybrid_r)))
+    GRALORA.write(file, out)
+    return rows
+
+
+def _renaming(file: AdapterFile, checkpoint: Checkpoint) -> Callable[[str], str]:
+    """From the adapter's names to the checkpoint's: the same, or all with one prefix more or less."""
+    names = list(file.configs) or file.modules_to_save
+    have = set(checkpoint.names())
+    if have.issuperset(names):
+        return lambda name: name
+    parts = names[0].split(".")
+    more = {known.removesuffix(names[0]) for known in have if known.endswith(f".{names[0]}")}
+    less = {".".join(parts[:end]) + "." for end in range(1, len(parts)) if ".".join(parts[end:]) in have}
+    added = [prefix for prefix in sorted(more) if all(prefix + name in have for name in names)]
+    taken = [p for p in sorted(less) if all(name.startswith(p) and name.removeprefix(p) in have for name in names)]
+    if len(added) + len(taken) > 1:
+        raise ValueError(f"{checkpoint.path} has {names[0]!r} under more than one prefix: {', '.join(added + taken)}.")
+    if added:
+        return lambda name: added[0] + name
+    if taken:
+        return lambda name: _without(taken[0], name, checkpoint)
+    missing = [name for name in names if name not in have]
+    raise ValueError(
+        f"{checkpoint.path} lacks {len(missing)} of the adapter's {len(names)} layers, under any prefix: "
+        f"{', '.join(map(repr, missing[:3]))}. Nearest: {nearest(missing[0], have)}."
+    )
+
+
+def _without(prefix: str, name: str, checkpoint: Checkpoint) -> str:
+    if not name.startswith(prefix):
+        raise ValueError(
+            f"{checkpoint.path} names its tensors without {prefix!r}, so {name!r} of the adapter has no place there. "
+            "Merge into a checkpoint of the whole model."
+        )
+    return name.removeprefix(prefix)
+
+
+def _check_layer(checkpoint: Checkpoint, key: str, file: AdapterFile, name: str) -> bool:
+    """Whether the weight is stored (in, out); raises if nothing can be merged into it."""
+    entry = checkpoint.entry(key)
+    if entry.code not in FLOATS or len(entry.shape) != 2:
+        raise ValueError(f"{key} is of type {entry.code} and shape {entry.shape}: no plain matrix to merge into.")
+    A, B, *_ = layer_tensors(file, name)
+    shape = (B.shape[0] * B.shape[2], A.shape[0] * A.shape[1])
+    return checkpoint.transposed(key.removesuffix("weight").removesuffix("."), shape, file.base.get(name))
+
+
+def _replaced(file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Biases and saved modules, under the checkpoint's names and, where they are there, in its types."""
+    owned = {key for name in file.configs for key in layer_keys(name, file.configs[name])}
+    result = {}
+    for key, tensor in file.tensors.items():
+        if key in owned:
+            continue
+        name = rename(key)
+        if name in checkpoint.where:
+            entry = checkpoint.entry(name)
+            if key in file.biases and entry.shape != tuple(tensor.shape):
+                raise ValueError(f"{name} is of shape {entry.shape}; the adapter's bias is {tuple(tensor.shape)}.")
+            tensor = tensor.to(DTYPES.get(entry.code, tensor.dtype))
+        elif key in file.biases:
+            raise ValueError(f"{checkpoint.path} lacks {name}, a bias that the adapter trains.")
+        result[name] = tensor
+    return result
+
+
+def _warn_of_another_base(differing: list[str], count: int) -> None:
+    if differing:
+        warnings.warn(
+            f"the adapter was trained on another base: the weights differ in {', '.join(differing[:5])}, "
+            f"{len(differing)} of {count} layers.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _check_extractable(first: Checkpoint, second: Checkpoint, names: list[str], config: GraloraConfig) -> None:
+    problems = []
+    for name in names:
+        key = join(name, "weight")
+        entry, k = first.entry(key), config.gralora_k
+        if len(entry.shape) != 2 or entry.code not in FLOATS:
+            problems.append(f"{name!r} has a weight of type {entry.code} and shape {entry.shape}, no plain matrix.")
+        elif key not in second.where or second.entry(key).shape != entry.shape or second.entry(key).code not in FLOATS:
+            problems.append(f"{name!r} is missing in {second.path}, or otherwise there.")
+        elif math.gcd(*entry.shape) % k:
+            legal = legal_k(*entry.shape, config.r)
+            problems.append(
+                f"gralora_k={k} does not divide both sizes of {name!r}, {entry.shape}. Legal here: {legal}."
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _write_index(checkpoint: Checkpoint, replaced: dict[str, Tensor], path: Path) -> None:
+    index = json.loads(json.dumps(checkpoint.index))
+    for key, tensor in replaced.items():
+        if key not in checkpoint.where:
+            index["weight_map"][key] = checkpoint.shards[-1].path.name
+        size = tensor.numel() * tensor.element_size()
+        size -= checkpoint.entry(key).size if key in checkpoint.where else 0
+        if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+            index["metadata"]["total_size"] += size
+    path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _check_out(out: Path, force: bool, *inputs: Path) -> None:
+    for each in inputs:
+        if out.resolve() == each.resolve() or each.resolve() in out.resolve().parents:
+            raise ValueError(f"{out} is {each} or lies in it; name another place.")
+    refuse_existing(out, force)
+
+
+def refuse_existing(out: Path, force: bool) -> None:
+    """Raise FileExistsError if `out` exists, unless `force`; FileNotFoundError if it has no folder to be in."""
+    if out.exists() and not force:
+        raise FileExistsError(f"{out} exists; --force overwrites it.")
+    if not out.resolve().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {out.parent}")

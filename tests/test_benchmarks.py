@@ -32,7 +32,9 @@ def test_the_main_job_learns_reloads_and_merges(tmp_path):
     assert result["seconds"] > 0
 
 
-@pytest.mark.parametrize("name", ["layer", "kernels", "memory", "step", "merge", "inject", "save_load"])
+@pytest.mark.parametrize(
+    "name", ["layer", "kernels", "memory", "step", "merge", "inject", "save_load", "merge_on_disk"]
+)
 def test_benchmark_prints_a_table_and_writes_json_and_picture(name, tmp_path):
     printed = run(name, tmp_path)
     result = json.loads((tmp_path / f"{name}.json").read_text())

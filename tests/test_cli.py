@@ -1,0 +1,368 @@
+"""The command line, as processes and in this one."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import gralora
+from gralora.__main__ import main
+from gralora.layers import gralora_layers
+
+from .models import Block, bert, gpt2, llama, logits, random_config, relative, same_bits
+
+
+def run(*args):
+    return main([str(arg) for arg in args])
+
+
+def command(*args, **kwargs):
+    return subprocess.run([sys.executable, "-m", "gralora", *map(str, args)], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model = gralora.inject(Block(), {"q": random_config(), "v": random_config(r=8, gralora_k=4, hybrid_r=2, alpha=3)})
+    gralora.save_adapter(model, tmp_path / "a")
+    return model, tmp_path / "a"
+
+
+def test_info_tells_what_the_adapter_holds(adapter, capsys):
+    model, path = adapter
+    assert run("info", path, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["format"] == "gralora"
+    assert result["parameters"] == sum(p.numel() for p in gralora.adapter_parameters(model))
+    rows = {row["layer"]: row for row in result["layers"]}
+    assert {k: rows["v"][k] for k in ("in", "out", "r", "k", "hybrid_r", "alpha")} == {
+        "in": 16, "out": 16, "r": 8, "k": 4, "hybrid_r": 2, "alpha": 3,
+    }  # fmt: skip
+    for name, layer in gralora_layers(model):
+        assert rows[name]["norm"] == pytest.approx(float(gralora.delta_weight(layer).detach().norm()), rel=1e-5)
+    assert run("info", path) == 0
+    text = capsys.readouterr().out
+    assert "layer  in  out" in text and "2 layers" in text
+
+
+@pytest.mark.parametrize("to", ["gralora", "peft", "lora"])
+def test_convert_writes_every_format_with_the_same_update(tmp_path, to, capsys):
+    base = Block()
+    model = gralora.inject(
+        copy.deepcopy(base), ["q", "mlp.0"], random_config(hybrid_r=1, bias="all", modules_to_save=["head"])
+    )
+    x = torch.randn(2, 3, 16)
+    for source in ("gralora", "peft"):
+        gralora.save_adapter(model, tmp_path / source, format=source)
+        assert run("convert", tmp_path / source, tmp_path / f"{source}-{to}", "--to", to) == 0
+        loaded = gralora.load_adapter(copy.deepcopy(base), tmp_path / f"{source}-{to}").eval()
+        assert relative(loaded(x), model.eval()(x)) < 1e-6
+        capsys.readouterr()
+        run("info", tmp_path / f"{source}-{to}", "--json")
+        assert json.loads(capsys.readouterr().out)["format"] == to
+    if to != "gralora":
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / f"gralora-{to}").eval()
+        assert relative(theirs(x), model(x)) < 1e-6
+
+
+def test_convert_cuts_to_a_rank_and_prints_the_errors(adapter, tmp_path, capsys):
+    model, path = adapter
+    errors = {}
+    gralora.to_lora(model, rank=3, errors=errors)
+    assert run("convert", path, tmp_path / "out", "--to", "lora", "--rank", 3) == 0
+    shown = capsys.readouterr().out
+    for name, error in errors.items():
+        assert f"{name}      {error:.4g}" in shown
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
+
+
+def test_exit_codes_and_one_line_of_failure(adapter, tmp_path, capsys):
+    _, path = adapter
+    (tmp_path / "bad").write_bytes(b"nonsense")
+    before = path.read_bytes()
+    for args in (
+        ("info", tmp_path / "none"),
+        ("info", tmp_path / "bad"),
+        ("convert", path, path, "--to", "gralora"),
+        ("convert", path, tmp_path / "out", "--to", "peft"),  # layers of different k
+        ("convert", path, tmp_path / "no" / "out", "--to", "lora"),
+        ("merge", tmp_path / "none", path, tmp_path / "out"),
+        ("merge", path, path, tmp_path / "out"),
+    ):
+        assert run(*args) == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith("gralora: ") and captured.err.count("\n") == 1
+        assert captured.out == ""
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "bad"]
+    for args in (
+        (),
+        ("convert", path, path),
+        ("convert", path, tmp_path / "x", "--to", "onnx"),
+        ("convert", path, tmp_path / "x", "--to", "peft", "--rank", "3"),
+        ("extract", path, path, tmp_path / "x", "--targets", ".*", "-r", "3", "-k", "2"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            run(*args)
+        assert exit.value.code == 2
+        capsys.readouterr()
+    assert run("convert", path, path, "--to", "gralora", "--force") == 0
+
+
+def test_both_commands_start(adapter):
+    _, path = adapter
+    result = command("info", path)
+    assert (result.returncode, result.stderr) == (0, "") and "2 layers" in result.stdout
+    script = os.path.join(os.path.dirname(sys.executable), "gralora")
+    failed = subprocess.run([script, "info", str(path) + "x"], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1 and "Traceback" not in failed.stderr
+
+
+def saved_checkpoint(model, folder, shard="200MB", **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, max_shard_size=shard, **kwargs)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "extra").mkdir()
+    (folder / "extra" / "note").write_text("kept")
+    return folder
+
+
+MODELS = {
+    "llama": (llama, ["q_proj", "down_proj"]),
+    "gpt2": (gpt2, ["c_attn", "attn.c_proj"]),
+    "bert": (bert, ["query"]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard", ["200MB", "20KB"])
+@pytest.mark.parametrize("name", MODELS)
+def test_merging_on_disk_equals_merging_in_memory(tmp_path, name, shard, dtype):
+    make, targets = MODELS[name]
+    base = make().to(dtype)
+    folder = saved_checkpoint(base, tmp_path / "base", shard)
+    config = random_config(r=8, gralora_k=4, hybrid_r=1, bias="all" if name == "bert" else "none")
+    model = gralora.inject(copy.deepcopy(base), targets, config)
+    with torch.no_grad():
+        for p in gralora.adapter_parameters(model):
+            p.add_(torch.randn_like(p) * 0.1)
+    for format in ("gralora", "peft"):
+        gralora.save_adapter(model, tmp_path / format, format=format)
+        assert run("merge", folder, tmp_path / format, tmp_path / f"out-{format}") == 0
+    gralora.merge_and_unload(model)
+    out = tmp_path / "out-gralora"
+    there = type(base).from_pretrained(out, dtype=dtype)
+    for key, tensor in model.state_dict().items():
+        assert same_bits(there.state_dict()[key], tensor), key
+    assert relative(logits(model), logits(base)) > 1e-3
+    names = {p.name for p in out.iterdir()}
+    assert names == {p.name for p in folder.iterdir()}
+    assert (len([n for n in names if n.endswith(".safetensors")]) > 1) == (shard == "20KB")
+    assert (out / "extra" / "note").read_text() == "kept"
+    for path in out.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out-peft" / path.name).read_bytes()
+        load_file(path)
+
+
+def test_other_prefixes_are_matched_or_refused_by_name(tmp_path, capsys):
+    base = gpt2()
+    model = gralora.inject(copy.deepcopy(base), ["c_attn"], random_config())
+    gralora.save_adapter(model, tmp_path / "a")
+    gralora.merge_and_unload(model)
+    tensors = {key: t.clone() for key, t in base.transformer.state_dict().items()}
+    for prefix in ("", "transformer.", "wrapped.transformer."):
+        save_file({prefix + key: t for key, t in tensors.items()}, tmp_path / "m.safetensors")
+        assert run("merge", tmp_path / "m.safetensors", tmp_path / "a", tmp_path / f"out{prefix}") == 0
+        merged = load_file(tmp_path / f"out{prefix}")
+        key = "h.1.attn.c_attn.weight"
+        assert same_bits(merged[prefix + key], model.transformer.state_dict()[key])
+        assert not torch.equal(merged[prefix + key], tensors[key])
+    capsys.readouterr()
+    tensors.pop("h.1.attn.c_attn.weight")
+    save_file(tensors, tmp_path / "m.safetensors")
+    assert run("merge", tmp_path / "m.safetensors", tmp_path / "a", tmp_path / "x") == 1
+    assert "lacks 2 of the adapter's 2 layers, under any prefix: 'transformer.h.0" in capsys.readouterr().err
+    twice = {f"{p}.transformer.{key}": t.clone() for key, t in base.transformer.state_dict().items() for p in "ab"}
+    save_file(twice, tmp_path / "m.safetensors")
+    assert run("merge", tmp_path / "m.safetensors", tmp_path / "a", tmp_path / "x") == 1
+    assert "more than one prefix: a., b." in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_heads_trained_whole_are_written_into_the_checkpoint(tmp_path, capsys):
+    base = bert()
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert, self.head = copy.deepcopy(base), nn.Linear(32, 3)
+
+        def forward(self, x):
+            return self.head(self.bert(x).last_hidden_state)
+
+    model = Classifier()
+    save_file({k: t.clone() for k, t in model.bert.state_dict(prefix="bert.").items()}, tmp_path / "m.safetensors")
+    gralora.inject(model, ["query"], random_config(modules_to_save=["head", "pooler"]))
+    gralora.save_adapter(model, tmp_path / "a")
+    assert run("merge", tmp_path / "m.safetensors", tmp_path / "a", tmp_path / "out") == 0
+    merged, expected = load_file(tmp_path / "out"), gralora.merge_and_unload(model).state_dict()
+    assert set(merged) == set(expected)
+    assert all(same_bits(merged[key], expected[key]) for key in expected)
+    save_file({k: t.clone() for k, t in base.state_dict().items()}, tmp_path / "m.safetensors")
+    assert run("merge", tmp_path / "m.safetensors", tmp_path / "a", tmp_path / "out2") == 1
+    assert "of the adapter has no place there" in capsys.readouterr().err
+
+
+def test_merge_refuses_what_it_would_do_wrongly(adapter, tmp_path, capsys):
+    _, path = adapter
+    good = {key: t.clone() for key, t in Block().state_dict().items()}
+    target = tmp_path / "m.safetensors"
+    for change, text in [
+        ({"q.weight": torch.ones(16, 16, dtype=torch.int8)}, "q.weight is of type I8"),
+        ({"q.weight": torch.ones(16, 8)}, "'q' is of shape (16, 8)"),
+        ({"v.weight": torch.full((16, 16), torch.inf)}, "not finite"),
+    ]:
+        save_file({**good, **change}, target)
+        assert run("merge", target, path, tmp_path / "out") == 1
+        assert text in capsys.readouterr().err
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "m.safetensors"]
+    save_file({**good, "v.weight": good["v.weight"] + 0.1}, target)
+    assert run("merge", target, path, tmp_path / "out") == 0
+    assert "warning: the adapter was trained on another base: the weights differ in q, v" in capsys.readouterr().err
+    assert run("merge", target, path, target, "--force") == 1
+    assert run("merge", target, path, tmp_path / "out", "--force") == 0
+
+
+def test_unmerged_weights_beside_are_named_and_force_replaces_a_folder(tmp_path, capsys):
+    base = llama()
+    folder = saved_checkpoint(base, tmp_path / "base")
+    (folder / "pytorch_model.bin").write_bytes(b"old")
+    gralora.save_adapter(gralora.inject(base, ["q_proj"], random_config()), tmp_path / "a")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale").write_text("")
+    assert run("merge", folder, tmp_path / "a", tmp_path / "out") == 1
+    assert run("merge", folder, tmp_path / "a", folder / "out") == 1
+    capsys.readouterr()
+    assert run("merge", folder, tmp_path / "a", tmp_path / "out", "--force") == 0
+    assert "without the adapter: pytorch_model.bin" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "stale").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "out"]
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../a"}}))
+    assert run("merge", folder, tmp_path / "a", tmp_path / "out2") == 1
+    assert "outside its folder" in capsys.readouterr().err
+
+
+def test_extract_on_disk_equals_extract_in_memory(tmp_path, capsys):
+    base, tuned = gpt2(), gpt2()
+    with torch.no_grad():
+        for p, q in zip(tuned.parameters(), base.parameters(), strict=True):
+            p.copy_(q + torch.randn_like(q) * 0.1)
+    one, two = (saved_checkpoint(m, tmp_path / n, "20KB") for m, n in ((base, "one"), (tuned, "two")))
+    regex = r"transformer\.h\.\d\.attn\.c_(attn|proj)"
+    assert run("extract", one, two, tmp_path / "out", "--targets", regex, "-r", 8, "-k", 4) == 0
+    shown = capsys.readouterr().out
+    loaded = gralora.load_adapter(copy.deepcopy(base), tmp_path / "out")
+    errors = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = gralora.extract(base, tuned, regex, gralora.GraloraConfig(r=8, gralora_k=4, alpha=8), errors=errors)
+    for name, layer in gralora_layers(expected):
+        assert relative(gralora.delta_weight(loaded.get_submodule(name)), gralora.delta_weight(layer)) < 1e-4
+        delta = tuned.get_submodule(name).weight - layer.weight
+        S = torch.linalg.svdvals(delta.detach())
+        assert f"{errors[name]:.4g}" in shown
+        assert f"{float(S[8:].norm() / S.norm()):.4g}" in shown
+    for args, text in [
+        (("--targets", "nothing"), "matches no layer"),
+        (
+            ("--targets", regex, "-r", 9, "-k", 3),
+            "gralora_k=3 does not divide both sizes of 'transformer.h.0.attn.c_attn'",
+        ),
+        (("--targets", ".*ln_1"), "no plain matrix"),
+    ]:
+        assert run("extract", one, two, tmp_path / "out2", *args) == 1
+        assert text in capsys.readouterr().err
+    assert not (tmp_path / "out2").exists()
+
+
+def big_checkpoint(folder, mebibytes, width=1024):
+    """Square float32 layers in shards of 32 MiB, written one at a time."""
+    folder.mkdir()
+    weight_map, per_shard = {}, 8
+    for shard in range(mebibytes // 32):
+        tensors = {f"l.{shard * per_shard + i}.weight": torch.randn(width, width) for i in range(per_shard)}
+        save_file(tensors, folder / f"model-{shard}.safetensors", {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, f"model-{shard}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    layers = nn.ModuleDict({"l": nn.ModuleList(nn.Linear(width, width, bias=False, device="meta") for _ in weight_map)})
+    return layers
+
+
+PEAK = """
+import resource, runpy, sys
+import gralora.__main__
+limit = sys.argv.pop(1)
+used = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(limit) * 2**20,) * 2)
+sys.exit(gralora.__main__.main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory by Linux's RLIMIT_DATA")
+def test_merging_needs_memory_for_one_tensor_and_not_for_the_checkpoint(tmp_path):
+    model = big_checkpoint(tmp_path / "base", 512)  # 128 tensors of 4 MiB
+    gralora.inject(model, "all-linear", random_config(r=2))
+    layers = [layer for _, layer in gralora_layers(model)]
+    for layer in layers:
+        layer.gralora_adapters.to_empty(device="cpu")
+        layer.gralora_adapters["default"].reset_parameters()
+    gralora.save_adapter(model, tmp_path / "a")
+
+    def limited(mebibytes):
+        args = ["merge", str(tmp_path / "base"), str(tmp_path / "a"), str(tmp_path / "out"), "--force"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, "-c", PEAK, str(mebibytes), *args], capture_output=True, text=True, env=environment
+        )
+
+    result = limited(96)
+    assert result.returncode == 0, result.stderr
+    merged = load_file(tmp_path / "out" / "model-3.safetensors")["l.24.weight"]
+    base = load_file(tmp_path / "base" / "model-3.safetensors")["l.24.weight"]
+    assert relative(merged, base + gralora.delta_weight(layers[24]).detach()) < 1e-6
+    assert not torch.equal(merged, base)
+    assert limited(2).returncode == 1  # the limit does limit
+
+
+def test_an_interrupted_merge_leaves_nothing_under_the_final_name(tmp_path):
+    model = big_checkpoint(tmp_path / "base", 256)
+    gralora.inject(model, "all-linear", random_config(r=2))
+    for _, layer in gralora_layers(model):
+        layer.gralora_adapters.to_empty(device="cpu")
+        layer.gralora_adapters["default"].reset_parameters()
+    gralora.save_adapter(model, tmp_path / "a")
+    args = [sys.executable, "-m", "gralora", "merge", *(str(tmp_path / n) for n in ("base", "a", "out"))]
+    for signal_number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
+        while not list(tmp_path.glob(".out.*/model-1.safetensors")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.send_signal(signal_number)
+        _, err = process.communicate()
+        assert process.returncode == (1 if signal_number == signal.SIGINT else -signal.SIGKILL)
+        assert not (tmp_path / "out").exists()
+        if signal_number == signal.SIGINT:
+            assert "gralora: interrupted" in err and "Traceback" not in err
+            assert not list(tmp_path.glob(".out*"))

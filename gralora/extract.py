@@ -150,5 +150,5 @@ def _base_weight(layer: GraloraLayer) -> Tensor:
 
 def _widened(tensors: Factors) -> Factors:
     """Without gradients, and in float32 at least."""
-    dtype = torch.promote_types(cast(Tensor, tensors[0]).dtype, torch.float32)
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return cast(Factors, tuple(None if t is None else t.detach().to(dtype) for t in tensors))

@@ -6,6 +6,7 @@ formats an adapter is rewritten as an `AdapterFile` with k = 1, and both of PEFT
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -13,10 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from gralora import functional
 from gralora.config import GraloraConfig
@@ -56,6 +57,9 @@ PLAIN_INITS = (True, False, None, "true", "gaussian", "orthogonal", "eva")
 def as_lora(file: AdapterFile, rank: int | None = None, errors: dict[str, float] | None = None) -> AdapterFile:
     """The same adapter with k = 1: exact, or with every layer of rank `rank`, cut by SVD or padded with zeros.
 
+    With `rank` all layers get one alpha as well: where their scalings differ, B takes them in. Servers that read neither
+    `rank_pattern` nor `alpha_pattern` can then be trusted with it.
+
     Args:
         errors: filled with the relative error of each layer's ΔW.
     """
@@ -63,29 +67,39 @@ def as_lora(file: AdapterFile, rank: int | None = None, errors: dict[str, float]
         raise ValueError(
             f"rank={rank!r} is not legal: it must be an integer of at least 1, or None for the exact rank."
         )
+    fold = rank is not None and len({config.scaling for config in file.configs.values()}) > 1
     configs, tensors = {}, {}
     for name, config in file.configs.items():
         down, up = functional.lora_factors(*layer_tensors(file, name))
-        own, dtype, error = len(down), down.dtype, 0.0
-        if rank is not None and own > rank:
-            down, up, error = functional.truncated(down.double(), up.double(), rank)
-        elif rank is not None:
-            down = torch.cat([down, down.new_zeros(rank - own, down.shape[1])])
-            up = torch.cat([up, up.new_zeros(len(up), rank - own)], dim=1)
-        r = own if rank is None else rank
-        alpha = config.alpha * r / (config.r + config.hybrid_r)
-        dropout = config.gralora_dropout
-        whole = int(alpha) if alpha == int(alpha) else alpha
-        configs[name] = GraloraConfig(r=r, alpha=whole, gralora_k=1, gralora_dropout=dropout)
+        dtype, error = down.dtype, 0.0
+        if rank is not None:
+            down, up, error = _of_rank(down, up, rank)
+        r, up = len(down), up * config.scaling if fold else up
+        alpha = r if fold else r * config.alpha / (config.r + config.hybrid_r)
+        configs[name] = GraloraConfig(
+            r=r,
+            alpha=int(alpha) if alpha == int(alpha) else alpha,
+            gralora_k=1,
+            gralora_dropout=config.gralora_dropout,
+        )
         pair = {"A": rearrange(down, "r i -> 1 i r").to(dtype), "B": rearrange(up, "o r -> 1 r o").to(dtype)}
         tensors.update(adapter_keys(name, {key: tensor.contiguous() for key, tensor in pair.items()}))
         if errors is not None:
             errors[name] = error
+    return dataclasses.replace(file, configs=configs, tensors={**tensors, **tensors_beside(file)}, format="lora")
+
+
+def _of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    missing = rank - len(down)
+    if missing < 0:
+        return functional.truncated(down.double(), up.double(), rank)
+    return F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing)), 0.0
+
+
+def tensors_beside(file: AdapterFile) -> dict[str, Tensor]:
+    """The tensors that are no adapter's: of biases and saved modules."""
     owned = {key for name, config in file.configs.items() for key in layer_keys(name, config)}
-    tensors.update({key: tensor for key, tensor in file.tensors.items() if key not in owned})
-    return AdapterFile(
-        configs, tensors, file.modules_to_save, file.biases, file.base, file.module_names, file.base_name
-    )
+    return {key: tensor for key, tensor in file.tensors.items() if key not in owned}
 
 
 def lora_pairs(file: AdapterFile, *, scaled: bool = False) -> dict[str, Tensor]:
@@ -131,9 +145,7 @@ def write_lora(file: AdapterFile, path: Path) -> None:
         "use_rslora": False,
         "use_dora": False,
     }
-    owned = {key for name, config in file.configs.items() for key in layer_keys(name, config)}
-    rest = {key: tensor for key, tensor in file.tensors.items() if key not in owned}
-    _write(file, path, fields, "lora_only", {**lora_pairs(file), **rest})
+    _write(file, path, fields, "lora_only", {**lora_pairs(file), **tensors_beside(file)})
 
 
 def read_folder(path: Path) -> AdapterFile:

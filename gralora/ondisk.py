@@ -18,7 +18,7 @@ from gralora.adapter import legal_k
 from gralora.config import GraloraConfig
 from gralora.extract import difference, fitted
 from gralora.files import GRALORA, AdapterFile, BaseWeight, write_atomically
-from gralora.interop import layer_keys, layer_tensors
+from gralora.interop import layer_tensors, tensors_beside
 from gralora.merge import write_merged
 from gralora.shards import CONV1D_MODELS, DTYPES, FLOATS, INDEX, Checkpoint, Shard, replace_folder
 from gralora.state import adapter_keys, join
@@ -201,11 +201,8 @@ def _check_layer(checkpoint: Checkpoint, key: str, file: AdapterFile, name: str)
 
 def _replaced(file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]) -> dict[str, Tensor]:
     """Biases and saved modules, under the checkpoint's names and, where they are there, in its types."""
-    owned = {key for name in file.configs for key in layer_keys(name, file.configs[name])}
     result = {}
-    for key, tensor in file.tensors.items():
-        if key in owned:
-            continue
+    for key, tensor in tensors_beside(file).items():
         name = rename(key)
         if name in checkpoint.where:
             entry = checkpoint.entry(name)

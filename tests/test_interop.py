@@ -181,11 +181,11 @@ def test_to_lora_is_the_update_and_its_best_truncation():
 
 def test_a_truncated_folder_has_one_rank_and_the_error_it_says(tmp_path):
     base = Block()
-    model = gralora.inject(copy.deepcopy(base), {"q": random_config(r=8, gralora_k=4), "v": random_config()})
+    model = gralora.inject(copy.deepcopy(base), {"q": random_config(r=8, gralora_k=4), "v": random_config(r=2)})
     errors = {}
     gralora.save_adapter(model, tmp_path / "a", format="lora", rank=6, errors=errors)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (config["r"], config["rank_pattern"]) == (6, {})
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (6, 6, {}, {})
     loaded = gralora.load_adapter(copy.deepcopy(base), tmp_path / "a")
     for name, error in errors.items():
         delta = gralora.delta_weight(model.get_submodule(name)).detach()

@@ -77,6 +77,8 @@ class Shard:
         """Write the shard to `path`, with the bytes that `changed` gives in place of its own, and the tensors `new`."""
         layout = {key: (e.code, e.shape, e.size) for key, e in self.entries.items()}
         layout |= {key: (CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for key, t in new.items()}
+        if new:  # the widest types first, as safetensors itself writes, so that each lies at a multiple of its width
+            layout = dict(sorted(layout.items(), key=lambda item: -_width(item[1][0])))
         header: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
         end = 0
         for key, (code, shape, size) in layout.items():
@@ -156,6 +158,10 @@ def replace_folder(out: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _width(code: str) -> int:
+    return DTYPES[code].itemsize if code in DTYPES else 1
 
 
 def _extent(entry: dict[str, Any]) -> int:

@@ -224,6 +224,22 @@ def test_heads_trained_whole_are_written_into_the_checkpoint(tmp_path, capsys):
     assert "of the adapter has no place there" in capsys.readouterr().err
 
 
+def test_added_tensors_lie_where_readers_expect_them(tmp_path):
+    base = nn.ModuleDict({"q": nn.Linear(16, 16, bias=False), "norm": nn.Linear(1, 3, bias=False)})
+    tensors = {"q.weight": base.q.weight.detach(), "norm.weight": base.norm.weight.detach().bfloat16()}  # six bytes
+    save_file(tensors, tmp_path / "m.safetensors")
+    model = nn.ModuleDict({**base, "head": nn.Linear(16, 5)})
+    gralora.inject(model, ["q"], random_config(modules_to_save=["head"]))
+    gralora.save_adapter(model, tmp_path / "a")
+    assert run("merge", tmp_path / "m.safetensors", tmp_path / "a", tmp_path / "out") == 0
+    merged = load_file(tmp_path / "out")
+    assert same_bits(merged["head.weight"], model.head.gralora_saved["default"].weight)
+    assert same_bits(merged["norm.weight"], tensors["norm.weight"])
+    with open(tmp_path / "out", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    assert header["head.bias"]["data_offsets"][0] % 4 == 0
+
+
 def test_merge_refuses_what_it_would_do_wrongly(adapter, tmp_path, capsys):
     _, path = adapter
     good = {key: t.clone() for key, t in Block().state_dict().items()}

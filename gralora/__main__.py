@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -111,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *rest, **more: print(f"gralora: warning: {message}", file=sys.stderr)
         try:
             args.run(args)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except KeyboardInterrupt:
             return _fail("interrupted")
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:

@@ -202,10 +202,10 @@ def _read_lora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loade
                 f"{path}: {name!r} has lora_A of shape {down} and lora_B of {up}: no pair of matrices."
             )
         alpha, r = alpha_of(name), down[0]
-        if config.get("use_rslora") and isinstance(alpha, (int, float)):
-            alpha = alpha * r**0.5
         fields = {"r": r, "alpha": alpha, "gralora_k": 1, "gralora_dropout": config.get("lora_dropout", 0.0)}
         configs[name] = layer_config(path, name, fields)
+        if config.get("use_rslora"):  # its scaling is alpha / √r
+            configs[name] = layer_config(path, name, {**fields, "alpha": configs[name].alpha * r**0.5})
         A, B = rearrange(get(pair[0]), "r i -> 1 i r"), rearrange(get(pair[1]), "o r -> 1 r o")
         tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
         owned.update(pair)

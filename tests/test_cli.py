@@ -128,6 +128,17 @@ def test_both_commands_start(adapter):
     assert failed.stderr.count("\n") == 1 and "Traceback" not in failed.stderr
 
 
+def test_a_reader_that_stops_early_gets_no_complaint(adapter):
+    _, path = adapter
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run(
+        [sys.executable, "-m", "gralora", "info", str(path)], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (process.returncode, process.stderr) == (1, "")
+
+
 def saved_checkpoint(model, folder, shard="200MB", **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

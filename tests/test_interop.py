@@ -233,6 +233,9 @@ def test_lora_of_peft_is_gralora_of_k_1(tmp_path, fields):
         ({"peft_type": None}, "peft_type=None"),
         ({"r": 4, "lora_alpha": True}, "alpha=True"),
         ({"lora_alpha": -1}, "alpha=-1"),
+        ({"use_rslora": True, "lora_alpha": True}, "alpha=True"),
+        ({"use_rslora": True, "lora_alpha": 10**400}, "no finite float"),
+        ({"use_rslora": True, "lora_alpha": 1.7e308}, "alpha=inf"),
         ({"lora_dropout": -1}, "gralora_dropout=-1"),
         ({"alpha_pattern": []}, None),
         ({"alpha_pattern": [1]}, "no JSON object"),
@@ -273,7 +276,7 @@ def test_folders_that_are_broken_or_dangerous_are_refused(tmp_path):
         ("{", "no valid JSON"),
         ("[]", "no JSON object"),
         ("[" * 10**5, "no valid JSON"),
-        ("\xff", ""),
+        ("\xff", "is no text"),
     ]:
         (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
         refused(message)

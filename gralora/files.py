@@ -236,7 +236,8 @@ def _hash(weight: Tensor) -> str:
     count = min(SAMPLES, weight.numel())
     positions = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(count - 1, 1)
     values = weight[positions // weight.shape[1], positions % weight.shape[1]].to(torch.bfloat16)
-    return hashlib.sha256(repr(values.tolist()).encode()).hexdigest()[:16]
+    bits = values.view(torch.int16).tolist()  # as numbers: the same on machines of either byte order
+    return hashlib.sha256(repr(bits).encode()).hexdigest()[:16]
 
 
 def _beside(path: Path) -> Path:

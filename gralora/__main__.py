@@ -15,7 +15,7 @@ from gralora import functional
 from gralora.checkpoint import FORMATS, convertible, read_adapter
 from gralora.config import GraloraConfig
 from gralora.files import AdapterFile
-from gralora.interop import layer_tensors
+from gralora.interop import layer_tensors, out_in
 from gralora.ondisk import extract_checkpoint, merge_checkpoint, refuse_existing
 from gralora.version import __version__
 
@@ -139,12 +139,12 @@ def _progress(items: Sequence[str]) -> Iterable[str]:
 
 def _describe(file: AdapterFile, name: str) -> dict[str, Any]:
     config, tensors = file.configs[name], layer_tensors(file, name)
-    A, B, _, _ = tensors
+    n_out, n_in = out_in(file, name)
     down, up = functional.lora_factors(*tensors)
     return {
         "layer": name,
-        "in": A.shape[0] * A.shape[1],
-        "out": B.shape[0] * B.shape[2],
+        "in": n_in,
+        "out": n_out,
         "r": config.r,
         "k": config.gralora_k,
         "hybrid_r": config.hybrid_r,

@@ -25,6 +25,7 @@ from gralora.files import (
     LAYER_FIELDS,
     AdapterFile,
     AdapterFileError,
+    BaseWeight,
     Format,
     Shapes,
     check_shapes,
@@ -173,6 +174,9 @@ def read_folder(path: Path) -> AdapterFile:
     _sort_out(file, rest, config.get("modules_to_save") or [])
     base_name = config.get("base_model_name_or_path")
     file.format = FORMAT_OF[kind]
+    layout = config.get("fan_in_fan_out")
+    if isinstance(layout, bool):  # all that a folder says of the weights beneath
+        file.base = {name: BaseWeight(out_in(file, name), "unknown", layout, None) for name in file.configs}
     file.base_name = base_name if isinstance(base_name, str) else None
     return file
 
@@ -360,6 +364,12 @@ def layer_tensors(file: AdapterFile, name: str) -> tuple[Tensor, Tensor, Tensor 
     A, B, A_general, B_general = (file.tensors.get(key) for key in keys)
     assert A is not None and B is not None  # every reader has checked
     return A, B, A_general, B_general
+
+
+def out_in(file: AdapterFile, name: str) -> tuple[int, int]:
+    """The sizes of a layer, as its adapter's tensors have them."""
+    A, B, _, _ = layer_tensors(file, name)
+    return B.shape[0] * B.shape[2], A.shape[0] * A.shape[1]
 
 
 def layer_keys(name: str, config: GraloraConfig) -> Iterable[str]:

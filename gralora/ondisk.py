@@ -18,7 +18,7 @@ from gralora.adapter import legal_k
 from gralora.config import GraloraConfig
 from gralora.extract import difference, fitted
 from gralora.files import GRALORA, AdapterFile, BaseWeight, write_atomically
-from gralora.interop import layer_tensors, tensors_beside
+from gralora.interop import layer_tensors, out_in, tensors_beside
 from gralora.merge import write_merged
 from gralora.shards import CONV1D_MODELS, DTYPES, FLOATS, INDEX, Checkpoint, Shard, replace_folder
 from gralora.state import adapter_keys, join
@@ -194,9 +194,8 @@ def _check_layer(checkpoint: Checkpoint, key: str, file: AdapterFile, name: str)
     entry = checkpoint.entry(key)
     if entry.code not in FLOATS or len(entry.shape) != 2:
         raise ValueError(f"{key} is of type {entry.code} and shape {entry.shape}: no plain matrix to merge into.")
-    A, B, *_ = layer_tensors(file, name)
-    shape = (B.shape[0] * B.shape[2], A.shape[0] * A.shape[1])
-    return checkpoint.transposed(key.removesuffix("weight").removesuffix("."), shape, file.base.get(name))
+    known = file.base[name].fan_in_fan_out if name in file.base else None
+    return checkpoint.transposed(key.removesuffix("weight").removesuffix("."), out_in(file, name), known)
 
 
 def _replaced(file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gralora.files import BaseWeight, opened, parse_json
+from gralora.files import opened, parse_json
 from gralora.state import join
 
 INDEX = "model.safetensors.index.json"
@@ -131,14 +131,19 @@ class Checkpoint:
         """The modules that own a weight."""
         return [key.removesuffix("weight").removesuffix(".") for key in self.where if key.split(".")[-1] == "weight"]
 
-    def transposed(self, name: str, shape: tuple[int, int], known: BaseWeight | None) -> bool:
-        """Whether the weight of `name`, a map of `shape` (out, in), is stored as (in, out)."""
+    def transposed(self, name: str, shape: tuple[int, int], known: bool | None) -> bool:
+        """Whether the weight of `name`, a map of `shape` (out, in), is stored as (in, out). A square one can't tell itself."""
         stored = self.entry(join(name, "weight")).shape
         if stored not in (shape, shape[::-1]):
             raise ValueError(f"{name!r} is of shape {stored} in {self.path}; the adapter is for (out, in) = {shape}.")
         if shape[0] != shape[1]:
             return stored != shape
-        return known.fan_in_fan_out if known is not None else self.model_type in CONV1D_MODELS
+        if known is None and self.model_type is None:
+            raise ValueError(
+                f"{name!r} is square, and neither the adapter nor a config.json says whether it is stored as (out, in) or, "
+                "as in GPT-2, as (in, out). Load the adapter into the model and save it again: the new file says so."
+            )
+        return self.model_type in CONV1D_MODELS if known is None else known
 
 
 def replace_folder(out: Path, fill: Callable[[Path], None]) -> None:

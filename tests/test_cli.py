@@ -211,6 +211,26 @@ def test_other_prefixes_are_matched_or_refused_by_name(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_square_weights_are_merged_in_their_layout_or_refused(tmp_path, capsys):
+    base = gpt2()
+    model = gralora.inject(copy.deepcopy(base), ["attn.c_proj"], random_config())  # 32 x 32
+    save_file({k: t.clone() for k, t in base.transformer.state_dict(prefix="transformer.").items()}, tmp_path / "m")
+    for format in ("gralora", "peft", "lora"):
+        gralora.save_adapter(model, tmp_path / format, format=format)
+        assert run("merge", tmp_path / "m", tmp_path / format, tmp_path / f"{format}-merged") == 0
+    state = gralora.adapter_state_dict(model)
+    names = {key.rpartition(".")[0] for key in state}
+    fields = {"r": 4, "hybrid_r": 0, "alpha": 8, "gralora_k": 2, "gralora_dropout": 0.0}
+    metadata = {"format": "gralora", "format_version": "1", "modules": json.dumps(dict.fromkeys(names, fields))}
+    save_file(state, tmp_path / "bare", metadata)
+    assert run("merge", tmp_path / "m", tmp_path / "bare", tmp_path / "out") == 1
+    assert "c_proj' is square" in capsys.readouterr().err
+    gralora.merge_and_unload(model)
+    key = "transformer.h.0.attn.c_proj.weight"
+    for format in ("gralora", "peft", "lora"):
+        assert relative(load_file(tmp_path / f"{format}-merged")[key], model.state_dict()[key]) < 1e-6
+
+
 def test_heads_trained_whole_are_written_into_the_checkpoint(tmp_path, capsys):
     base = bert()
 

@@ -41,6 +41,7 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LARGEST_CONFIG = 2**24  # bytes
 REGEXES = 32
+DEEPEST = 200  # dots in a name
 
 HARMLESS = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules"),
@@ -161,7 +162,7 @@ def read_folder(path: Path) -> AdapterFile:
             raise AdapterFileError(f"{path} is no folder of an adapter: it lacks {name}.")
     config = _read_config(path / CONFIG)
     kind = config.get("peft_type")
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise AdapterFileError(f"{path}: peft_type={kind!r} is not known; known are {', '.join(READERS)}.")
     with opened(path / WEIGHTS) as (_, shapes, get):
         # in full, `base_layer` and `modules_to_save` are PEFT's wrappers; `original_module` is the base's own
@@ -245,35 +246,41 @@ def _pattern(path: Path, patterns: Any, default: Any) -> Callable[[str], Any]:
     """What PEFT's `alpha_pattern` says of a layer: the first pattern that matches the name, or its end after a dot."""
     if not isinstance(patterns or {}, dict):
         raise AdapterFileError(f"{path}: alpha_pattern is no JSON object.")
-    rules = {re.sub(r"\\([.\-])", r"\1", text): value for text, value in (patterns or {}).items()}
-    regexes = {text for text in rules if not re.fullmatch(r"\^?[\w.\-]+\$?", text)}
-    # a stranger's expression must not be able to take for ever
-    for text in regexes:
-        if (
-            len(regexes) > REGEXES
-            or len(text) > 500
-            or re.search(r"\)[*+{]", text)
-            or len(re.findall(r"[*+{]", text)) > 2
-        ):
-            raise AdapterFileError(
-                f"{path}: alpha_pattern holds {text[:80]!r}, too complex an expression to be trusted."
-            )
+    plain: dict[str, tuple[int, Any]] = {}  # a name as it stands, "^" before it if it must be the whole
+    regexes: list[tuple[re.Pattern[str], bool, tuple[int, Any]]] = []
+    for position, (text, value) in enumerate((patterns or {}).items()):
+        bare = re.sub(r"\\([.\-])", r"\1", text).removesuffix("$")
+        if re.fullmatch(r"\^?[\w.\-]+", bare):
+            plain.setdefault(bare, (position, value))
+        else:
+            regexes.append((_trusted(path, text), text.startswith("^"), (position, value)))
+    if len(regexes) > REGEXES:
+        raise AdapterFileError(
+            f"{path}: alpha_pattern holds {len(regexes)} regular expressions; up to {REGEXES} are read."
+        )
 
     def value_of(name: str) -> Any:
         parts = name.split(".")
+        if len(parts) > DEEPEST:
+            raise AdapterFileError(f"{path}: {name[:80]!r}... is nested too deep for a name of a module.")
         ends = [".".join(parts[start:]) for start in range(len(parts))]
-        for text, value in rules.items():
-            own = ends[:1] if text.startswith("^") else ends
-            bare = text.removeprefix("^").removesuffix("$")
-            if bare in own or (text in regexes and any(re.fullmatch(bare, end) for end in own)):
-                return value
-        return default
+        found = [plain[each] for each in (f"^{name}", *ends) if each in plain]
+        for regex, whole, rule in regexes:
+            if any(regex.fullmatch(end) for end in (ends[:1] if whole else ends)):
+                found.append(rule)
+        return min(found, key=lambda rule: rule[0])[1] if found else default
 
+    return value_of
+
+
+def _trusted(path: Path, text: str) -> re.Pattern[str]:
+    """A stranger's regular expression, refused if it could take for ever."""
+    if len(text) > 500 or re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > 2:
+        raise AdapterFileError(f"{path}: alpha_pattern holds {text[:80]!r}, too complex an expression to be trusted.")
     try:
-        value_of("")
+        return re.compile(text.removeprefix("^").removesuffix("$"))
     except re.error as error:
         raise AdapterFileError(f"{path}: alpha_pattern holds an illegal expression: {error}.") from error
-    return value_of
 
 
 def _sort_out(file: AdapterFile, keys: Iterable[str], saved: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -23,8 +23,9 @@ from gralora.state import (
     join,
     known_adapters,
     named_adapter_parameters,
+    own_weight,
 )
-from gralora.targets import Names, Target, nearest, unfit
+from gralora.targets import Names, Target, nearest, shorten, unfit
 
 FORMATS: dict[str, Format] = {"gralora": GRALORA, "peft": PEFT, "lora": LORA}
 """The table of file formats, by the name that `save_adapter` takes; the first that matches reads."""
@@ -64,7 +65,7 @@ def load_adapter_state_dict(
     result = LoadResult([k for k in own if k not in state_dict], [k for k in state_dict if k not in own])
     if strict and any(result):
         parts = [
-            f"{what}: {_shorten(keys)}" for what, keys in zip(("missing", "unexpected"), result, strict=True) if keys
+            f"{what}: {shorten(keys)}" for what, keys in zip(("missing", "unexpected"), result, strict=True) if keys
         ]
         raise KeyError(
             f"the state dict does not fit adapter {adapter_name!r}; {'; '.join(parts)}. strict=False passes them."
@@ -76,7 +77,7 @@ def load_adapter_state_dict(
         if state_dict[key].shape != own[key].shape
     ]
     if wrong:
-        raise ValueError(f"shapes differ, nothing was loaded: {_shorten(wrong)}")
+        raise ValueError(f"shapes differ, nothing was loaded: {shorten(wrong)}")
     torn = _torn({key: own[key] for key in shared}, state_dict)
     if torn:
         raise ValueError(f"{' and '.join(torn)} are one tensor here, and differ there: nothing was loaded.")
@@ -263,9 +264,9 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
 
 def _base_of(module: nn.Module) -> BaseWeight:
     kind = cast(type[GraloraLayer], kind_of(type(module)))
-    aside = module.gralora_adapters.base_weight if isinstance(module, GraloraLayer) else None
+    weight = own_weight(module) if isinstance(module, GraloraLayer) else cast(Tensor, module.weight)
     n_in, n_out = kind.features(module)
-    return BaseWeight.of(cast(Tensor, module.weight) if aside is None else aside, (n_out, n_in), kind.transposed)
+    return BaseWeight.of(weight, (n_out, n_in), kind.transposed)
 
 
 def _warn_of_another_base(path: Path, plan: Plan, file: AdapterFile) -> None:
@@ -274,11 +275,11 @@ def _warn_of_another_base(path: Path, plan: Plan, file: AdapterFile) -> None:
     differing = [
         name if here[name].dtype == there.dtype else f"{name} ({there.dtype} there, {here[name].dtype} here)"
         for name, there in file.base.items()
-        if name in here and None not in (there.values, here[name].values) and there.values != here[name].values
+        if name in here and there.differs(here[name])
     ]
     if differing:
         warnings.warn(
-            f"{path} was trained on another base: the weights differ in {_shorten(differing)}, "
+            f"{path} was trained on another base: the weights differ in {shorten(differing)}, "
             f"{len(differing)} of {len(here)} layers. Outputs will not be those it was trained for.",
             UserWarning,
             stacklevel=3,
@@ -288,13 +289,8 @@ def _warn_of_another_base(path: Path, plan: Plan, file: AdapterFile) -> None:
 def _check_same_layers(model: nn.Module, file: AdapterFile, adapter_name: str) -> None:
     here = {n for n, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters}
     if here != set(file.configs):
-        differing = _shorten(sorted(here ^ set(file.configs)))
+        differing = shorten(sorted(here ^ set(file.configs)))
         raise AdapterFileError(
             f"adapter {adapter_name!r} is in this model already, on other layers than the file's: {differing}. "
             "Delete it first, or load under another name."
         )
-
-
-def _shorten(items: Iterable[str], count: int = 5) -> str:
-    items = list(items)
-    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from gralora import functional
+from gralora.adapter import Tensors
 from gralora.config import GraloraConfig
 from gralora.inject import inject
-from gralora.layers import GraloraLayer, gralora_layers, new_adapter
-from gralora.state import all_or_nothing, check_known, check_unmerged, named_adapter_parameters
-from gralora.targets import Targets
-
-Factors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+from gralora.layers import gralora_layers, new_adapter
+from gralora.state import all_or_nothing, check_known, check_unmerged, join, named_adapter_parameters, own_weight
+from gralora.targets import Targets, shorten
 
 
 def extract(
@@ -49,9 +48,9 @@ def extract(
         layers = [(name, layer) for name, layer in gralora_layers(base) if adapter_name in layer.gralora_adapters]
         covered = set()
         for name, layer in layers:
-            key = f"{name}.weight" if name else "weight"
+            key = join(name, "weight")
             covered.add(key)
-            delta = difference(key, _base_weight(layer), there.get(key))
+            delta = difference(key, own_weight(layer), there.get(key))
             adapter = layer.gralora_adapters[adapter_name]
             error = _fill(adapter.tensors, delta.mT if layer.transposed else delta, adapter.config)
             if errors is not None:
@@ -63,9 +62,8 @@ def extract(
                     parameter.copy_(there[key])
     rest = [k for k, p in there.items() if k not in covered and (k not in before or not torch.equal(p, before[k]))]
     if rest:
-        shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         warnings.warn(
-            f"the two models differ in {shown} as well, which is not in the adapter.", UserWarning, stacklevel=2
+            f"the two models differ in {shorten(rest)} as well, which is not in the adapter.", UserWarning, stacklevel=2
         )
     return base
 
@@ -124,18 +122,18 @@ def difference(key: str, base: Tensor, tuned: Tensor | None) -> Tensor:
     return delta
 
 
-def fitted(delta: Tensor, config: GraloraConfig) -> tuple[Factors, float]:
+def fitted(delta: Tensor, config: GraloraConfig) -> tuple[Tensors, float]:
     """The factors of the adapter nearest to `delta` (out, in), with its scaling taken out, and the relative error."""
     tensors = functional.nearest_factors(delta, config.r, config.gralora_k, config.hybrid_r)
     root = math.sqrt(config.scaling)
-    factors = cast(Factors, tuple(None if t is None else t / root for t in tensors))
+    factors = cast(Tensors, tuple(None if t is None else t / root for t in tensors))
     total = float(delta.norm())
     off = float((functional.delta_weight(*factors, scaling=config.scaling) - delta).norm())
     return factors, off / total if total else 0.0
 
 
 @torch.no_grad()
-def _fill(tensors: Factors, delta: Tensor, config: GraloraConfig) -> float:
+def _fill(tensors: Tensors, delta: Tensor, config: GraloraConfig) -> float:
     factors, error = fitted(delta, config)
     for parameter, factor in zip(tensors, factors, strict=True):
         if parameter is not None and factor is not None:
@@ -143,12 +141,7 @@ def _fill(tensors: Factors, delta: Tensor, config: GraloraConfig) -> float:
     return error
 
 
-def _base_weight(layer: GraloraLayer) -> Tensor:
-    aside = layer.gralora_adapters.base_weight
-    return cast(Tensor, layer.weight) if aside is None else aside
-
-
-def _widened(tensors: Factors) -> Factors:
+def _widened(tensors: Tensors) -> Tensors:
     """Without gradients, and in float32 at least."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return cast(Factors, tuple(None if t is None else t.detach().to(dtype) for t in tensors))
+    return cast(Tensors, tuple(None if t is None else t.detach().to(dtype) for t in tensors))

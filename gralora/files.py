@@ -53,6 +53,10 @@ class BaseWeight:
     fan_in_fan_out: bool
     values: str | None
 
+    def differs(self, other: BaseWeight) -> bool:
+        """Whether the two are known to be of different values."""
+        return None not in (self.values, other.values) and self.values != other.values
+
     @classmethod
     def of(cls, weight: Tensor, shape: tuple[int, int], fan_in_fan_out: bool) -> BaseWeight:
         plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point()
@@ -152,7 +156,7 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place: a crash leaves the old file or the new one."""
-    temporary = _beside(path)
+    temporary = beside(path)
     try:
         write(temporary)
         _sync(temporary)
@@ -168,7 +172,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
     An existing folder keeps its other files, and each new file replaces its old one atomically.
     """
-    temporary = _beside(path)
+    temporary = beside(path)
     temporary.mkdir()
     try:
         write(temporary)
@@ -225,6 +229,18 @@ def parse_json(path: Path, what: str, text: str) -> Any:
         raise AdapterFileError(f"{path}: {what} is no valid JSON: {error}") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AdapterFileError(f"{path} is no text: {error}") from error
+    content = parse_json(path, "the file", text)
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{path} is no JSON object.")
+    return content
+
+
 def layer_config(path: Path, name: str, values: Mapping[str, Any]) -> GraloraConfig:
     try:
         return GraloraConfig(**values)
@@ -240,7 +256,8 @@ def _hash(weight: Tensor) -> str:
     return hashlib.sha256(repr(bits).encode()).hexdigest()[:16]
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
+    """A name in the same folder for what is not whole yet."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 

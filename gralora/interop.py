@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gralora import functional
+from gralora.adapter import Tensors
 from gralora.config import GraloraConfig
 from gralora.files import (
     LAYER_FIELDS,
@@ -31,11 +32,11 @@ from gralora.files import (
     check_shapes,
     layer_config,
     opened,
-    parse_json,
+    read_json,
     unshared,
     write_folder,
 )
-from gralora.state import adapter_keys, join
+from gralora.state import FACTORS, adapter_keys, join
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -128,7 +129,7 @@ def write_peft(file: AdapterFile, path: Path) -> None:
             )
     config = next(iter(file.configs.values()), GraloraConfig())
     fields = {field: getattr(config, field) for field in LAYER_FIELDS}
-    _write(file, path, {"peft_type": "GRALORA", **fields, "init_weights": True}, "gralora_only", dict(file.tensors))
+    _write(file, path, {"peft_type": "GRALORA", **fields, "init_weights": True}, "gralora_only", file.tensors)
 
 
 def write_lora(file: AdapterFile, path: Path) -> None:
@@ -160,7 +161,11 @@ def read_folder(path: Path) -> AdapterFile:
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise AdapterFileError(f"{path} is no folder of an adapter: it lacks {name}.")
-    config = _read_config(path / CONFIG)
+    if (path / CONFIG).stat().st_size > LARGEST_CONFIG:
+        raise AdapterFileError(
+            f"{path / CONFIG} is {(path / CONFIG).stat().st_size} bytes long: no config of an adapter."
+        )
+    config = read_json(path / CONFIG)
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in READERS:
         raise AdapterFileError(f"{path}: peft_type={kind!r} is not known; known are {', '.join(READERS)}.")
@@ -174,7 +179,6 @@ def read_folder(path: Path) -> AdapterFile:
         file.tensors.update({key: get(keys[key]) for key in rest})
     _sort_out(file, rest, config.get("modules_to_save") or [])
     base_name = config.get("base_model_name_or_path")
-    file.format = FORMAT_OF[kind]
     layout = config.get("fan_in_fan_out")
     if isinstance(layout, bool):  # all that a folder says of the weights beneath
         file.base = {name: BaseWeight(out_in(file, name), "unknown", layout, None) for name in file.configs}
@@ -186,12 +190,12 @@ Loader = Callable[[str], Tensor]
 
 
 def _read_gralora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loader) -> tuple[AdapterFile, set[str]]:
-    names = [key.removesuffix("gralora_A").removesuffix(".") for key in shapes if _last(key) == "gralora_A"]
+    names = [key.rpartition(".")[0] for key in shapes if _last(key) == "gralora_A"]
     given = {field: config[field] for field in LAYER_FIELDS if field in config}
     configs = {name: layer_config(path, name, given) for name in names}
     check_shapes(path, configs, shapes)
     owned = {key for name, each in configs.items() for key in layer_keys(name, each)}
-    return AdapterFile(configs, {key: get(key) for key in owned}), owned
+    return AdapterFile(configs, {key: get(key) for key in owned}, format="peft"), owned
 
 
 def _read_lora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loader) -> tuple[AdapterFile, set[str]]:
@@ -214,13 +218,11 @@ def _read_lora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loade
         A, B = rearrange(get(pair[0]), "r i -> 1 i r"), rearrange(get(pair[1]), "o r -> 1 r o")
         tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
         owned.update(pair)
-    return AdapterFile(configs, tensors), owned
+    return AdapterFile(configs, tensors, format="lora"), owned
 
 
 READERS = {"GRALORA": _read_gralora, "LORA": _read_lora}
 """By PEFT's `peft_type`."""
-
-FORMAT_OF = {"GRALORA": "peft", "LORA": "lora"}
 
 PEFT = Format(Path.is_dir, read_folder, write_peft)
 LORA = Format(Path.is_dir, read_folder, write_lora)
@@ -291,7 +293,7 @@ def _sort_out(file: AdapterFile, keys: Iterable[str], saved: Any) -> None:
         owner = key.rpartition(".")[0]
         parts = owner.split(".")
         above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        root = next((path for path in above if wanted and path.endswith(wanted)), None)
+        root = next((path for path in above if path.endswith(wanted)), None)
         if root is None and _last(key) == "bias":
             file.biases.append(key)
         else:
@@ -342,9 +344,7 @@ def _target_modules(targets: list[str], names: list[str]) -> list[str] | str:
 
 def _named_by_end(saved: list[str], names: list[str]) -> list[str]:
     inside = tuple(f"{name}." for name in saved)
-    more = (
-        [n for n in names if n.endswith(tuple(saved)) and n not in saved and not n.startswith(inside)] if saved else []
-    )
+    more = [n for n in names if n.endswith(tuple(saved)) and n not in saved and not n.startswith(inside)]
     if more:
         raise ValueError(
             f"PEFT finds modules_to_save by the ends of names, and {', '.join(saved)} would find {more[0]!r} as well. "
@@ -353,21 +353,8 @@ def _named_by_end(saved: list[str], names: list[str]) -> list[str]:
     return saved
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise AdapterFileError(f"{path} is {path.stat().st_size} bytes long: no config of an adapter.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise AdapterFileError(f"{path} is no text: {error}") from error
-    config = parse_json(path, "the config", text)
-    if not isinstance(config, dict):
-        raise AdapterFileError(f"{path} is no JSON object.")
-    return config
-
-
-def layer_tensors(file: AdapterFile, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    keys = adapter_keys(name, dict.fromkeys(("A", "B", "A_general", "B_general")))
+def layer_tensors(file: AdapterFile, name: str) -> Tensors:
+    keys = adapter_keys(name, dict.fromkeys(FACTORS))
     A, B, A_general, B_general = (file.tensors.get(key) for key in keys)
     assert A is not None and B is not None  # every reader has checked
     return A, B, A_general, B_general
@@ -380,8 +367,7 @@ def out_in(file: AdapterFile, name: str) -> tuple[int, int]:
 
 
 def layer_keys(name: str, config: GraloraConfig) -> Iterable[str]:
-    pair = ("A", "B", "A_general", "B_general") if config.hybrid_r else ("A", "B")
-    return adapter_keys(name, dict.fromkeys(pair))
+    return adapter_keys(name, dict.fromkeys(FACTORS if config.hybrid_r else FACTORS[:2]))
 
 
 def _exactly(name: str) -> str:

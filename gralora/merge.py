@@ -17,7 +17,7 @@ from gralora.config import divisors
 from gralora.inject import unload
 from gralora.layers import FULL, HALF, GraloraLayer, gralora_layers
 from gralora.saved import BIAS_CHILD, SAVED_CHILD, bias_swaps, saved_modules
-from gralora.state import all_or_nothing, check_known, put_back_weight
+from gralora.state import all_or_nothing, check_known, own_weight, put_back_weight
 
 CACHED = 2**19  # numbers
 
@@ -179,10 +179,9 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
 
 
 def _merged_weight(layer: GraloraLayer, weights: Mapping[str, float], safe: bool) -> Tensor:
-    adapters = layer.gralora_adapters
-    base = adapters.base_weight if adapters.base_weight is not None else layer._parameters["weight"]
-    new = torch.empty_like(cast(nn.Parameter, base), requires_grad=False)
-    return _write_merged(layer, cast(nn.Parameter, base).data, new, weights, safe)
+    base = own_weight(layer)
+    new = torch.empty_like(base, requires_grad=False)
+    return _write_merged(layer, base.data, new, weights, safe)
 
 
 def _write_merged(layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mapping[str, float], safe: bool) -> Tensor:
@@ -242,7 +241,7 @@ def _check_same_function(layer: GraloraLayer, weights: Mapping[str, float], merg
         return
     adapters = layer.gralora_adapters
     now = layer._parameters["weight"]
-    base = adapters.base_weight if adapters.base_weight is not None else cast(nn.Parameter, now)
+    base = cast(nn.Parameter, own_weight(layer))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, layer.features(layer)[0], generator=generator).to(base.device, base.dtype)
     try:

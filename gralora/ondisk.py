@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -9,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from gralora.files import GRALORA, AdapterFile, BaseWeight, write_atomically
 from gralora.interop import layer_tensors, out_in, tensors_beside
 from gralora.merge import write_merged
 from gralora.shards import CONV1D_MODELS, DTYPES, FLOATS, INDEX, Checkpoint, Shard, replace_folder
-from gralora.state import adapter_keys, join
+from gralora.state import FACTORS, adapter_keys, join
 from gralora.targets import nearest
 
 WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -89,7 +90,7 @@ class _Merging:
         name, layout = self.layers[key], self.layouts[key]
         tensor, buffer = shard.read(key)
         there = self.file.base.get(name)
-        if there is not None and there.values not in (None, BaseWeight.of(tensor, there.shape, layout).values):
+        if there is not None and there.differs(BaseWeight.of(tensor, there.shape, layout)):
             self.differing.append(name)
         updates = [(layer_tensors(self.file, name), self.file.configs[name].scaling)]
         write_merged(tensor, tensor, updates, transposed=layout, safe=True, what=repr(name))
@@ -144,11 +145,10 @@ def extract_checkpoint(
         weight = first.where[key].read(key)[0]
         delta = difference(key, weight, second.where[key].read(key)[0])
         delta = delta.mT if transposed else delta
-        (A, B, *general), error = fitted(delta, config)
+        factors, error = fitted(delta, config)
         shape = (delta.shape[0], delta.shape[1])
-        factors = dict(zip(("A", "B", "A_general", "B_general"), (A, B, *general), strict=True))
         file.configs[name] = config
-        pairs = adapter_keys(name, factors)
+        pairs = adapter_keys(name, dict(zip(FACTORS, factors, strict=True)))
         file.tensors.update({key: tensor.float().contiguous() for key, tensor in pairs.items() if tensor is not None})
         file.base[name] = BaseWeight.of(weight, shape, transposed)
         rows.append(Extracted(name, shape, error, functional.best_lora_error(delta, config.r + config.hybrid_r)))
@@ -195,7 +195,7 @@ def _check_layer(checkpoint: Checkpoint, key: str, file: AdapterFile, name: str)
     if entry.code not in FLOATS or len(entry.shape) != 2:
         raise ValueError(f"{key} is of type {entry.code} and shape {entry.shape}: no plain matrix to merge into.")
     known = file.base[name].fan_in_fan_out if name in file.base else None
-    return checkpoint.transposed(key.removesuffix("weight").removesuffix("."), out_in(file, name), known)
+    return checkpoint.transposed(key.rpartition(".")[0], out_in(file, name), known)
 
 
 def _replaced(file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]) -> dict[str, Tensor]:
@@ -212,16 +212,6 @@ def _replaced(file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str],
             raise ValueError(f"{checkpoint.path} lacks {name}, a bias that the adapter trains.")
         result[name] = tensor
     return result
-
-
-def _warn_of_another_base(differing: list[str], count: int) -> None:
-    if differing:
-        warnings.warn(
-            f"the adapter was trained on another base: the weights differ in {', '.join(differing[:5])}, "
-            f"{len(differing)} of {count} layers.",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _check_extractable(first: Checkpoint, second: Checkpoint, names: list[str], config: GraloraConfig) -> None:
@@ -243,7 +233,7 @@ def _check_extractable(first: Checkpoint, second: Checkpoint, names: list[str], 
 
 
 def _write_index(checkpoint: Checkpoint, replaced: dict[str, Tensor], path: Path) -> None:
-    index = json.loads(json.dumps(checkpoint.index))
+    index: dict[str, Any] = copy.deepcopy(checkpoint.index or {})
     for key, tensor in replaced.items():
         if key not in checkpoint.where:
             index["weight_map"][key] = checkpoint.shards[-1].path.name

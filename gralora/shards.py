@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gralora.files import opened, parse_json
+from gralora.files import beside, opened, read_json
 from gralora.state import join
 
 INDEX = "model.safetensors.index.json"
@@ -113,14 +112,14 @@ class Checkpoint:
         elif not path.is_dir():
             raise FileNotFoundError(f"no checkpoint at {path}")
         else:
-            index = _json_at(path / INDEX)
+            index = read_json(path / INDEX) if (path / INDEX).is_file() else None
             names = sorted(set(index.get("weight_map", {}).values())) if index else ["model.safetensors"]
             if not all(isinstance(name, str) and Path(name).name == name for name in names):
                 raise ValueError(f"{path / INDEX} names files outside its folder.")
             if not index and not (path / names[0]).is_file():
                 raise ValueError(f"{path} is no checkpoint: it holds neither {INDEX} nor model.safetensors.")
-            model_type = (_json_at(path / "config.json") or {}).get("model_type")
-            result = cls(path, [Shard.open(path / name) for name in names], index, model_type)
+            config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+            result = cls(path, [Shard.open(path / name) for name in names], index, config.get("model_type"))
         result.where = {key: shard for shard in result.shards for key in shard.entries}
         return result
 
@@ -129,7 +128,7 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """The modules that own a weight."""
-        return [key.removesuffix("weight").removesuffix(".") for key in self.where if key.split(".")[-1] == "weight"]
+        return [key.rpartition(".")[0] for key in self.where if key.split(".")[-1] == "weight"]
 
     def transposed(self, name: str, shape: tuple[int, int], known: bool | None) -> bool:
         """Whether the weight of `name`, a map of `shape` (out, in), is stored as (in, out). A square one can't tell itself."""
@@ -148,7 +147,7 @@ class Checkpoint:
 
 def replace_folder(out: Path, fill: Callable[[Path], None]) -> None:
     """Fill a new folder, then put it where `out` is; an old one is removed only after that."""
-    temporary, old = (out.with_name(f".{out.name}.{secrets.token_hex(8)}.{what}") for what in ("tmp", "old"))
+    temporary, old = beside(out), beside(out)
     temporary.mkdir()
     try:
         fill(temporary)
@@ -194,12 +193,3 @@ def _copy(source: BinaryIO, target: BinaryIO, entry: Entry) -> None:
             raise OSError(f"{source.name} ends too early.")
         target.write(piece)
         left -= len(piece)
-
-
-def _json_at(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    content = parse_json(path, "the file", path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object.")
-    return content

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from gralora.layers import GraloraAdapters, GraloraLayer, gralora_layers
 from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
@@ -66,6 +66,10 @@ def named_adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parame
     return found
 
 
+FACTORS = ("A", "B", "A_general", "B_general")
+"""The tensors of one adapter, in the order in which the functions of `gralora.functional` take them."""
+
+
 def adapter_keys(path: str, tensors: Mapping[str, T]) -> dict[str, T]:
     """The keys of one layer's adapter in a file: PEFT's, without its prefix."""
     return {
@@ -100,6 +104,12 @@ def activate(model: nn.Module, weights: Mapping[str, float], *, trainable: bool 
         swap.put(owner, next((name for name in weights if name in swap.names), swap.BASE))
         for name in swap.names:
             train(name, [swap.get(owner, name)])
+
+
+def own_weight(layer: GraloraLayer) -> Tensor:
+    """The layer's weight without any adapter in it, merged or not."""
+    aside = layer.gralora_adapters.base_weight
+    return cast(Tensor, layer.weight) if aside is None else aside
 
 
 def put_back_weight(layer: GraloraLayer) -> None:

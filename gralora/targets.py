@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -132,6 +132,12 @@ def nearest(name: str, known: Collection[str], count: int = 3) -> str:
     close = difflib.get_close_matches(name, list(known), count, 0.3)
     close += [short[s] for s in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(short), count, 0.3)]
     return ", ".join(repr(n) for n in dict.fromkeys(close or list(known)[:count]))
+
+
+def shorten(items: Iterable[str], count: int = 5) -> str:
+    """The first of `items`, and how many more there are."""
+    items = list(items)
+    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")
 
 
 def _rules(model: nn.Module, targets: Targets, default: GraloraConfig) -> list[tuple[Pattern, GraloraConfig]]:
@@ -264,8 +270,7 @@ def _warn_of_layout(targets: list[Target]) -> None:
         and t.config.fan_in_fan_out is not cast(type[GraloraLayer], kind_of(type(t.module))).transposed
     ]
     if wrong:
-        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        message = f"fan_in_fan_out contradicts the layout of {shown}; the layout is read off the layer."
+        message = f"fan_in_fan_out contradicts the layout of {shorten(wrong, 3)}; the layout is read off the layer."
         warnings.warn(message, UserWarning, stacklevel=4)
 
 

@@ -28,7 +28,9 @@ from gralora.control import (
 from gralora.extract import extract, reblock
 from gralora.files import AdapterFileError
 from gralora.inject import inject, unload
-from gralora.layers import GraloraConv1D, GraloraLayer, GraloraLinear, adapted_class, delta_weight
+from gralora.kinds import adapted_class
+from gralora.layers import GraloraLayer, delta_weight
+from gralora.linear import GraloraConv1D, GraloraLinear
 from gralora.merge import merge, merge_and_unload, unmerge
 from gralora.state import UnknownAdapterError
 from gralora.version import __version__

@@ -1,8 +1,10 @@
-"""`GraloraAdapter`: everything about one adapter on one layer."""
+"""`GraloraAdapter`: everything about one adapter on one linear map; `GraloraAdapters`: those of one map by name."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from gralora import functional
 from gralora.config import GraloraConfig, divisors
+from gralora.scope import OFF, Switchable
 
 Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -17,9 +20,11 @@ Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 class GraloraAdapter(nn.Module):
     """One GraLoRA pair, and with `hybrid_r` the plain LoRA pair beside it, for one linear map.
 
-    Shapes: A (k, in / k, r), B (k, r, out / k), A_general (hybrid_r, in), B_general (out, hybrid_r).
+    Shapes: A (k, in / k, r), B (k, r, out / k), A_general (hybrid_r, in), B_general (out, hybrid_r); with `copies`, that
+    many of each, on a leading axis.
 
     Args:
+        copies: how many maps of one shape lie in one weight, as a mixture of experts has them; None for a single one.
         dtype: of the parameters.
         init_dtype: initial values are rounded to this type first, as PEFT does with a half-precision base.
         reset: False leaves the values unset and draws no random number, for a caller that loads them.
@@ -34,6 +39,7 @@ class GraloraAdapter(nn.Module):
         out_features: int,
         config: GraloraConfig,
         *,
+        copies: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         init_dtype: torch.dtype | None = None,
@@ -48,6 +54,7 @@ class GraloraAdapter(nn.Module):
             )
 
         def empty(*shape: int) -> nn.Parameter:
+            shape = shape if copies is None else (copies, *shape)
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.config = config
@@ -68,20 +75,27 @@ class GraloraAdapter(nn.Module):
         """
         if self.A.is_meta:
             return
-        (k, m, r), o = self.A.shape, self.B.shape[-1]
+        if self.A.dim() == 3:
+            self._reset(*self.tensors)
+        else:
+            for tensors in self.each():
+                self._reset(*tensors)
+
+    def _reset(self, A: Tensor, B: Tensor, A_general: Tensor | None, B_general: Tensor | None) -> None:
+        (k, m, r), o = A.shape, B.shape[-1]
         init = self.config.init_weights
         if init:
-            A = rearrange(_kaiming(m, k, r, m), "k r m -> k m r")
-            self.B.zero_()
+            down = rearrange(_kaiming(m, k, r, m), "k r m -> k m r")
+            B.zero_()
         else:
             pairs = [(_kaiming(m, r, m), _kaiming(r, o, r)) for _ in range(k)]
-            A = rearrange([a for a, _ in pairs], "k r m -> k m r")
-            self.B.copy_(self._round(rearrange([b for _, b in pairs], "k o r -> k r o")))
-        self.A.copy_(self._round(A))
-        if self.A_general is not None and self.B_general is not None:
-            (h, n), out = self.A_general.shape, self.B_general.shape[0]
-            self.A_general.copy_(self._round(_kaiming(n, h, n)))
-            self.B_general.zero_() if init else self.B_general.copy_(self._round(_kaiming(h, out, h)))
+            down = rearrange([a for a, _ in pairs], "k r m -> k m r")
+            B.copy_(self._round(rearrange([b for _, b in pairs], "k o r -> k r o")))
+        A.copy_(self._round(down))
+        if A_general is not None and B_general is not None:
+            (h, n), out = A_general.shape, B_general.shape[0]
+            A_general.copy_(self._round(_kaiming(n, h, n)))
+            B_general.zero_() if init else B_general.copy_(self._round(_kaiming(h, out, h)))
 
     def _round(self, values: Tensor) -> Tensor:
         return values if self.init_dtype is None else values.to(self.init_dtype)
@@ -90,6 +104,10 @@ class GraloraAdapter(nn.Module):
     def tensors(self) -> Tensors:
         """(A, B, A_general, B_general), as the functions of `gralora.functional` take them."""
         return self.A, self.B, self.A_general, self.B_general
+
+    def each(self) -> list[Tensors]:
+        """The tensors of every copy, where there are several."""
+        return each(self.tensors)
 
     def arguments(self, weight: float = 1.0) -> tuple[Tensors, float, float]:
         """(tensors, scaling, dropout) that hold for a forward now, the scaling times `weight`."""
@@ -102,8 +120,8 @@ class GraloraAdapter(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """ΔW (out, in), in the adapter's dtype. Without gradients it is filled block by block, with no temporary."""
-        scaling, (k, _, o) = self.config.scaling, self.B.shape
-        if torch.is_grad_enabled() or self.A.dtype not in (torch.float32, torch.float64):
+        scaling, (k, _, o) = self.config.scaling, self.B.shape[-3:]
+        if torch.is_grad_enabled() or self.A.dtype not in (torch.float32, torch.float64) or self.A.dim() > 3:
             return functional.delta_weight(*self.tensors, scaling=scaling)
         delta = self.A.new_zeros(k * o, k * self.A.shape[1])
         for j in range(k):
@@ -114,6 +132,57 @@ class GraloraAdapter(nn.Module):
         c = self.config
         dropout = f", dropout={c.gralora_dropout}" if c.gralora_dropout else ""
         return f"r={c.r}, gralora_k={c.gralora_k}, hybrid_r={c.hybrid_r}, alpha={c.alpha}{dropout}"
+
+
+class GraloraAdapters(Switchable):
+    """The adapters of one map by name, and their state.
+
+    Attributes:
+        active: name -> weight of those that act.
+        merged: name -> weight of those now within the map's weight.
+        base_weight: the parameter that holds the weight without them, while any is merged, else None.
+    """
+
+    active: dict[str, float]
+    merged: dict[str, float]
+    base_weight: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = {}
+        self.merged = {}
+        self.__dict__["base_weight"] = None  # not registered: it is no parameter of the model while it is put aside
+
+    def __getitem__(self, name: str) -> GraloraAdapter:
+        return cast(GraloraAdapter, self._modules[name])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def add(self, name: str, adapter: GraloraAdapter) -> None:
+        self._modules[name] = adapter  # not add_module: names such as "forward" are as good as any
+
+    def remove(self, name: str) -> None:
+        del self._modules[name]
+        self.active.pop(name, None)
+
+    def applied(self) -> list[tuple[GraloraAdapter, float]]:
+        """The adapters that a forward must add now, with their weights."""
+        if not self.active or self.mode is OFF:
+            return []
+        return [(self[name], weight) for name, weight in self.active.items() if name not in self.merged]
+
+
+def each(tensors: Tensors) -> list[Tensors]:
+    """Tensors with a leading axis of copies, taken apart along it."""
+    A, B, A_general, B_general = tensors
+    general = (
+        [(None, None)] * len(A) if A_general is None or B_general is None else zip(A_general, B_general, strict=True)
+    )
+    return [(a, b, down, up) for a, b, (down, up) in zip(A, B, general, strict=True)]
 
 
 def legal_k(in_features: int, out_features: int, r: int) -> str:

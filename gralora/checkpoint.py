@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from gralora.files import GRALORA, AdapterFile, AdapterFileError, BaseWeight, Format, layer_shapes
 from gralora.inject import Plan, install
 from gralora.interop import LORA, PEFT, as_lora, lora_pairs
-from gralora.layers import GraloraLayer, check_adapter_name, gralora_layers, kind_of
-from gralora.saved import bias_swaps, saved_modules, units
+from gralora.layers import Spot, check_adapter_name, gralora_layers
+from gralora.saved import bias_swaps, is_bias, saved_modules, units
 from gralora.state import (
     all_or_nothing,
     check_known,
@@ -23,7 +23,6 @@ from gralora.state import (
     join,
     known_adapters,
     named_adapter_parameters,
-    own_weight,
 )
 from gralora.targets import Names, Target, nearest, shorten, unfit
 
@@ -151,7 +150,7 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
         configs={name: layer.gralora_adapters[adapter_name].config for name, layer in layers},
         modules_to_save=[name for name, saved in saved_modules(model) if adapter_name in saved.gralora_saved],
         biases=[key for key, _, swap in bias_swaps(model) if adapter_name in swap.names],
-        base={name: _base_of(layer) for name, layer in layers},
+        base={name: _base_of(layer.spot) for name, layer in layers},
         module_names=[name for name, _ in model.named_modules() if "gralora_" not in name],
         base_name=origin if isinstance(origin, str) and origin else None,
     )
@@ -226,23 +225,29 @@ def _torn(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, 
 def _plan(model: nn.Module, file: AdapterFile) -> Plan:
     """Find every module that the file names, and check that the file's tensors fit there."""
     names = Names(model)
-    by_name: dict[str, nn.Module] = {name: module for _, its, module in names for name in its}
+    modules: dict[str, nn.Module] = {name: module for _, its, module in names for name in its}
+    spots: dict[str, Spot] = {name: spot for its, spot in names.spots for name in its}
+    known = [*modules, *(name for name in spots if name not in modules)]
+
+    def lacking(name: str) -> AdapterFileError:
+        return AdapterFileError(f"the file adapts {name!r}, which this model lacks. Nearest: {nearest(name, known)}.")
 
     def module_at(name: str) -> nn.Module:
-        if name not in by_name:
-            raise AdapterFileError(
-                f"the file adapts {name!r}, which this model lacks. Nearest: {nearest(name, by_name)}."
-            )
-        return by_name[name]
+        if name not in modules:
+            raise lacking(name)
+        return modules[name]
 
     targets, dtypes = [], {}
     for name, config in file.configs.items():
-        module = module_at(name)
-        kind = kind_of(type(module))
-        reason = unfit(module, names)
-        if kind is None or reason is not None:
+        if name not in spots and name not in modules:
+            raise lacking(name)
+        spot = spots.get(name)
+        reason = f"is a {type(modules[name]).__name__}" if spot is None else unfit(spot)
+        if spot is None or reason is not None:
             raise AdapterFileError(f"the file adapts {name!r}, which in this model {reason}.")
-        for key, shape in layer_shapes(name, *kind.features(module), config).items():
+        if any(size % config.gralora_k for size in spot.cut):
+            raise AdapterFileError(f"gralora_k={config.gralora_k} divides not both sizes of {name!r}, {spot.cut}.")
+        for key, shape in layer_shapes(name, *spot.sizes, config, spot.copies).items():
             tensor = file.tensors.get(key)
             if tensor is None or tuple(tensor.shape) != shape:
                 found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
@@ -250,28 +255,29 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
                     f"{key} must have shape {shape} to fit this model's {name!r}; the file has {found}."
                 )
             dtypes[name] = tensor.dtype
-        targets.append(Target(name, module, config))
+        targets.append(Target(name, spot, config))
     saved = {unit: m for name in file.modules_to_save for unit, m in units(module_at(name), name)}
     biases = {}
     for key in file.biases:
         owner = module_at(key.rpartition(".")[0])
-        if key.rpartition(".")[2] != "bias" or owner._parameters.get("bias") is None:
+        parameter = key.rpartition(".")[2]
+        if not is_bias(parameter) or owner._parameters.get(parameter) is None:
             raise AdapterFileError(f"the file holds {key!r}, which is no bias of this model.")
-        biases[key] = owner
+        biases[key] = owner, parameter
     parameters = {join(name, key): p for name, unit in saved.items() for key, p in unit.named_parameters()}
     return Plan(targets, saved, biases, dtypes, reset=False, tied=not _torn(parameters, file.tensors))
 
 
-def _base_of(module: nn.Module) -> BaseWeight:
-    kind = cast(type[GraloraLayer], kind_of(type(module)))
-    weight = own_weight(module) if isinstance(module, GraloraLayer) else cast(Tensor, module.weight)
-    n_in, n_out = kind.features(module)
-    return BaseWeight.of(weight, (n_out, n_in), kind.transposed)
+def _base_of(spot: Spot) -> BaseWeight:
+    weight = spot.base_weight
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    matrix = spot.base_matrix() if plain and weight.numel() > 0 and not weight.is_meta else None
+    return BaseWeight.of(weight, spot.shape, spot.kind.transposed(spot.module, spot.part), matrix)
 
 
 def _warn_of_another_base(path: Path, plan: Plan, file: AdapterFile) -> None:
     """Compare what the file remembers of the weights beneath it with this model's; shapes have been checked."""
-    here = {t.name: _base_of(t.module) for t in plan.targets if t.name in file.base}
+    here = {t.name: _base_of(t.spot) for t in plan.targets if t.name in file.base}
     differing = [
         name if here[name].dtype == there.dtype else f"{name} ({there.dtype} there, {here[name].dtype} here)"
         for name, there in file.base.items()

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from gralora.adapter import GraloraAdapters
 from gralora.inplace import freeze_own
-from gralora.layers import GraloraAdapters, gralora_layers
+from gralora.layers import GraloraLayer, gralora_layers
 from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
-from gralora.scope import Switchable, switched_off
+from gralora.scope import OFF, Switchable, switched
 from gralora.state import (
     activate,
     all_or_nothing,
@@ -38,7 +39,7 @@ def set_adapter(model: nn.Module, names: str | Collection[str] | Mapping[str, fl
         KeyError: an unknown name; those there are, are listed. ValueError: two of them train the same bias or saved
             module. The model is then unchanged.
     """
-    weights = _weights(names)
+    weights = weights_of(names)
     check_known(model, *weights)
     _refuse_shared(model, weights)
     with all_or_nothing(model):
@@ -56,16 +57,16 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for _, layer in gralora_layers(model):
-            if layer.gralora_adapters.base_weight is not None:
-                merged = layer._parameters["weight"]
-                state = dict(layer.gralora_adapters.merged)
-                base = layer.gralora_adapters.base_weight
+            base = layer.gralora_adapters.base_weight
+            if base is not None:
+                owner, name = layer.place
+                # undone in reverse: where maps share a parameter, the first of them puts the merged one back
+                stack.callback(_merge_again, layer, owner._parameters[name], base, dict(layer.gralora_adapters.merged))
                 put_back_weight(layer)
-                stack.callback(_merge_again, layer, merged, base, state)
         for _, owner, swap in bias_swaps(model):
             stack.callback(swap.put, owner, swap.in_place)
             swap.put(owner, BiasSwap.BASE)
-        stack.enter_context(switched_off(m for m in model.modules() if isinstance(m, Switchable)))
+        stack.enter_context(switched((m for m in model.modules() if isinstance(m, Switchable)), OFF))
         yield
 
 
@@ -137,7 +138,8 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
 
-def _weights(names: Any) -> dict[str, float]:
+def weights_of(names: Any) -> dict[str, float]:
+    """The forms in which adapters are named, as name -> weight."""
     if isinstance(names, str):
         return {names: 1.0}
     if isinstance(names, Mapping):
@@ -159,7 +161,8 @@ def _refuse_shared(model: nn.Module, names: Collection[str]) -> None:
             raise ValueError(f"adapters {' and '.join(map(repr, both))} both train {place!r}: only one can be active.")
 
 
-def _merge_again(layer: Any, merged: nn.Parameter | None, base: nn.Parameter, state: dict[str, float]) -> None:
-    layer._parameters["weight"] = merged
+def _merge_again(layer: GraloraLayer, merged: nn.Parameter | None, base: nn.Parameter, state: dict[str, float]) -> None:
+    owner, name = layer.place
+    owner._parameters[name] = merged
     layer.gralora_adapters.__dict__["base_weight"] = base
     layer.gralora_adapters.merged = state

@@ -13,8 +13,8 @@ from gralora import functional
 from gralora.adapter import Tensors
 from gralora.config import GraloraConfig
 from gralora.inject import inject
-from gralora.layers import gralora_layers, new_adapter
-from gralora.state import all_or_nothing, check_known, check_unmerged, join, named_adapter_parameters, own_weight
+from gralora.layers import gralora_layers
+from gralora.state import all_or_nothing, check_known, check_unmerged, join, named_adapter_parameters
 from gralora.targets import Targets, shorten
 
 
@@ -47,19 +47,21 @@ def extract(
         before = dict(base.named_parameters(remove_duplicate=False))
         layers = [(name, layer) for name, layer in gralora_layers(base) if adapter_name in layer.gralora_adapters]
         covered = set()
+        paths = {id(module): path for path, module in base.named_modules()}
         for name, layer in layers:
-            key = join(name, "weight")
+            owner, parameter = layer.place
+            key = join(paths[id(owner)], parameter)
             covered.add(key)
-            delta = difference(key, own_weight(layer), there.get(key))
+            delta = layer.matrix(layer.host, layer.part, difference(key, layer.spot.base_weight, there.get(key)))
             adapter = layer.gralora_adapters[adapter_name]
-            error = _fill(adapter.tensors, delta.mT if layer.transposed else delta, adapter.config)
+            error = _fill(adapter.tensors, delta, adapter.config)
             if errors is not None:
                 errors[name] = error
         with torch.no_grad():
-            for key, parameter in named_adapter_parameters(base, adapter_name).items():
+            for key, own in named_adapter_parameters(base, adapter_name).items():
                 if key in there:
                     covered.add(key)
-                    parameter.copy_(there[key])
+                    own.copy_(there[key])
     rest = [k for k, p in there.items() if k not in covered and (k not in before or not torch.equal(p, before[k]))]
     if rest:
         warnings.warn(
@@ -98,7 +100,7 @@ def reblock(
             scaling, hybrid_r = old.config.scaling, old.config.hybrid_r
             fields = {**old.config.__dict__, "r": r_new, "gralora_k": gralora_k, "alpha": scaling * (r_new + hybrid_r)}
             try:
-                new = new_adapter(layer, GraloraConfig(**fields), old.A.dtype, reset=False)
+                new = layer.spot.new_adapter(GraloraConfig(**fields), old.A.dtype, reset=False)
             except ValueError as problem:
                 raise ValueError(f"{name!r}: {problem}") from None
             delta = functional.delta_weight(*_widened(old.tensors), scaling=scaling)

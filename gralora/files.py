@@ -42,13 +42,13 @@ class BaseWeight:
     """What a file remembers of the weight that an adapter was trained on.
 
     Attributes:
-        shape: (out, in), however the layer stores it.
+        shape: (out, in), however the layer stores it; (out, in, *kernel) of a convolution, (experts, out, in) of experts.
         fan_in_fan_out: the layer stores it as (in, out), as GPT-2's Conv1D does.
         values: a hash of values spread over the weight, each rounded to bfloat16 so that a cast of the same weight agrees;
             None where they can't be read (quantised, offloaded, sharded).
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     fan_in_fan_out: bool
     values: str | None
@@ -58,10 +58,9 @@ class BaseWeight:
         return None not in (self.values, other.values) and self.values != other.values
 
     @classmethod
-    def of(cls, weight: Tensor, shape: tuple[int, int], fan_in_fan_out: bool) -> BaseWeight:
-        plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point()
-        plain = plain and weight.numel() > 0 and not weight.is_meta
-        values = _hash(weight.detach().t() if fan_in_fan_out else weight.detach()) if plain else None
+    def of(cls, weight: Tensor, shape: tuple[int, ...], fan_in_fan_out: bool, matrix: Tensor | None) -> BaseWeight:
+        """Of `weight`, and of its values as a `matrix` (..., out, in), None where they can't be read."""
+        values = None if matrix is None else _hash(matrix.detach())
         return cls(shape, str(weight.dtype).removeprefix("torch."), fan_in_fan_out, values)
 
 
@@ -189,7 +188,9 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     _sync(path.parent)
 
 
-def layer_shapes(name: str, in_features: int, out_features: int, config: GraloraConfig) -> Shapes:
+def layer_shapes(
+    name: str, in_features: int, out_features: int, config: GraloraConfig, copies: int | None = None
+) -> Shapes:
     """The keys of one layer's adapter in a file, and their shapes."""
     k, r, h = config.gralora_k, config.r, config.hybrid_r
     if in_features % k or out_features % k:
@@ -197,6 +198,8 @@ def layer_shapes(name: str, in_features: int, out_features: int, config: Gralora
     shapes: dict[str, Any] = {"A": (k, in_features // k, r), "B": (k, r, out_features // k)}
     if h:
         shapes |= {"A_general": (h, in_features), "B_general": (out_features, h)}
+    if copies is not None:
+        shapes = {key: (copies, *shape) for key, shape in shapes.items()}
     return cast(Shapes, adapter_keys(name, shapes))
 
 
@@ -204,9 +207,10 @@ def check_shapes(path: Path, configs: Mapping[str, GraloraConfig], shapes: Shape
     """Sizes follow from A and B; every other shape must agree with them."""
     for name, config in configs.items():
         A, B = (shapes.get(join(name, f"gralora_{letter}"), ()) for letter in "AB")
-        if len(A) != 3 or len(B) != 3:
+        if len(A) not in (3, 4) or len(B) != len(A):
             raise AdapterFileError(f"{path}: {name!r} stands in the metadata without a 3-D gralora_A and gralora_B.")
-        for key, shape in layer_shapes(name, A[0] * A[1], B[0] * B[2], config).items():
+        copies = A[0] if len(A) == 4 else None
+        for key, shape in layer_shapes(name, A[-3] * A[-2], B[-3] * B[-1], config, copies).items():
             if shapes.get(key) != shape:
                 raise AdapterFileError(f"{path}: {key} has shape {shapes.get(key)}, but the metadata means {shape}.")
 
@@ -251,6 +255,7 @@ def layer_config(path: Path, name: str, values: Mapping[str, Any]) -> GraloraCon
 def _hash(weight: Tensor) -> str:
     count = min(SAMPLES, weight.numel())
     positions = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(count - 1, 1)
+    weight = weight.reshape(-1, weight.shape[-1])
     values = weight[positions // weight.shape[1], positions % weight.shape[1]].to(torch.bfloat16)
     bits = values.view(torch.int16).tolist()  # as numbers: the same on machines of either byte order
     return hashlib.sha256(repr(bits).encode()).hexdigest()[:16]
@@ -296,12 +301,12 @@ def _read_base(path: Path, text: str) -> dict[str, BaseWeight]:
 def _base_weight(path: Path, name: str, fields: Any) -> BaseWeight:
     match fields:
         case {
-            "shape": [int(out), int(n_in)],
+            "shape": [int(), int(), *_] as shape,
             "dtype": str(dtype),
             "fan_in_fan_out": bool(layout),
             "values": str() | None,
-        }:
-            return BaseWeight((out, n_in), dtype, layout, fields["values"])
+        } if all(isinstance(size, int) for size in shape):
+            return BaseWeight(tuple(shape), dtype, layout, fields["values"])
     raise AdapterFileError(
         f"{path}: the metadata 'base' of {name!r} must hold shape, dtype, fan_in_fan_out and values."
     )

@@ -56,11 +56,14 @@ def delta_weight(
     *,
     scaling: float,
 ) -> Tensor:
-    """ΔW of shape (out, in): every block a product of rank s, so r * in * out / k multiply-adds in all."""
-    k = A.shape[0]
-    down = rearrange(A, "i m (j s) -> i m j s", j=k)
-    up = rearrange(B, "j (i s) o -> j i s o", i=k)
-    delta = rearrange(einsum(down, up, "i m j s, j i s o -> j o i m"), "j o i m -> (j o) (i m)")
+    """ΔW of shape (..., out, in): every block a product of rank s, so r * in * out / k multiply-adds in all.
+
+    Leading axes of all tensors alike, as of an adapter for each of many experts, go through.
+    """
+    k = A.shape[-3]
+    down = rearrange(A, "... i m (j s) -> ... i m j s", j=k)
+    up = rearrange(B, "... j (i s) o -> ... j i s o", i=k)
+    delta = rearrange(einsum(down, up, "... i m j s, ... j i s o -> ... j o i m"), "... j o i m -> ... (j o) (i m)")
     if A_general is not None and B_general is not None:
         delta = delta + B_general @ A_general
     return delta * scaling
@@ -101,16 +104,16 @@ def lora_factors(
     """The same update as one plain LoRA pair, exactly.
 
     Returns:
-        down (k * r + hybrid_r, in), block-sparse, and up (out, k * r + hybrid_r): scaling * up @ down is ΔW.
+        down (..., k * r + hybrid_r, in), block-sparse, and up (..., out, k * r + hybrid_r): scaling * up @ down is ΔW.
     """
-    k = A.shape[0]
+    k = A.shape[-3]
     same_block = torch.eye(k, dtype=A.dtype, device=A.device)
-    down = einsum(rearrange(A, "i m (j s) -> i m j s", j=k), same_block, "i m j s, i h -> i j s h m")
-    up = einsum(rearrange(B, "j (i s) o -> j i s o", i=k), same_block, "j i s o, j h -> h o i j s")
-    down = rearrange(down, "i j s h m -> (i j s) (h m)")
-    up = rearrange(up, "h o i j s -> (h o) (i j s)")
+    down = einsum(rearrange(A, "... i m (j s) -> ... i m j s", j=k), same_block, "... i m j s, i h -> ... i j s h m")
+    up = einsum(rearrange(B, "... j (i s) o -> ... j i s o", i=k), same_block, "... j i s o, j h -> ... h o i j s")
+    down = rearrange(down, "... i j s h m -> ... (i j s) (h m)")
+    up = rearrange(up, "... h o i j s -> ... (h o) (i j s)")
     if A_general is not None and B_general is not None:
-        down, up = torch.cat([down, A_general]), torch.cat([up, B_general], dim=1)
+        down, up = torch.cat([down, A_general], dim=-2), torch.cat([up, B_general], dim=-1)
     return down, up
 
 
@@ -138,19 +141,19 @@ def product_norm(down: Tensor, up: Tensor) -> float:
 
 
 def block_svd(delta: Tensor, r: int, k: int) -> tuple[Tensor, Tensor]:
-    """The GraLoRA pair whose ΔW, at scaling 1, is nearest to `delta` (out, in): a truncated SVD of every block."""
-    U, S, Vh = torch.linalg.svd(rearrange(delta, "(j o) (i m) -> j i o m", j=k, i=k), full_matrices=False)
+    """The GraLoRA pair whose ΔW, at scaling 1, is nearest to `delta` (..., out, in): a truncated SVD of every block."""
+    U, S, Vh = torch.linalg.svd(rearrange(delta, "... (j o) (i m) -> ... j i o m", j=k, i=k), full_matrices=False)
     s = min(r // k, S.shape[-1])
     root, pad = S[..., :s].sqrt(), r // k - s
     up = F.pad(U[..., :s] * root[..., None, :], (0, pad))
     down = F.pad(root[..., None] * Vh[..., :s, :], (0, 0, 0, pad))
-    return rearrange(down, "j i s m -> i m (j s)"), rearrange(up, "j i o s -> j (i s) o")
+    return rearrange(down, "... j i s m -> ... i m (j s)"), rearrange(up, "... j i o s -> ... j (i s) o")
 
 
 def nearest_factors(
     delta: Tensor, r: int, k: int, hybrid_r: int = 0, *, sweeps: int = 8
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(A, B, A_general, B_general) whose ΔW, at scaling 1, is near to `delta` (out, in).
+    """(A, B, A_general, B_general) whose ΔW, at scaling 1, is near to `delta` (..., out, in).
 
     Without `hybrid_r` it is the nearest. With it, blocks and plain pair are fitted in turn to what the other leaves over;
     every sweep comes nearer.
@@ -160,7 +163,10 @@ def nearest_factors(
         return A, B, None, None
     for _ in range(sweeps):
         general = block_svd(delta - delta_weight(A, B, scaling=1.0), hybrid_r, 1)
-        A_general, B_general = rearrange(general[0], "1 i r -> r i"), rearrange(general[1], "1 r o -> o r")
+        A_general, B_general = (
+            rearrange(general[0], "... 1 i r -> ... r i"),
+            rearrange(general[1], "... 1 r o -> ... o r"),
+        )
         A, B = block_svd(delta - B_general @ A_general, r, k)
     return A, B, A_general, B_general
 

@@ -9,18 +9,19 @@ import torch
 from torch import nn
 
 from gralora.config import GraloraConfig
-from gralora.inplace import freeze_own, is_restorable, restore_class, thaw_own
-from gralora.layers import CHILD, GraloraLayer, adapt, check_adapter_name, gralora_layers, new_adapter
+from gralora.inplace import freeze_own, restore_class, thaw_own
+from gralora.layers import GraloraLayer, check_adapter_name, gralora_layers
 from gralora.saved import (
-    BIAS_CHILD,
     SAVED_CHILD,
     BiasSwap,
     add_bias,
     add_copy,
-    bias_copy,
+    base_bias,
     bias_swaps,
     check_units,
     copies_of,
+    is_bias,
+    remove_swap,
     saved_modules,
     units,
 )
@@ -36,7 +37,7 @@ class Plan:
 
     targets: list[Target]
     saved: dict[str, nn.Module] = field(default_factory=dict)
-    biases: dict[str, nn.Module] = field(default_factory=dict)
+    biases: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     reset: bool = True
     tied: bool = True
@@ -74,7 +75,7 @@ def inject(
     found = resolve(model, targets, config, names)
     configs = list(dict.fromkeys([*(t.config for t in found), *([config] if config else [])]))
     plan = Plan(found, _saved_units(model, configs, names))
-    plan.biases = _bias_owners(plan, configs, names)
+    plan.biases = _biases(plan, configs, names)
     if dtype is not None:
         plan.dtypes = {t.name: dtype for t in found}
     install(model, plan, adapter_name)
@@ -94,27 +95,29 @@ def install(
     """
     first = not known_adapters(model)
     trainable = first if trainable is None else trainable
-    check_units(model, plan.saved, [t.module for t in plan.targets])
-    adapters = [new_adapter(t.module, t.config, plan.dtypes.get(t.name), reset=plan.reset) for t in plan.targets]
+    check_units(model, plan.saved, [t.spot.module for t in plan.targets])
+    adapters = [t.spot.new_adapter(t.config, plan.dtypes.get(t.name), reset=plan.reset) for t in plan.targets]
     copies = copies_of(plan.saved.values(), tied=plan.tied)
-    shared: dict[int | None, nn.Parameter] = {}
-    biases = [shared.setdefault(id(owner._parameters["bias"]), bias_copy(owner)) for owner in plan.biases.values()]
+    shared: dict[int, nn.Parameter] = {}
+    bases = [base_bias(owner, parameter) for owner, parameter in plan.biases.values()]
+    biases = [shared.setdefault(id(base), nn.Parameter(base.detach().clone())) for base in bases]
     with all_or_nothing(model):
         if first:
             for module in model.modules():
                 freeze_own(module)
         for target, adapter in zip(plan.targets, adapters, strict=True):
-            adapt(target.module).gralora_adapters.add(adapter_name, adapter)
+            spot = target.spot
+            spot.kind.attach(spot.module, spot.part).gralora_adapters.add(adapter_name, adapter)
         for unit, replica in zip(plan.saved.values(), copies, strict=True):
             add_copy(unit, adapter_name, replica)
-        for owner, bias in zip(plan.biases.values(), biases, strict=True):
-            add_bias(owner, adapter_name, bias)
+        for (owner, parameter), bias in zip(plan.biases.values(), biases, strict=True):
+            add_bias(owner, parameter, adapter_name, bias)
         _keep_nested_tensors_out(model)
         if first:
             activate(model, {adapter_name: 1.0}, trainable=trainable)
         else:
-            for parameter in named_adapter_parameters(model, adapter_name).values():
-                parameter.requires_grad_(trainable)
+            for trained in named_adapter_parameters(model, adapter_name).values():
+                trained.requires_grad_(trainable)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -125,17 +128,15 @@ def unload(model: nn.Module) -> nn.Module:
     with all_or_nothing(model):
         for _, owner, swap in list(bias_swaps(model)):
             swap.put(owner, BiasSwap.BASE)
-            del owner._modules[BIAS_CHILD]
+            remove_swap(owner, swap)
         for _, saved in list(saved_modules(model)):
             del saved._modules[SAVED_CHILD]
             restore_class(saved)
-        for _, layer in list(gralora_layers(model)):
+        layers = [layer for _, layer in gralora_layers(model)]
+        for layer in layers:
             put_back_weight(layer)
-            if is_restorable(layer):
-                del layer._modules[CHILD]
-            else:
-                layer._attach_container()
-            restore_class(layer)
+        for layer in layers:
+            layer.detach()
         for module in model.modules():
             thaw_own(module)
             if NESTED in module.__dict__:
@@ -167,15 +168,16 @@ def _saved_units(model: nn.Module, configs: list[GraloraConfig], names: Names) -
     return {name: unit for name, unit in found.items() if unique[id(unit)] == name}
 
 
-def _bias_owners(plan: Plan, configs: list[GraloraConfig], names: Names) -> dict[str, nn.Module]:
-    """The modules whose bias is trained, by the bias's name. "all" in one config means all; saved modules are whole."""
+def _biases(plan: Plan, configs: list[GraloraConfig], names: Names) -> dict[str, tuple[nn.Module, str]]:
+    """The (owner, parameter) of every bias that is trained. "all" in one config means all; saved modules are whole."""
     if any(config.bias == "all" for config in configs):
-        candidates = [(its[0], module) for _, its, module in names]
+        candidates = [(module, name) for _, _, module in names for name in module._parameters if is_bias(name)]
     else:
-        candidates = [(t.name, t.module) for t in plan.targets if t.config.bias == "gralora_only"]
+        spots = [t.spot for t in plan.targets if t.config.bias == "gralora_only"]
+        candidates = [spot.kind.bias_at(spot.module, spot.part) for spot in spots]
     saved = {id(m) for unit in plan.saved.values() for m in unit.modules()}
     return {
-        join(name, "bias"): module
-        for name, module in candidates
-        if module._parameters.get("bias") is not None and id(module) not in saved
+        join(names.names[id(owner)][0], name): (owner, name)
+        for owner, name in candidates
+        if owner._parameters.get(name) is not None and id(owner) not in saved
     }

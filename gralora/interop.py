@@ -363,7 +363,7 @@ def layer_tensors(file: AdapterFile, name: str) -> Tensors:
 def out_in(file: AdapterFile, name: str) -> tuple[int, int]:
     """The sizes of a layer, as its adapter's tensors have them."""
     A, B, _, _ = layer_tensors(file, name)
-    return B.shape[0] * B.shape[2], A.shape[0] * A.shape[1]
+    return B.shape[-3] * B.shape[-1], A.shape[-3] * A.shape[-2]
 
 
 def layer_keys(name: str, config: GraloraConfig) -> Iterable[str]:

@@ -1,132 +1,264 @@
-"""`GraloraLayer` and its kinds: a linear layer, and the adapters that hang on it.
+"""`GraloraLayer`: one linear map of a model, and the adapters that hang on it.
 
-An adapted layer *is* the layer it was: `GraloraLinear` is an `nn.Linear` with one child more, `gralora_adapters`,
-which holds everything about adaptation. A new kind of layer is a subclass of `GraloraLayer` and one row in `KINDS`.
+An adapted layer *is* the layer it was: a `GraloraLinear` is an `nn.Linear` with one child more, `gralora_adapters`,
+which holds everything about adaptation. Maps that are no layers of their own (the projections within an
+`nn.MultiheadAttention`, fused expert weights) are children of their module, named after the map.
+
+A new kind is a subclass of `GraloraLayer` in a file of its own, and one row of the table in `kinds.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gralora import autograd
-from gralora.adapter import GraloraAdapter
+from gralora.adapter import GraloraAdapter, GraloraAdapters
 from gralora.config import GraloraConfig
-from gralora.inplace import InPlaceModule, change_class, freeze_own, made_class
-from gralora.scope import Switchable
+from gralora.inplace import InPlaceModule, change_class, freeze_own, is_restorable, restore_class
+from gralora.scope import Rows
 
 CHILD = "gralora_adapters"
+PREFIX = "gralora_"
 HALF = (torch.float16, torch.bfloat16)
 FULL = (torch.float32, torch.float64)
 
-Layer = TypeVar("Layer", bound="GraloraLayer")
+Layer = TypeVar("Layer", bound="InPlaceLayer")
 
 
-class GraloraAdapters(Switchable):
-    """The adapters of one layer by name, and their state.
+class Spot(NamedTuple):
+    """One linear map of a model, adapted or not: its kind, the module it is in, and which of that module's maps it is."""
 
-    Attributes:
-        active: name -> weight of those that act.
-        merged: name -> weight of those now within the layer's weight.
-        base_weight: the layer's own weight while any is merged, else None.
+    kind: type[GraloraLayer]
+    module: nn.Module
+    part: str = ""
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that holds the map, as it is now; what stands for it where it is parametrised."""
+        owner, name = self.kind.weight_at(self.module, self.part)
+        parameter = owner._parameters.get(name)
+        return cast(Tensor, getattr(owner, name)) if parameter is None else parameter
+
+    @property
+    def adapted(self) -> GraloraLayer | None:
+        """The adapted map, if it is one."""
+        return self.kind.adapted(self.module, self.part)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The parameter that holds the map, without any adapter in it, merged or not."""
+        adapted = self.adapted
+        aside = None if adapted is None else adapted.gralora_adapters.base_weight
+        return self.weight if aside is None else aside
+
+    def base_matrix(self) -> Tensor:
+        """The map (..., out, in) without any adapter in it."""
+        return self.kind.matrix(self.module, self.part, self.base_weight)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) of the map, with the axes of a kernel behind, or of copies before."""
+        return self.kind.shape(self.module, self.part)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(in, out) of the map as a matrix."""
+        return self.kind.sizes(self.module, self.part)
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """(in, out) that k must divide."""
+        return self.kind.cut(self.module, self.part)
+
+    @property
+    def copies(self) -> int | None:
+        """How many maps of one shape lie in the weight; None for a single one."""
+        return self.kind.copies(self.module, self.part)
+
+    def new_adapter(
+        self, config: GraloraConfig, dtype: torch.dtype | None = None, *, reset: bool = True
+    ) -> GraloraAdapter:
+        """An adapter that fits: on the weight's device, float32 unless the weight is float64."""
+        weight = self.weight
+        default = weight.dtype if weight.dtype in FULL else torch.float32
+        init_dtype = weight.dtype if weight.dtype in HALF else None
+        adapter = GraloraAdapter(
+            *self.sizes,
+            config,
+            copies=self.copies,
+            device=weight.device,
+            dtype=dtype or default,
+            init_dtype=init_dtype,
+            reset=reset,
+        )
+        return adapter.train(self.module.training)
+
+
+class GraloraLayer(nn.Module):
+    """Base of every adapted map: y = base(x) + Σ over active adapters of weight * scaling * x @ ΔWᵀ.
+
+    The class methods describe a map, adapted or not, by its module and its name there ("" where the module is the map).
     """
 
-    active: dict[str, float]
-    merged: dict[str, float]
-    base_weight: nn.Parameter | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.active = {}
-        self.merged = {}
-        self.__dict__["base_weight"] = None  # not registered: it is no parameter of the model while it is put aside
-
-    def __getitem__(self, name: str) -> GraloraAdapter:
-        return cast(GraloraAdapter, self._modules[name])
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._modules
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def add(self, name: str, adapter: GraloraAdapter) -> None:
-        self._modules[name] = adapter  # not add_module: names such as "forward" are as good as any
-
-    def remove(self, name: str) -> None:
-        del self._modules[name]
-        self.active.pop(name, None)
-
-    def applied(self) -> list[tuple[GraloraAdapter, float]]:
-        """The adapters that a forward must add now, with their weights."""
-        if not self.active or self.disabled:
-            return []
-        return [(self[name], weight) for name, weight in self.active.items() if name not in self.merged]
-
-
-class GraloraLayer(InPlaceModule):
-    """Mixin of every adapted layer: y = base(x) + Σ over active adapters of weight * scaling * x @ ΔWᵀ.
-
-    Subclasses say how their base stores its weight.
-    """
-
-    _prefix = "Gralora"
     gralora_adapters: GraloraAdapters
-    transposed: ClassVar[bool]  # weight is (in, out)
+    part: str = ""
+    in_all_linear: ClassVar[bool] = True
+    by_row: ClassVar[bool] = True  # whether rows of a batch can have adapters of their own
+    takes_dropout: ClassVar[bool] = True
 
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:
-        """Whether modules of class `original` can become layers of this kind."""
+        """Whether modules of class `original` hold maps of this kind."""
         raise NotImplementedError
-
-    @staticmethod
-    def features(module: nn.Module) -> tuple[int, int]:
-        """(in, out) of `module`, adapted or not."""
-        raise NotImplementedError
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's dtype."""
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        applied = self.gralora_adapters.applied()
-        if not applied:
-            return cast(Tensor, self.base_forward(*args, **kwargs))
-        if not autograd.usable(x, applied[0][0].A):
-            y: Tensor = self.base_forward(*args, **kwargs)
-            for adapter, weight in applied:
-                y = (y + adapter(x, weight)).to(y.dtype)
-            return y
-        base_weight = self.plain_weight()
-        if base_weight is not None:
-            adapter, weight = applied.pop(0)
-            bias = cast(Tensor | None, self.bias)
-            y = autograd.linear_with_adapter(x, base_weight, bias, *adapter.arguments(weight))
-        else:
-            y = self.base_forward(*args, **kwargs)
-        for adapter, weight in applied:
-            y = autograd.add_adapter_(y, x, *adapter.arguments(weight))
-        return y
-
-    def plain_weight(self) -> Tensor | None:
-        """The weight (out, in), if the base is exactly x @ Wᵀ + b with it; None if the base must be called to know."""
-        weight = cast(Tensor, self.weight)
-        if type(weight) not in (nn.Parameter, Tensor) or "_base_instance_forward" in self.__dict__:
-            return None
-        if not self.is_plain():
-            return None
-        return weight.t() if self.transposed else weight
 
     @classmethod
-    def is_plain(cls) -> bool:
-        """Whether the base class computes x @ Wᵀ + b and nothing else."""
+    def parts(cls, module: nn.Module) -> tuple[str, ...]:
+        """The names of the maps that `module` holds."""
+        return ("",)
+
+    @classmethod
+    def unfit(cls, module: nn.Module, part: str) -> str | None:
+        """Why this map cannot be adapted, whatever the config; None if it can."""
+        return None
+
+    @classmethod
+    def weight_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
+        """(owner, name) of the parameter that holds the map."""
+        return module, "weight"
+
+    @classmethod
+    def bias_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
+        """(owner, name) of the bias that belongs to the map, whether or not there is one."""
+        return module, "bias"
+
+    @classmethod
+    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
+        """The map (out, in), or (copies, out, in), as a view of the parameter that holds it."""
         raise NotImplementedError
 
+    @classmethod
+    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
+        """A matrix (out, in) in the layout of the parameter: the reverse of `matrix`."""
+        raise NotImplementedError
+
+    @classmethod
+    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
+        """(in, out) of the map as a matrix."""
+        raise NotImplementedError
+
+    @classmethod
+    def cut(cls, module: nn.Module, part: str) -> tuple[int, int]:
+        """(in, out) that k must divide, where they are not those of the matrix."""
+        return cls.sizes(module, part)
+
+    @classmethod
+    def shape(cls, module: nn.Module, part: str) -> tuple[int, ...]:
+        """(out, in) of the map, with the axes of a kernel behind, or of copies before."""
+        (n_in, n_out), copies = cls.sizes(module, part), cls.copies(module, part)
+        return (n_out, n_in) if copies is None else (copies, n_out, n_in)
+
+    @classmethod
+    def copies(cls, module: nn.Module, part: str) -> int | None:
+        """How many maps of one shape lie in the weight; None for a single one."""
+        return None
+
+    @classmethod
+    def transposed(cls, module: nn.Module, part: str) -> bool:
+        """Whether the weight is stored (in, out)."""
+        return False
+
+    @classmethod
+    def adapted(cls, module: nn.Module, part: str) -> GraloraLayer | None:
+        """The map as `attach` has made it, None if it has not."""
+        return module if isinstance(module, GraloraLayer) else None
+
+    @classmethod
+    def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
+        """Make the map an adapted one, in place, without an adapter as yet. No change if it is one."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        raise NotImplementedError
+
+    @property
+    def host(self) -> nn.Module:
+        """The module that holds the map."""
+        return self
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """(owner, name) of the parameter that holds the map."""
+        return self.weight_at(self.host, self.part)
+
+    @property
+    def spot(self) -> Spot:
+        return Spot(type(self), self.host, self.part)
+
+    def run(
+        self,
+        x: Tensor,
+        base: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dim: int | None = None,
+    ) -> Tensor:
+        """base(*args, **kwargs) plus what the adapters add to it for the input `x`, in the dtype of the base.
+
+        Args:
+            dim: the axis of the batch in `x`, where the map knows it.
+        """
+        adapters = self.gralora_adapters
+        mode = adapters.mode
+        if isinstance(mode, Rows):
+            return self._run_rows(x, base(*args, **kwargs), mode, dim)
+        applied = adapters.applied()
+        if not applied:
+            return base(*args, **kwargs)
+        if not self.fast(x, applied[0][0].A):
+            y = base(*args, **kwargs)
+            for adapter, share in applied:
+                y = (y + self.update(x, adapter, share)).to(y.dtype)
+            return y
+        plain = self.plain()
+        if plain is not None:
+            adapter, share = applied.pop(0)
+            y = autograd.linear_with_adapter(x, plain[0], plain[1], *adapter.arguments(share))
+        else:
+            y = base(*args, **kwargs)
+        for adapter, share in applied:
+            y = autograd.add_adapter_(y, x, *adapter.arguments(share))
+        return y
+
+    def fast(self, x: Tensor, A: Tensor) -> bool:
+        """Whether `gralora.autograd` serves here."""
+        return autograd.usable(x, A)
+
+    def plain(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight (out, in), bias), if the base is exactly x @ Wᵀ + b with these; None if it must be called to know."""
+        return None
+
+    def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
+        """What `adapter` adds for the input `x`, times `share`."""
+        return cast(Tensor, adapter(x, share))
+
+    def _run_rows(self, x: Tensor, y: Tensor, rows: Rows, dim: int | None) -> Tensor:
+        adapters = self.gralora_adapters
+        dim = rows.axis(x, dim)
+        order, _, names, counts = rows.sort(x.shape[dim], list(adapters), x.device)
+        adapted = order[: len(order) - counts[-1]]
+        if not len(adapted):
+            return y
+        parts = torch.split(x.index_select(dim, adapted), counts[:-1], dim)
+        updates = [self.update(part, adapters[cast(str, name)], 1.0) for name, part in zip(names, parts, strict=False)]
+        return y.index_add(dim, adapted, torch.cat(updates, dim).to(y.dtype))
+
     def delta_weight(self, adapter_name: str | None = None) -> Tensor:
-        """ΔW in the layout of `weight`: of one adapter, or the weighted sum of the active ones."""
+        """ΔW in the layout of the weight: of one adapter, or the weighted sum of the active ones."""
         adapters = self.gralora_adapters
         weights = adapters.active if adapter_name is None else {adapter_name: 1.0}
         if not weights or not all(name in adapters for name in weights):
@@ -134,13 +266,63 @@ class GraloraLayer(InPlaceModule):
                 f"no adapter {adapter_name!r} to read ΔW from; this layer has: {', '.join(adapters) or 'none'}"
             )
         (first, *rest) = (adapters[name].delta_weight() * weight for name, weight in weights.items())
-        delta = sum(rest, start=first)
-        return rearrange(delta, "o i -> i o") if self.transposed else delta
+        return self.in_layout(self.host, self.part, sum(rest, start=first))
+
+    def describe_adapters(self) -> str:
+        """r, k and so on of all adapters, and which of them act."""
+        adapters = self.gralora_adapters
+        configs = [adapters[name].config for name in adapters]
+        parts = []
+        for field in ("r", "gralora_k", "hybrid_r", "alpha"):
+            values = list(dict.fromkeys(str(getattr(c, field)) for c in configs))
+            if values and values != ["0"]:
+                parts.append(f"{field}={' | '.join(values)}")
+        parts.append(f"active={' + '.join(adapters.active) or None}")
+        if adapters.merged:
+            parts.append(f"merged={' + '.join(adapters.merged)}")
+        return ", ".join(parts)
+
+    def _attach_container(self) -> None:
+        self.gralora_adapters = GraloraAdapters()
+
+
+class InPlaceLayer(GraloraLayer, InPlaceModule):
+    """A layer that is the map: it keeps its place in the model and changes its class."""
+
+    _prefix = "Gralora"
+    batch_axis: ClassVar[int | None] = None  # of inputs; None where the layer takes any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's dtype."""
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        return self.run(x, self.base_forward, args, kwargs, dim=self.batch_axis)
+
+    @classmethod
+    def is_plain(cls) -> bool:
+        """Whether the base class computes what its kind does, and nothing else."""
+        raise NotImplementedError
+
+    def probe(self, generator: torch.Generator) -> Tensor:
+        """A small input that the layer takes."""
+        return torch.randn(4, self.sizes(self, "")[0], generator=generator)
+
+    @classmethod
+    def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
+        if not isinstance(module, GraloraLayer):
+            change_class(module, cls)
+            cast(GraloraLayer, module)._attach_container()
+        return cast(GraloraLayer, module)
+
+    def detach(self) -> None:
+        if is_restorable(self):
+            del self._modules[CHILD]
+        else:
+            self._attach_container()
+        restore_class(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.gralora_adapters.merged and f"{prefix}weight" in state_dict:
-            errors = args[-1]
-            errors.append(f"{prefix}weight holds a merged adapter, which unmerge would overwrite: unmerge, then load.")
+            args[-1].append(overwritten(f"{prefix}weight"))
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -148,38 +330,28 @@ class GraloraLayer(InPlaceModule):
         base = self._base_class.extra_repr(self)
         if CHILD not in self._modules:
             return base
-        adapters = self.gralora_adapters
-        configs = [adapters[name].config for name in adapters]
-        shapes = {
-            field: " | ".join(dict.fromkeys(str(getattr(c, field)) for c in configs))
-            for field in ("r", "gralora_k", "hybrid_r", "alpha")
-        }
-        parts = [base, *(f"{field}={value}" for field, value in shapes.items() if value)]
-        parts.append(f"active={' + '.join(adapters.active) or None}")
-        if adapters.merged:
-            parts.append(f"merged={' + '.join(adapters.merged)}")
-        return ", ".join(part for part in parts if part)
+        return ", ".join(part for part in (base, self.describe_adapters()) if part)
 
     def __repr__(self) -> str:
-        return nn.Module.__repr__(self)
-
-    def _attach_container(self) -> None:
-        self.gralora_adapters = GraloraAdapters()
+        return one_line(self, self.extra_repr()) if set(self._modules) <= {CHILD} else nn.Module.__repr__(self)
 
     def _drop_in(self, config: GraloraConfig | None, adapter_name: str) -> None:
         """Finish a layer that was built, not injected: freeze the base, add a trainable adapter."""
         check_adapter_name(adapter_name)
         freeze_own(self)
         self._attach_container()
-        self.gralora_adapters.add(adapter_name, new_adapter(self, config or GraloraConfig()))
+        self.gralora_adapters.add(adapter_name, self.spot.new_adapter(config or GraloraConfig()))
         self.gralora_adapters.active = {adapter_name: 1.0}
 
     @classmethod
-    def _adapting(cls: type[Layer], module: nn.Module, config: GraloraConfig, adapter_name: str) -> Layer:
-        if kind_of(type(module)) is not cls:
+    def _adapting(cls: type[Layer], module: nn.Module, config: GraloraConfig | None, adapter_name: str) -> Layer:
+        if not cls.accepts(type(module)):
             raise TypeError(f"{cls.__name__} cannot stand in for a {type(module).__name__}.")
         if isinstance(module, GraloraLayer):
             raise TypeError(f"this {type(module).__name__} is adapted already; use inject for a further adapter.")
+        reason = cls.unfit(module, "")
+        if reason is not None:
+            raise ValueError(f"this {type(module).__name__} {reason}.")
         layer = module.__new__(type(module))
         layer.__dict__.update(module.__dict__)
         for name, value in module.__dict__.items():
@@ -191,186 +363,22 @@ class GraloraLayer(InPlaceModule):
         return adapted
 
 
-class GraloraLinear(GraloraLayer, nn.Linear):
-    """`nn.Linear` with GraLoRA adapters: y = x @ Wᵀ + b + scaling * x @ ΔWᵀ.
-
-    Built directly, it has a frozen base that initialises and loads as `nn.Linear` does, and one trainable adapter.
-
-    Args:
-        in_features, out_features, bias, device: as for `nn.Linear`.
-        config: of the adapter; `GraloraConfig()` if None.
-        adapter_name: of the adapter.
-        dtype: of the base. The adapter's is the same, but float32 where the base is half precision.
-
-    Raises:
-        ValueError: `config.gralora_k` does not divide both sizes.
-    """
-
-    _base_class = nn.Linear
-    transposed = False
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        config: GraloraConfig | None = None,
-        adapter_name: str = "default",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self._drop_in(config, adapter_name)
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, config: GraloraConfig | None = None, *, adapter_name: str = "default"
-    ) -> GraloraLinear:
-        """A `GraloraLinear` over the very weight and bias of `linear` (shared, and frozen); `linear` keeps its class."""
-        return cls._adapting(linear, config or GraloraConfig(), adapter_name)
-
-    @classmethod
-    def accepts(cls, original: type[nn.Module]) -> bool:
-        return issubclass(original, nn.Linear)
-
-    @classmethod
-    def is_plain(cls) -> bool:
-        return cls._base_class.forward is nn.Linear.forward
-
-    @staticmethod
-    def features(module: nn.Module) -> tuple[int, int]:
-        return cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
+def one_line(module: nn.Module, text: str) -> str:
+    return f"{type(module).__name__}({text})"
 
 
-class Conv1D(nn.Module):
-    """The transposed linear layer of GPT-2: y = x @ W + b with W of shape (nx, nf)."""
-
-    def __init__(
-        self, nf: int, nx: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(nf, device=device, dtype=dtype))
-        nn.init.normal_(self.weight, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, rearrange(self.weight, "i o -> o i"), self.bias)
-
-    def extra_repr(self) -> str:
-        return f"nf={self.nf}, nx={self.nx}"
-
-
-class GraloraConv1D(GraloraLayer, Conv1D):
-    """GPT-2's `Conv1D` with GraLoRA adapters: y = x @ W + b + scaling * x @ ΔW, W and ΔW of shape (nx, nf).
-
-    Built directly, it has a frozen base that initialises and loads as `transformers`' `Conv1D` does, and one
-    trainable adapter. Arguments as for `GraloraLinear`.
-    """
-
-    _base_class = Conv1D
-    transposed = True
-
-    def __init__(
-        self,
-        nf: int,
-        nx: int,
-        *,
-        config: GraloraConfig | None = None,
-        adapter_name: str = "default",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(nf, nx, device, dtype)
-        self._drop_in(config, adapter_name)
-
-    @classmethod
-    def from_conv1d(
-        cls, conv: nn.Module, config: GraloraConfig | None = None, *, adapter_name: str = "default"
-    ) -> GraloraConv1D:
-        """A `GraloraConv1D` over the very weight and bias of `conv` (shared, and frozen); `conv` keeps its class."""
-        return cls._adapting(conv, config or GraloraConfig(), adapter_name)
-
-    @classmethod
-    def accepts(cls, original: type[nn.Module]) -> bool:
-        # transformers' own is known by its name, so that transformers need not be imported
-        return any(base is Conv1D or base.__name__ == "Conv1D" for base in original.__mro__)
-
-    @classmethod
-    def is_plain(cls) -> bool:
-        owner = next(base for base in cls._base_class.__mro__ if "forward" in vars(base))
-        return owner is Conv1D or f"{owner.__module__}.{owner.__name__}" == "transformers.pytorch_utils.Conv1D"
-
-    @staticmethod
-    def features(module: nn.Module) -> tuple[int, int]:
-        nx, nf = cast(Tensor, module.weight).shape
-        return nx, nf
-
-    def extra_repr(self) -> str:
-        nx, nf = self.features(self)
-        return super().extra_repr() if self._base_class is Conv1D else f"nf={nf}, nx={nx}, {super().extra_repr()}"
-
-
-KINDS: list[type[GraloraLayer]] = [GraloraLinear, GraloraConv1D]
-"""The table of what can be adapted: each kind says itself which classes it accepts."""
-
-
-def kind_of(cls: type[nn.Module]) -> type[GraloraLayer] | None:
-    """The kind of adapted layer that a module of class `cls` can become, or None."""
-    return next((kind for kind in KINDS if kind.accepts(cls)), None)
-
-
-def adapted_class(cls: type[nn.Module]) -> type[GraloraLayer]:
-    """The class that `inject` gives a module of class `cls`: `GraloraLinear` for `nn.Linear`, else (its kind, `cls`).
-
-    Made classes are cached; instances of them survive `copy.deepcopy` and `pickle`.
-
-    Raises:
-        TypeError: `cls` is no linear-like layer.
-    """
-    kind = kind_of(cls)
-    if kind is None:
-        raise TypeError(f"{cls.__name__} cannot be adapted. Adaptable: subclasses of nn.Linear, and Conv1D (GPT-2's).")
-    return cls if issubclass(cls, GraloraLayer) else cast(type[GraloraLayer], made_class(kind, cls))
-
-
-def adapt(module: nn.Module) -> GraloraLayer:
-    """Make `module` an adapted layer, in place, without an adapter as yet. No change if it is one."""
-    if not isinstance(module, GraloraLayer):
-        kind = kind_of(type(module))
-        assert kind is not None  # targets.py has refused all others
-        change_class(module, kind)
-        layer = cast(GraloraLayer, module)
-        layer._attach_container()
-    return cast(GraloraLayer, module)
-
-
-def new_adapter(
-    module: nn.Module, config: GraloraConfig, dtype: torch.dtype | None = None, *, reset: bool = True
-) -> GraloraAdapter:
-    """An adapter that fits `module`, adapted or not: on its device, float32 unless its weight is float64."""
-    kind = kind_of(type(module))
-    assert kind is not None
-    weight = cast(Tensor, module.weight)
-    default = weight.dtype if weight.dtype in FULL else torch.float32
-    init_dtype = weight.dtype if weight.dtype in HALF else None
-    adapter = GraloraAdapter(
-        *kind.features(module),
-        config,
-        device=weight.device,
-        dtype=dtype or default,
-        init_dtype=init_dtype,
-        reset=reset,
-    )
-    return adapter.train(module.training)
+def overwritten(key: str) -> str:
+    """Why a checkpoint may not be loaded into a weight now."""
+    return f"{key} holds a merged adapter, which unmerge would overwrite: unmerge, then load."
 
 
 def gralora_layers(model: nn.Module) -> Iterator[tuple[str, GraloraLayer]]:
-    """Every adapted layer of `model` with its name, once each."""
+    """Every adapted map of `model` with its name, once each."""
     for name, module in model.named_modules():
         if isinstance(module, GraloraLayer):
-            yield name, module
+            above, _, own = name.rpartition(".")
+            own = own.removeprefix(PREFIX) if module.part else own
+            yield f"{above}.{own}" if above else own, module
 
 
 def check_adapter_name(name: object) -> None:

@@ -8,28 +8,34 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from gralora import functional
-from gralora.adapter import Tensors
+from gralora.adapter import Tensors, each
 from gralora.config import divisors
+from gralora.control import weights_of
 from gralora.inject import unload
-from gralora.layers import FULL, HALF, GraloraLayer, gralora_layers
-from gralora.saved import BIAS_CHILD, SAVED_CHILD, bias_swaps, saved_modules
-from gralora.state import all_or_nothing, check_known, own_weight, put_back_weight
+from gralora.layers import FULL, HALF, GraloraLayer, InPlaceLayer, gralora_layers
+from gralora.saved import SAVED_CHILD, bias_swaps, remove_swap, saved_modules
+from gralora.state import SHARED, all_or_nothing, check_known, put_back_weight
 
 CACHED = 2**19  # numbers
 
 
-def merge(model: nn.Module, adapter_names: str | Collection[str] | None = None, *, safe: bool = True) -> None:
+def merge(
+    model: nn.Module,
+    adapter_names: str | Collection[str] | Mapping[str, float] | None = None,
+    *,
+    safe: bool = True,
+) -> None:
     """Write adapters into the weights: W + Σ weight * ΔW. A merged layer costs exactly what the base layer costs.
 
     The layer's own weight is put aside, so `unmerge` gives it back bit for bit, in every dtype. Merging again changes
     nothing; merging a, then b, equals merging both. Adapters that are active but not merged go on acting beside it.
 
     Args:
-        adapter_names: one or several; None for the active ones. An inactive adapter is merged with weight 1.
+        adapter_names: one or several; {name: weight}; None for the active ones. Where no weight is given, it is the one
+            with which the adapter is active, or 1.
         safe: refuse if a merged weight would not be finite, or if a layer with a forward of its own computes something
             else with the merged weight than with the adapter beside it.
 
@@ -37,25 +43,30 @@ def merge(model: nn.Module, adapter_names: str | Collection[str] | None = None, 
         KeyError: unknown name. TypeError: a weight is quantised or otherwise no plain tensor. ValueError: see `safe`.
             The model is then unchanged.
     """
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    names = None if adapter_names is None else weights_of(adapter_names)
     check_known(model, *(names or ()))
+    given = isinstance(adapter_names, Mapping)
     plan: list[tuple[GraloraLayer, dict[str, float]]] = []
     for path, layer in gralora_layers(model):
         adapters = layer.gralora_adapters
-        wanted = adapters.active if names is None else {n: adapters.active.get(n, 1.0) for n in names if n in adapters}
-        if any(name not in adapters.merged for name in wanted):
+        wanted = adapters.active if names is None else {n: share for n, share in names.items() if n in adapters}
+        if names is not None and not given:
+            wanted = {name: adapters.active.get(name, 1.0) for name in wanted}
+        weights = {**adapters.merged, **wanted}
+        if set(weights) != set(adapters.merged) or (given and weights != adapters.merged):
             _check_mergeable(path, layer)
-            plan.append((layer, {**adapters.merged, **wanted}))
-    merged = [_merged_weight(layer, weights, safe) for layer, weights in plan]
+            plan.append((layer, weights))
+    merged = _merged_parameters(plan, safe)
     if safe:
-        for (layer, weights), weight in zip(plan, merged, strict=True):
-            _check_same_function(layer, weights, weight)
+        for layer, weights in plan:
+            _check_same_function(layer, weights, merged[_place(layer)])
     with all_or_nothing(model):
-        for (layer, weights), weight in zip(plan, merged, strict=True):
+        for layer, weights in plan:
+            owner, name = layer.place
             adapters = layer.gralora_adapters
             if adapters.base_weight is None:
-                adapters.__dict__["base_weight"] = layer._parameters["weight"]
-            layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+                adapters.__dict__["base_weight"] = _base_parameter(model, layer)
+            owner._parameters[name] = merged[_place(layer)]
             adapters.merged = weights
 
 
@@ -87,16 +98,19 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None)
     for path, layer, weights in layers:
         if weights:
             _check_mergeable(path, layer)
-            _check_same_function(layer, weights, _merged_weight(layer, weights, safe=True))
+            _check_same_function(layer, weights, _merged_parameters([(layer, weights)], safe=True)[_place(layer)])
     unmerge(model)
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for _, layer, weights in layers:
-        weight = cast(nn.Parameter, layer._parameters["weight"])
+        owner, name = layer.place
+        weight = cast(nn.Parameter, owner._parameters[name])
         if owners[id(weight)] > 1 and weights:  # tied: the others keep the base's weight
-            tied = nn.Parameter(_merged_weight(layer, weights, safe=False), requires_grad=weight.requires_grad)
-            layer._parameters["weight"] = tied
+            tied = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            owner._parameters[name] = tied
+            _write_merged(layer, weight.data, tied.data, weights, safe=False)
         elif weights:
-            _write_merged(layer, weight.data, weight.data, weights, safe=False)
+            new = weight.detach().clone() if hasattr(weight, SHARED) else weight.data
+            weight.data = _write_merged(layer, weight.data, new, weights, safe=False)
     for (_, layer, _), linear in zip(packed, plain, strict=True):
         _become(layer, linear)
     _keep_active_copies(model)
@@ -105,14 +119,17 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None)
 
 def _is_packed(layer: GraloraLayer) -> bool:
     # a plain weight is exactly a Parameter over exactly a Tensor; subclasses carry formats that only they know
-    weight = layer._parameters.get("weight")
+    owner, name = layer.place
+    weight = owner._parameters.get(name)
     return weight is not None and (type(weight) is not nn.Parameter or weight.dtype not in (*FULL, *HALF))
 
 
 @torch.no_grad()
 def _dequantized(layer: GraloraLayer, weights: Mapping[str, float], dtype: torch.dtype) -> nn.Linear:
     """A plain layer of the same map, with the adapters in its weight."""
-    n_in, n_out = layer.features(layer)
+    if not isinstance(layer, InPlaceLayer) or isinstance(layer, nn.modules.conv._ConvNd):
+        raise TypeError(f"{type(layer).__name__} can't be dequantized: only linear layers can.")
+    n_in, n_out = layer.sizes(layer, "")
     bias, device = layer._parameters.get("bias"), cast(Tensor, layer.weight).device
     if bias is not None:
         layer._parameters["bias"] = None
@@ -153,15 +170,16 @@ def _keep_active_copies(model: nn.Module) -> None:
             for name in frozen:
                 # `unload` thaws what was thawed before
                 cast(nn.Parameter, saved._parameters[name]).requires_grad_(False)
-    for _, owner, _ in list(bias_swaps(model)):
-        bias = owner._parameters["bias"]
-        del owner._modules[BIAS_CHILD]
+    for _, owner, swap in list(bias_swaps(model)):
+        bias = owner._parameters[swap.parameter]
+        remove_swap(owner, swap)
         if bias is not None:
             bias.requires_grad_(False)
 
 
 def _check_mergeable(path: str, layer: GraloraLayer) -> None:
-    weight = layer._parameters.get("weight")
+    owner, name = layer.place
+    weight = owner._parameters.get(name)
     if weight is None:
         raise TypeError(
             f"{path!r} computes its weight (parametrised, pruned or normed), so nothing can be merged into it."
@@ -178,38 +196,64 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
         )
 
 
-def _merged_weight(layer: GraloraLayer, weights: Mapping[str, float], safe: bool) -> Tensor:
-    base = own_weight(layer)
-    new = torch.empty_like(base, requires_grad=False)
-    return _write_merged(layer, base.data, new, weights, safe)
+def _place(layer: GraloraLayer) -> tuple[int, str]:
+    owner, name = layer.place
+    return id(owner), name
+
+
+def _base_parameter(model: nn.Module, layer: GraloraLayer) -> nn.Parameter:
+    """The parameter that holds the map, unmerged: put aside already where another map in it is merged."""
+    for _, other in gralora_layers(model):
+        aside = other.gralora_adapters.base_weight
+        if aside is not None and _place(other) == _place(layer):
+            return aside
+    owner, name = layer.place
+    return cast(nn.Parameter, owner._parameters[name])
+
+
+def _merged_parameters(
+    plan: Sequence[tuple[GraloraLayer, Mapping[str, float]]], safe: bool
+) -> dict[tuple[int, str], nn.Parameter]:
+    """The new parameter for every place in which some map of `plan` lies; what else lies there stays as it is."""
+    new: dict[tuple[int, str], nn.Parameter] = {}
+    for layer, weights in plan:
+        owner, name = layer.place
+        now = cast(nn.Parameter, owner._parameters[name])
+        place = _place(layer)
+        if place not in new:
+            whole = layer.spot.base_matrix().numel() == now.numel()  # nothing else lies there
+            new[place] = nn.Parameter(torch.empty_like(now) if whole else now.detach().clone(), requires_grad=False)
+        _write_merged(layer, layer.spot.base_weight.data, new[place].data, weights, safe)
+    return new
 
 
 def _write_merged(layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mapping[str, float], safe: bool) -> Tensor:
+    """The map's part of `new` from its part of `base`, both in the layout of the parameter that holds it; returns `new`."""
     chosen = [(layer.gralora_adapters[name], weight) for name, weight in weights.items()]
     updates = [(adapter.tensors, weight * adapter.config.scaling) for adapter, weight in chosen]
-    return write_merged(base, new, updates, transposed=layer.transposed, safe=safe, what=", ".join(weights))
+    source, target = (layer.matrix(layer.host, layer.part, each) for each in (base, new))
+    what = ", ".join(weights)
+    if layer.copies(layer.host, layer.part) is None:
+        write_merged(source, target, updates, safe=safe, what=what)
+    else:
+        for index, (one, other) in enumerate(zip(source, target, strict=True)):
+            own = [(each(tensors)[index], scaling) for tensors, scaling in updates]
+            write_merged(one, other, own, safe=safe, what=what)
+    return new
 
 
 @torch.no_grad()
 def write_merged(
-    base: Tensor,
-    new: Tensor,
-    updates: Sequence[tuple[Tensors, float]],
-    *,
-    transposed: bool,
-    safe: bool,
-    what: str,
-) -> Tensor:
-    """new = base + Σ scaling * ΔW, one row of blocks at a time; `new` may be `base`. Sums in float32 at least.
+    source: Tensor, target: Tensor, updates: Sequence[tuple[Tensors, float]], *, safe: bool, what: str
+) -> None:
+    """target = source + Σ scaling * ΔW, all (out, in) of any strides, one row of blocks at a time. Sums in float32 at least.
 
     Args:
+        target: may be `source`.
         updates: (the adapter's tensors, its scaling) of each.
-        transposed: `base` is (in, out).
         safe: refuse a result that is not finite; `what` names it.
     """
-    layout = "i o -> o i" if transposed else "o i -> o i"
-    source, target = rearrange(base, layout), rearrange(new, layout)
-    dtype = torch.promote_types(base.dtype, torch.float32)
+    dtype = torch.promote_types(source.dtype, torch.float32)
     for (A, *_), _ in updates:
         dtype = torch.promote_types(dtype, A.dtype)
     factors = [(tuple(t if t is None else t.to(dtype) for t in tensors), scaling) for tensors, scaling in updates]
@@ -219,7 +263,9 @@ def write_merged(
     for start in range(0, target.shape[0], step):
         rows = target[start : start + step]
         work = (
-            rows.copy_(source[start : start + step]) if dtype == base.dtype else source[start : start + step].to(dtype)
+            rows.copy_(source[start : start + step])
+            if dtype == source.dtype
+            else source[start : start + step].to(dtype)
         )
         for tensors, scaling in factors:
             functional.add_delta_rows_(work, start, *tensors, scaling=scaling)  # type: ignore[arg-type]
@@ -228,31 +274,31 @@ def write_merged(
         # a finite sum has finite terms; the reverse does not hold, so look closer before refusing
         if safe and not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
             raise ValueError(
-                f"merging {what} would give weights that are not finite in {base.dtype}, in rows {start} to "
+                f"merging {what} would give weights that are not finite in {source.dtype}, in rows {start} to "
                 f"{start + step}: the adapter is broken, or alpha too large for this dtype."
             )
-    return new
 
 
 @torch.no_grad()
-def _check_same_function(layer: GraloraLayer, weights: Mapping[str, float], merged: Tensor) -> None:
+def _check_same_function(layer: GraloraLayer, weights: Mapping[str, float], merged: nn.Parameter) -> None:
     """A subclass with a forward of its own may do more with W than x @ Wᵀ; try both ways on a few numbers."""
-    if layer.is_plain():
+    if not isinstance(layer, InPlaceLayer) or layer.is_plain():
         return
     adapters = layer.gralora_adapters
     now = layer._parameters["weight"]
-    base = cast(nn.Parameter, own_weight(layer))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, layer.features(layer)[0], generator=generator).to(base.device, base.dtype)
+    base = cast(nn.Parameter, layer.spot.base_weight)
+    x = layer.probe(torch.Generator().manual_seed(0)).to(base.device, base.dtype)
     try:
         layer._parameters["weight"] = base
         y = layer.base_forward(x)
-        layer._parameters["weight"] = nn.Parameter(merged, requires_grad=False)
+        layer._parameters["weight"] = merged
         in_weight = layer.base_forward(x) - y
     finally:
         layer._parameters["weight"] = now
     mode = [(adapters[name], adapters[name].training) for name in weights]
-    beside = sum(adapter.eval()(x, weights[name]) for name, (adapter, _) in zip(weights, mode, strict=True))
+    beside = sum(
+        layer.update(x, adapter.eval(), weights[name]) for name, (adapter, _) in zip(weights, mode, strict=True)
+    )
     for adapter, training in mode:
         adapter.train(training)
     scale = max(float(y.abs().max()), float(cast(Tensor, beside).abs().max()), 1e-30)

@@ -90,10 +90,11 @@ class _Merging:
         name, layout = self.layers[key], self.layouts[key]
         tensor, buffer = shard.read(key)
         there = self.file.base.get(name)
-        if there is not None and there.differs(BaseWeight.of(tensor, there.shape, layout)):
+        matrix = tensor.mT if layout else tensor.flatten(1)
+        if there is not None and there.differs(BaseWeight.of(tensor, there.shape, layout, matrix)):
             self.differing.append(name)
         updates = [(layer_tensors(self.file, name), self.file.configs[name].scaling)]
-        write_merged(tensor, tensor, updates, transposed=layout, safe=True, what=repr(name))
+        write_merged(matrix, matrix, updates, safe=True, what=repr(name))
         return buffer
 
     def write(self, shard: Shard, path: Path) -> None:
@@ -150,7 +151,7 @@ def extract_checkpoint(
         file.configs[name] = config
         pairs = adapter_keys(name, dict(zip(FACTORS, factors, strict=True)))
         file.tensors.update({key: tensor.float().contiguous() for key, tensor in pairs.items() if tensor is not None})
-        file.base[name] = BaseWeight.of(weight, shape, transposed)
+        file.base[name] = BaseWeight.of(weight, shape, transposed, weight.mT if transposed else weight)
         rows.append(Extracted(name, shape, error, functional.best_lora_error(delta, config.r + config.hybrid_r)))
     GRALORA.write(file, out)
     return rows

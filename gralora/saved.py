@@ -10,14 +10,14 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from gralora.inplace import Appendage, InPlaceModule, change_class
-from gralora.layers import GraloraLayer
-from gralora.scope import Switchable
+from gralora.layers import PREFIX, GraloraLayer
+from gralora.scope import OFF, Rows, Switchable
 
 SAVED_CHILD = "gralora_saved"
-BIAS_CHILD = "gralora_bias"
 
 
 class SavedCopies(Switchable):
@@ -45,18 +45,46 @@ class SavedModule(InPlaceModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         copies = self.gralora_saved
-        if copies.active is None or copies.disabled:
+        mode = copies.mode
+        if isinstance(mode, Rows):
+            return self._by_row(mode, *args, **kwargs)
+        if copies.active is None or mode is OFF:
             return self.base_forward(*args, **kwargs)
         return copies[copies.active](*args, **kwargs)
 
+    def _by_row(self, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise TypeError(
+                f"mixed_batch cannot take apart the rows of what {self._base_class.__name__} gets: a saved module must be "
+                "called with one tensor."
+            )
+        x, copies = args[0], self.gralora_saved
+        dim = rows.axis(x)
+        order, back, names, counts = rows.sort(x.shape[dim], list(copies), x.device)
+        parts = torch.split(x.index_select(dim, order), counts, dim)
+        runs = [self.base_forward if name is None else copies[name] for name in names]
+        done = [run(part) for run, part in zip(runs, parts, strict=True) if part.shape[dim]]
+        return torch.cat(done, dim).index_select(dim, back)
+
+    def __getattr__(self, name: str) -> Any:
+        # a parent that reads our weight, as a head tied to an embedding does, must get the copy's that acts
+        children = self.__dict__.get("_modules", {})
+        copies = children.get(SAVED_CHILD)
+        if copies is not None and copies.active is not None and copies.mode is None:
+            replica = copies[copies.active]
+            if name in replica._parameters or name in replica._buffers:
+                return getattr(replica, name)
+        return super().__getattr__(name)
+
 
 class BiasSwap(Appendage):
-    """The biases of one module that are not in place now: the adapters' by name, and the base's under `BASE`."""
+    """The values of one bias of a module that are not in place now: the adapters' by name, and the base's under `BASE`."""
 
     BASE = "base bias"
 
-    def __init__(self) -> None:
+    def __init__(self, parameter: str) -> None:
         super().__init__()
+        self.parameter = parameter
         self.in_place: str = self.BASE
         self.names: list[str] = []
 
@@ -64,12 +92,12 @@ class BiasSwap(Appendage):
         """Make `name`'s bias the bias of `owner`; the base's where this adapter trains none."""
         name = name if name in self.names else self.BASE
         if name != self.in_place:
-            self._parameters[self.in_place] = owner._parameters["bias"]
-            owner._parameters["bias"] = self._parameters.pop(name)
+            self._parameters[self.in_place] = owner._parameters[self.parameter]
+            owner._parameters[self.parameter] = self._parameters.pop(name)
             self.in_place = name
 
     def get(self, owner: nn.Module, name: str) -> nn.Parameter:
-        source = owner._parameters["bias"] if name == self.in_place else self._parameters[name]
+        source = owner._parameters[self.parameter] if name == self.in_place else self._parameters[name]
         return cast(nn.Parameter, source)
 
 
@@ -122,20 +150,28 @@ def add_copy(unit: nn.Module, name: str, replica: nn.Module) -> SavedModule:
     return saved
 
 
-def add_bias(owner: nn.Module, name: str, bias: nn.Parameter) -> None:
-    """Give `owner` an inactive bias for the adapter `name`."""
-    if BIAS_CHILD not in owner._modules:
-        owner.add_module(BIAS_CHILD, BiasSwap())
-    swap = cast(BiasSwap, owner._modules[BIAS_CHILD])
+def is_bias(parameter: str) -> bool:
+    """Whether a parameter of this name is a bias: `bias`, `in_proj_bias`, `bias_k`."""
+    return "bias" in parameter.split("_")
+
+
+def add_bias(owner: nn.Module, parameter: str, name: str, bias: nn.Parameter) -> None:
+    """Give `owner` an inactive value of its bias `parameter` for the adapter `name`."""
+    swap = cast(BiasSwap, owner._modules.setdefault(PREFIX + parameter, BiasSwap(parameter)))
     swap._parameters[name] = bias
     swap.names.append(name)
 
 
-def bias_copy(owner: nn.Module) -> nn.Parameter:
-    """A trainable copy of the base's bias of `owner`."""
-    swap = owner._modules.get(BIAS_CHILD)
-    base = swap.get(owner, BiasSwap.BASE) if isinstance(swap, BiasSwap) else cast(Tensor, owner._parameters["bias"])
-    return nn.Parameter(base.detach().clone())
+def base_bias(owner: nn.Module, parameter: str) -> nn.Parameter:
+    """The base's own bias `parameter` of `owner`, whichever adapter's is in place."""
+    swap = owner._modules.get(PREFIX + parameter)
+    base = swap.get(owner, BiasSwap.BASE) if isinstance(swap, BiasSwap) else owner._parameters[parameter]
+    return cast(nn.Parameter, base)
+
+
+def remove_swap(owner: nn.Module, swap: BiasSwap) -> None:
+    """Leave the bias that is in place for good."""
+    del owner._modules[PREFIX + swap.parameter]
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
@@ -147,9 +183,9 @@ def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
 def bias_swaps(model: nn.Module) -> Iterator[tuple[str, nn.Module, BiasSwap]]:
     """(name of the bias, the module that owns it, its store) of every bias that some adapter trains."""
     for name, module in model.named_modules():
-        swap = module._modules.get(BIAS_CHILD)
-        if isinstance(swap, BiasSwap):
-            yield f"{name}.bias" if name else "bias", module, swap
+        for swap in module._modules.values():
+            if isinstance(swap, BiasSwap):
+                yield f"{name}.{swap.parameter}" if name else swap.parameter, module, swap
 
 
 def _base_copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:

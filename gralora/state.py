@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from gralora.layers import GraloraAdapters, GraloraLayer, gralora_layers
+from gralora.adapter import GraloraAdapters
+from gralora.layers import GraloraLayer, gralora_layers
 from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
 
 T = TypeVar("T")
+
+SHARED = "_gralora_shared"
+"""An attribute of parameters whose memory another model has too: nothing may be merged into it in place."""
 
 
 class UnknownAdapterError(KeyError):
@@ -106,21 +110,19 @@ def activate(model: nn.Module, weights: Mapping[str, float], *, trainable: bool 
             train(name, [swap.get(owner, name)])
 
 
-def own_weight(layer: GraloraLayer) -> Tensor:
-    """The layer's weight without any adapter in it, merged or not."""
-    aside = layer.gralora_adapters.base_weight
-    return cast(Tensor, layer.weight) if aside is None else aside
-
-
 def put_back_weight(layer: GraloraLayer) -> None:
-    """Give a merged layer its own weight back, the very object, bit for bit."""
+    """Give a merged layer its own weight back, the very object, bit for bit.
+
+    Where several maps share one parameter, all of them have to be put back.
+    """
     adapters = layer.gralora_adapters
     base = adapters.base_weight
     if base is not None:
-        now = layer._parameters["weight"]
+        owner, name = layer.place
+        now = owner._parameters[name]
         if now is not None and (now.device, now.dtype) != (base.device, base.dtype):  # moved while merged
             base.data = base.data.to(now.device, now.dtype)
-        layer._parameters["weight"] = base
+        owner._parameters[name] = base
         adapters.__dict__["base_weight"] = None
     adapters.merged = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,8 +14,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from gralora.adapter import legal_k
 from gralora.config import GraloraConfig
-from gralora.inplace import InPlaceModule
-from gralora.layers import KINDS, GraloraLayer, kind_of
+from gralora.kinds import ADAPTABLE, spots
+from gralora.layers import PREFIX, Spot
+from gralora.saved import SavedModule
 
 Predicate = Callable[[str, nn.Module], bool]
 Pattern = str | Collection[str] | Predicate
@@ -53,29 +54,37 @@ DEFAULT_TARGETS: dict[str, str | tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt, and how."""
+    """One linear map to adapt, and how."""
 
     name: str
-    module: nn.Module
+    spot: Spot
     config: GraloraConfig
 
 
 class Names:
-    """The modules of a model with every name that leads to them; adapters and saved copies left out."""
+    """The modules of a model and the linear maps in them, with every name that leads there; adapters are left out.
+
+    A map that is a part of its module bears the module's names with its own behind a dot.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[int, list[str]] = {}
         self.modules: dict[int, nn.Module] = {}
-        self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            if "gralora_" in name and any(part.startswith("gralora_") for part in name.split(".")):
+            if PREFIX in name and any(part.startswith(PREFIX) for part in name.split(".")):
                 continue
             self.names.setdefault(id(module), []).append(name)
             self.modules[id(module)] = module
-            for child_name, child in module.named_children():
-                self.parents.setdefault(id(child), []).append((module, child_name))
+        self.spots: list[tuple[list[str], Spot]] = []
+        for _, its_names, module in self:
+            for spot in spots(module):
+                self.spots.append(([_under(name, spot.part) for name in its_names], spot))
+        # a module may hold its map in a child, as nn.MultiheadAttention does in out_proj: the child is no map of its own
+        held = {id(_owner(spot)) for _, spot in self.spots if _owner(spot) is not spot.module}
+        self.spots = [(its, spot) for its, spot in self.spots if id(spot.module) not in held]
+        self.held = held
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[tuple[int, list[str], nn.Module]]:
         return ((key, self.names[key], module) for key, module in self.modules.items())
 
     def find(self, pattern: str | Collection[str]) -> list[tuple[str, nn.Module]]:
@@ -95,20 +104,36 @@ def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, na
     rules = _rules(model, targets, default)
     saved = _inside(names, [c.modules_to_save for _, c in rules])
     found: dict[int, Target] = {}
+    strangers: dict[int, str] = {}
+    hosts = {id(spot.module) for _, spot in names.spots}
     for pattern, rule_config in rules:
         match = _matcher_for(model, pattern, names)
         excluded = _matcher(rule_config.exclude_modules or ())
-        for key, its_names, module in names:
-            if key in found or key in saved:
+
+        def taken(its_names: list[str], module: nn.Module, match: Any = match, excluded: Any = excluded) -> bool:
+            return any(match(name, module) and not excluded(name, module) for name in its_names)
+
+        whole = {key for key, its_names, module in names if key not in saved and taken(its_names, module)}
+        for index, (its_names, spot) in enumerate(names.spots):
+            key, owner = id(spot.module), _owner(spot)
+            if index in found or key in saved:
                 continue
-            if any(match(name, module) and not excluded(name, module) for name in its_names):
-                found[key] = Target(its_names[0], module, rule_config)
+            own = taken(its_names, owner) if spot.part else key in whole
+            if own or (key in whole and not any(excluded(name, owner) for name in its_names)):
+                found[index] = Target(its_names[0], spot, rule_config)
+        strangers.update({key: names.names[key][0] for key in whole - hosts - names.held})
         if not isinstance(pattern, (str, Mapping)) and isinstance(pattern, Collection):
             _warn_of_absent(pattern, names)
-    ordered = [found[key] for key in names.modules if key in found]
-    if not ordered:
+    ordered = [found[index] for index in range(len(names.spots)) if index in found]
+    if not ordered and not strangers:
         raise ValueError(_nothing_matches(rules, names))
-    _check(ordered, names)
+    others = [
+        f"{name!r} is a {type(names.modules[key]).__name__}; adaptable are {ADAPTABLE}."
+        for key, name in strangers.items()
+    ]
+    problems = [*_problems(ordered), *others]
+    if problems:
+        raise ValueError("\n".join(problems))
     _warn_of_layout(ordered)
     return ordered
 
@@ -163,7 +188,12 @@ def _config_of(pattern: object, value: object, default: GraloraConfig) -> Gralor
 def _matcher_for(model: nn.Module, pattern: Pattern, names: Names) -> Predicate:
     if pattern == ALL_LINEAR:
         heads = {id(head) for head in _output_heads(model)}
-        return lambda name, module: _all_linear(module, names) and id(module) not in heads
+        linear = {
+            id(_owner(spot))
+            for _, spot in names.spots
+            if spot.kind.in_all_linear and unfit(spot) is None and id(spot.module) not in heads
+        }
+        return lambda name, module: id(module) in linear
     return _matcher(pattern)
 
 
@@ -189,10 +219,6 @@ def _listed(name: str, wanted: Collection[str]) -> str | None:
     return next((item for item in wanted if name == item or (item and name.endswith(f".{item}"))), None)
 
 
-def _all_linear(module: nn.Module, names: Names) -> bool:
-    return kind_of(type(module)) is not None and unfit(module, names) is None
-
-
 def _output_heads(model: nn.Module) -> list[nn.Module]:
     """Output layers: what `get_output_embeddings()` returns, and every linear layer tied to an embedding."""
     heads = []
@@ -207,38 +233,40 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
     return heads + [m for m in model.modules() if id(m._parameters.get("weight")) in embedded]
 
 
-def unfit(module: nn.Module, names: Names) -> str | None:
-    """Why `module` can't be adapted, whatever the config; None if it can."""
-    kind = kind_of(type(module))
-    if kind is None:
-        adaptable = "subclasses of nn.Linear, and Conv1D (GPT-2's)"
-        return f"is a {type(module).__name__}; adaptable are {adaptable}, all of which '{ALL_LINEAR}' takes"
-    if isinstance(module, InPlaceModule) and not isinstance(module, GraloraLayer):
+def unfit(spot: Spot) -> str | None:
+    """Why a map can't be adapted, whatever the config; None if it can."""
+    if isinstance(spot.module, SavedModule):
         return "is in another adapter's modules_to_save; a layer is adapted or saved, not both"
-    weight = getattr(module, "weight", None)
+    owner, name = spot.kind.weight_at(spot.module, spot.part)
+    weight = getattr(owner, name, None)
     if isinstance(weight, UninitializedParameter):
         return "has no shape yet (a lazy module); run one forward pass first"
     if not isinstance(weight, Tensor) or weight.is_complex():
         return "has a complex weight" if isinstance(weight, Tensor) else "has no weight"
-    if kind.transposed and weight.ndim != 2:
-        return f"has a weight of shape {tuple(weight.shape)}, where a Conv1D has (nx, nf)"
-    attention = any(
-        isinstance(p, nn.MultiheadAttention) and n == "out_proj" for p, n in names.parents.get(id(module), ())
-    )
-    if attention or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "is the out_proj of an nn.MultiheadAttention, which reads its weight and never calls it: no effect"
-    return None
+    return spot.kind.unfit(spot.module, spot.part)
 
 
-def _check(targets: list[Target], names: Names) -> None:
+def _owner(spot: Spot) -> nn.Module:
+    return spot.kind.weight_at(spot.module, spot.part)[0]
+
+
+def _under(name: str, part: str) -> str:
+    return f"{name}.{part}" if name and part else name or part
+
+
+def _problems(targets: list[Target]) -> list[str]:
     problems = []
     for target in targets:
-        reason = unfit(target.module, names)
+        reason = unfit(target.spot)
         if reason is not None:
             problems.append(f"{target.name!r} {reason}.")
             continue
-        kind = cast(type[GraloraLayer], kind_of(type(target.module)))
-        sizes = kind.features(target.module)
+        if target.config.gralora_dropout and not target.spot.kind.takes_dropout:
+            problems.append(
+                f"{target.name!r} takes no gralora_dropout ({target.config.gralora_dropout} is given): its input is seen by "
+                "its own module alone. Legal here: 0."
+            )
+        sizes = target.spot.cut
         k, r = target.config.gralora_k, target.config.r
         bad = [f"{side}={size}" for side, size in zip(("in_features", "out_features"), sizes, strict=True) if size % k]
         if bad:
@@ -246,8 +274,7 @@ def _check(targets: list[Target], names: Names) -> None:
             problems.append(
                 f"gralora_k={k} does not divide {' and '.join(bad)} of {target.name!r} (r={r}). Legal here: {legal}."
             )
-    if problems:
-        raise ValueError("\n".join(problems))
+    return problems
 
 
 def _inside(names: Names, patterns: list[tuple[str, ...] | None]) -> set[int]:
@@ -256,7 +283,8 @@ def _inside(names: Names, patterns: list[tuple[str, ...] | None]) -> set[int]:
 
 
 def _warn_of_absent(pattern: Collection[str], names: Names) -> None:
-    present = {_listed(name, [item]) for item in pattern for its in names.names.values() for name in its}
+    known = [name for its in (*names.names.values(), *(its for its, _ in names.spots)) for name in its]
+    present = {_listed(name, [item]) for item in pattern for name in known}
     absent = [item for item in pattern if item not in present]
     if absent and len(absent) < len(pattern):
         warnings.warn(f"targets not found in this model, passed over: {', '.join(absent)}", UserWarning, stacklevel=4)
@@ -267,7 +295,7 @@ def _warn_of_layout(targets: list[Target]) -> None:
         t.name
         for t in targets
         if t.config.fan_in_fan_out is not None
-        and t.config.fan_in_fan_out is not cast(type[GraloraLayer], kind_of(type(t.module))).transposed
+        and t.config.fan_in_fan_out is not t.spot.kind.transposed(t.spot.module, t.spot.part)
     ]
     if wrong:
         message = f"fan_in_fan_out contradicts the layout of {shorten(wrong, 3)}; the layout is read off the layer."
@@ -275,10 +303,9 @@ def _warn_of_layout(targets: list[Target]) -> None:
 
 
 def _nothing_matches(rules: list[tuple[Pattern, GraloraConfig]], names: Names) -> str:
-    linear = [its[0] for _, its, module in names if kind_of(type(module)) is not None]
+    linear = [its[0] for its, _ in names.spots]
     if not linear:
-        kinds = " or ".join(kind.__name__.removeprefix("Gralora") for kind in KINDS)
-        return f"nothing to adapt: this model has no {kinds} layer."
+        return f"nothing to adapt: this model has none of {ADAPTABLE}."
     given = [p for p, _ in rules]
     texts = [text for p in given for text in ([p] if isinstance(p, str) else p if isinstance(p, Collection) else [])]
     close = "; ".join(nearest(text, linear) for text in texts) or nearest("", linear)

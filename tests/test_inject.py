@@ -110,10 +110,9 @@ def test_an_inject_that_fails_half_way_leaves_the_model_as_it_was(monkeypatch, w
     if where == "allocation":
         monkeypatch.setattr(GraloraAdapter, "reset_parameters", failing(GraloraAdapter.reset_parameters))
     elif where == "adding":
-        monkeypatch.setattr("gralora.layers.GraloraAdapters.add", failing(gralora.layers.GraloraAdapters.add))
+        monkeypatch.setattr("gralora.adapter.GraloraAdapters.add", failing(gralora.adapter.GraloraAdapters.add))
     else:
-        module = sys.modules["gralora.inject"]  # the attribute of that name is the function
-        monkeypatch.setattr(module, "adapt", failing(module.adapt))
+        monkeypatch.setattr(gralora.GraloraLinear, "attach", failing(gralora.GraloraLinear.attach))
     with pytest.raises(MemoryError):
         gralora.inject(model, "all-linear", random_config(bias="all", modules_to_save=["norm"]))
     monkeypatch.undo()

@@ -344,7 +344,7 @@ def test_another_base_is_noticed_and_named(tmp_path):
 
 
 def test_a_base_in_the_other_layout_is_the_same_base(tmp_path):
-    conv = gralora.layers.Conv1D(16, 16)
+    conv = gralora.linear.Conv1D(16, 16)
     linear = nn.Linear(16, 16)
     linear.load_state_dict({"weight": conv.weight.t(), "bias": conv.bias})
     gralora.save_adapter(gralora.inject(conv, "", random_config()), tmp_path / "a")

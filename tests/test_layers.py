@@ -126,7 +126,7 @@ def test_inputs_by_keyword_and_of_any_strides():
 
 def test_extra_repr_tells_the_adapter():
     layer = GraloraLinear(64, 64, config=GraloraConfig(r=32, gralora_k=4))
-    assert layer.extra_repr().endswith("r=32, gralora_k=4, hybrid_r=0, alpha=64, active=default")
+    assert layer.extra_repr().endswith("r=32, gralora_k=4, alpha=64, active=default")
     assert "nf=64, nx=64" in repr(GraloraConv1D(64, 64))
 
 
@@ -146,7 +146,7 @@ def test_adapted_class_ends_in_the_own_forward_of_the_class():
     assert adapted_class(nn.Linear) is GraloraLinear
     assert adapted_class(made) is made
     assert made.__mro__.index(Doubled) > made.__mro__.index(GraloraLayer)
-    with pytest.raises(TypeError, match="LayerNorm cannot be adapted"):
+    with pytest.raises(TypeError, match="LayerNorm cannot be adapted as a layer"):
         adapted_class(nn.LayerNorm)
 
     layer = Doubled(16, 8)

@@ -32,7 +32,7 @@ def adapted(model):
 def test_every_form_of_target(targets, expected):
     model = Block()
     if expected is None:  # the regex also matches the GELU between the two
-        with pytest.raises(ValueError, match=r"'mlp\.1' is a GELU; adaptable are subclasses of nn\.Linear"):
+        with pytest.raises(ValueError, match=r"'mlp\.1' is a GELU; adaptable are nn\.Linear"):
             gralora.inject(model, targets, GraloraConfig(r=4))
         return
     assert adapted(gralora.inject(model, targets, GraloraConfig(r=4))) == expected
@@ -124,7 +124,7 @@ def test_no_match_shows_the_nearest_names():
         gralora.inject(nn.ModuleDict({"encoder": nn.ModuleDict({"query": nn.Linear(4, 4)})}), "encoder.querry")
     with pytest.raises(ValueError, match="'mlp.0'"):
         gralora.inject(Block(), ["mlp.9"])
-    with pytest.raises(ValueError, match="no Linear or Conv1D layer"):
+    with pytest.raises(ValueError, match="this model has none of nn.Linear"):
         gralora.inject(nn.ReLU(), "all-linear")
     with pytest.raises(ValueError, match="match no module"):
         gralora.inject(Block(), lambda name, module: False)
@@ -177,8 +177,7 @@ def test_a_conv1d_is_known_by_its_name_and_shape():
 
     with pytest.raises(ValueError, match=r"weight of shape \(3, 4, 5\), where a Conv1D has \(nx, nf\)"):
         gralora.inject(Conv1D(), "")
-    with pytest.raises(ValueError, match="Conv1d"):
-        gralora.inject(nn.Conv1d(4, 4, 3), "")
+    assert isinstance(gralora.inject(nn.Conv1d(4, 4, 3), ""), nn.Conv1d)
 
 
 def test_adapters_are_no_targets():

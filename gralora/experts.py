@@ -1,0 +1,141 @@
+"""Fused experts: one 3-D parameter that holds the weights of many, (experts, out, in) or (experts, in, out).
+
+Each expert has an adapter of its own. Which tokens an expert gets is known to its module alone, so the adapters are added
+to the weights: while one acts, whoever reads the parameter by its name reads W + ΔW. `torch.nn.utils.parametrize` would do
+this too, but it renames the parameter, so that base checkpoints no longer load, and forbids pickling.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from gralora.inplace import InPlaceModule, change_class, restore_class
+from gralora.layers import PREFIX, GraloraLayer, one_line, overwritten
+
+_computed: ContextVar[dict[tuple[int, bool], Tensor] | None] = ContextVar("gralora_experts", default=None)
+
+
+class ExpertWeights(GraloraLayer):
+    """The weights of many experts in one parameter, with an adapter for each: a child of the module that owns it."""
+
+    in_all_linear = False
+    by_row = False
+    takes_dropout = False
+
+    def __init__(self, module: nn.Module, part: str) -> None:
+        super().__init__()
+        self.__dict__["_host"] = module  # above us in the tree, so no child
+        self.part = part
+        self._attach_container()
+
+    @classmethod
+    def accepts(cls, original: type[nn.Module]) -> bool:
+        return not original.__module__.startswith("torch.nn.")
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> tuple[str, ...]:
+        parameters = module._parameters.items()
+        return tuple(name for name, p in parameters if p is not None and p.dim() == 3 and len(p) > 1)
+
+    @classmethod
+    def weight_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
+        return module, part
+
+    @classmethod
+    def bias_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
+        return module, f"{part}_bias"
+
+    @classmethod
+    def transposed(cls, module: nn.Module, part: str) -> bool:
+        return bool(getattr(module, "is_transposed", False))  # as transformers says it
+
+    @classmethod
+    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
+        return rearrange(weight, "e i o -> e o i") if cls.transposed(module, part) else weight
+
+    @classmethod
+    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
+        return rearrange(delta, "e o i -> e i o") if cls.transposed(module, part) else delta
+
+    @classmethod
+    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
+        _, *sizes = cast(Tensor, module._parameters[part]).shape
+        return (sizes[0], sizes[1]) if cls.transposed(module, part) else (sizes[1], sizes[0])
+
+    @classmethod
+    def copies(cls, module: nn.Module, part: str) -> int | None:
+        return len(cast(Tensor, module._parameters[part]))
+
+    @classmethod
+    def adapted(cls, module: nn.Module, part: str) -> GraloraLayer | None:
+        return cast(GraloraLayer | None, module._modules.get(PREFIX + part))
+
+    @classmethod
+    def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
+        if not isinstance(module, GraloraExperts):
+            change_class(module, GraloraExperts)
+        return cast(GraloraLayer, module._modules.setdefault(PREFIX + part, ExpertWeights(module, part)))
+
+    def detach(self) -> None:
+        self.host._modules.pop(PREFIX + self.part, None)
+        left = any(isinstance(child, ExpertWeights) for child in self.host._modules.values())
+        if isinstance(self.host, GraloraExperts) and not left:
+            restore_class(self.host)
+
+    @property
+    def host(self) -> nn.Module:
+        return cast(nn.Module, self.__dict__["_host"])
+
+    def adapted_weight(self, weight: Tensor) -> Tensor:
+        """W + Σ weight * ΔW over the adapters that act now, in the dtype of W."""
+        applied = self.gralora_adapters.applied()
+        if not applied:
+            return weight
+        computed = None if torch.compiler.is_compiling() else _computed.get()
+        key = (id(self), torch.is_grad_enabled())
+        if computed is not None and key in computed:
+            return computed[key]
+        (first, *rest) = (adapter.delta_weight() * share for adapter, share in applied)
+        delta = sum(rest, start=first)
+        result = (weight + self.in_layout(self.host, self.part, delta)).to(weight.dtype)
+        if computed is not None:
+            computed[key] = result
+        return result
+
+    def __repr__(self) -> str:
+        copies, (n_in, n_out) = self.copies(self.host, self.part), self.sizes(self.host, self.part)
+        return one_line(self, f"experts={copies}, in_features={n_in}, out_features={n_out}, {self.describe_adapters()}")
+
+
+class GraloraExperts(InPlaceModule):
+    """Mixin of a module that owns fused expert weights: they are read with their adapters in them."""
+
+    _prefix = "Gralora"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.base_forward(*args, **kwargs)
+        token = _computed.set({})  # a forward may read a parameter once for every expert
+        try:
+            return self.base_forward(*args, **kwargs)
+        finally:
+            _computed.reset(token)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if not isinstance(value, nn.Parameter):
+            return value
+        layer = self.__dict__["_modules"].get(PREFIX + name)
+        return layer.adapted_weight(value) if isinstance(layer, ExpertWeights) else value
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for layer in self._modules.values():
+            if isinstance(layer, ExpertWeights) and layer.gralora_adapters.merged and prefix + layer.part in state_dict:
+                args[-1].append(overwritten(prefix + layer.part))
+                state_dict.pop(prefix + layer.part)
+        super()._load_from_state_dict(state_dict, prefix, *args)

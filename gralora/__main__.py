@@ -14,8 +14,7 @@ from typing import Any
 from gralora import functional
 from gralora.checkpoint import FORMATS, convertible, read_adapter
 from gralora.config import GraloraConfig
-from gralora.files import AdapterFile
-from gralora.interop import layer_tensors, out_in
+from gralora.files import AdapterFile, layer_tensors, out_in
 from gralora.ondisk import extract_checkpoint, merge_checkpoint, refuse_existing
 from gralora.version import __version__
 

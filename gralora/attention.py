@@ -24,6 +24,8 @@ PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 class Projection(GraloraLayer):
     """One of the four projections of an `nn.MultiheadAttention`, a child of it."""
 
+    what = "attention"
+
     def __init__(self, attention: nn.MultiheadAttention, part: str) -> None:
         super().__init__()
         self.__dict__["_host"] = attention  # above us in the tree, so no child
@@ -156,7 +158,9 @@ class GraloraMultiheadAttention(InPlaceModule):
         q, k, v = (project(x, dim) for project, x in zip(projections, inputs, strict=False))
         q, k, v = (x if first else x.transpose(0, 1) for x in (q, k, v))
         padding = key_padding_mask if batched or key_padding_mask is None else key_padding_mask[None]
-        out, weights = _attend(attention, q, k, v, _mask(attention, q, padding, attn_mask), need_weights)
+        hinted = is_causal and padding is None and not need_weights  # then the hint stands for the mask, as in PyTorch
+        mask = None if hinted else _mask(attention, q, padding, attn_mask)
+        out, weights = _attend(attention, q, k, v, mask, need_weights, hinted)
         out = projections[3](out if first else out.transpose(0, 1), dim)
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
@@ -204,7 +208,13 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def _attend(
-    attention: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
+    attention: nn.MultiheadAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    need_weights: bool,
+    is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """q, k, v (b, l, embed) -> (b, l, embed), and the weights (b, heads, l, s) if they are needed."""
     if attention.bias_k is not None and attention.bias_v is not None:
@@ -223,5 +233,5 @@ def _attend(
         weights = F.dropout(weights, dropout) if dropout else weights
         out = weights @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
     return rearrange(out, "b h l d -> b l (h d)"), weights

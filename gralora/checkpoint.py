@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from gralora.files import GRALORA, AdapterFile, AdapterFileError, BaseWeight, Format, layer_shapes
 from gralora.inject import Plan, install
-from gralora.interop import LORA, PEFT, as_lora, lora_pairs
+from gralora.interop import LORA, PEFT
 from gralora.layers import Spot, check_adapter_name, gralora_layers
+from gralora.lora import as_lora, lora_pairs
 from gralora.saved import bias_swaps, is_bias, saved_modules, units
 from gralora.state import (
     all_or_nothing,
@@ -272,7 +273,8 @@ def _base_of(spot: Spot) -> BaseWeight:
     weight = spot.base_weight
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     matrix = spot.base_matrix() if plain and weight.numel() > 0 and not weight.is_meta else None
-    return BaseWeight.of(weight, spot.shape, spot.kind.transposed(spot.module, spot.part), matrix)
+    transposed = spot.kind.transposed(spot.module, spot.part)
+    return BaseWeight.of(weight.dtype, spot.shape, transposed, matrix, spot.kind.what)
 
 
 def _warn_of_another_base(path: Path, plan: Plan, file: AdapterFile) -> None:

@@ -35,6 +35,7 @@ class GraloraConv(InPlaceLayer):
     `adapted_class(nn.Conv2d)` and so on are its classes; it is built from a convolution that exists.
     """
 
+    what = "convolution"
     in_all_linear = False
     batch_axis = 0
 

@@ -23,6 +23,7 @@ _computed: ContextVar[dict[tuple[int, bool], Tensor] | None] = ContextVar("gralo
 class ExpertWeights(GraloraLayer):
     """The weights of many experts in one parameter, with an adapter for each: a child of the module that owns it."""
 
+    what = "experts"
     in_all_linear = False
     by_row = False
     takes_dropout = False

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gralora.adapter import Tensors
 from gralora.config import GraloraConfig
-from gralora.state import adapter_keys, join
+from gralora.state import FACTORS, adapter_keys, join
 from gralora.version import __version__
 
 FORMAT_VERSION = 1
@@ -46,22 +47,31 @@ class BaseWeight:
         fan_in_fan_out: the layer stores it as (in, out), as GPT-2's Conv1D does.
         values: a hash of values spread over the weight, each rounded to bfloat16 so that a cast of the same weight agrees;
             None where they can't be read (quantised, offloaded, sharded).
+        kind: "linear", "convolution", "attention" (a projection within one) or "experts".
     """
 
     shape: tuple[int, ...]
     dtype: str
     fan_in_fan_out: bool
     values: str | None
+    kind: str = "linear"
 
     def differs(self, other: BaseWeight) -> bool:
         """Whether the two are known to be of different values."""
         return None not in (self.values, other.values) and self.values != other.values
 
     @classmethod
-    def of(cls, weight: Tensor, shape: tuple[int, ...], fan_in_fan_out: bool, matrix: Tensor | None) -> BaseWeight:
-        """Of `weight`, and of its values as a `matrix` (..., out, in), None where they can't be read."""
+    def of(
+        cls,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        fan_in_fan_out: bool,
+        matrix: Tensor | None,
+        kind: str = "linear",
+    ) -> BaseWeight:
+        """Of a weight with these values, as a matrix (..., out, in); None where they can't be read."""
         values = None if matrix is None else _hash(matrix.detach())
-        return cls(shape, str(weight.dtype).removeprefix("torch."), fan_in_fan_out, values)
+        return cls(shape, str(dtype).removeprefix("torch."), fan_in_fan_out, values, kind)
 
 
 @dataclass
@@ -252,6 +262,23 @@ def layer_config(path: Path, name: str, values: Mapping[str, Any]) -> GraloraCon
         raise AdapterFileError(f"{path}: the metadata of {name!r} is not legal: {error}") from error
 
 
+def layer_tensors(file: AdapterFile, name: str) -> Tensors:
+    keys = adapter_keys(name, dict.fromkeys(FACTORS))
+    A, B, A_general, B_general = (file.tensors.get(key) for key in keys)
+    assert A is not None and B is not None  # every reader has checked
+    return A, B, A_general, B_general
+
+
+def out_in(file: AdapterFile, name: str) -> tuple[int, int]:
+    """The sizes of a layer, as its adapter's tensors have them."""
+    A, B, _, _ = layer_tensors(file, name)
+    return B.shape[-3] * B.shape[-1], A.shape[-3] * A.shape[-2]
+
+
+def layer_keys(name: str, config: GraloraConfig) -> Iterable[str]:
+    return adapter_keys(name, dict.fromkeys(FACTORS if config.hybrid_r else FACTORS[:2]))
+
+
 def _hash(weight: Tensor) -> str:
     count = min(SAMPLES, weight.numel())
     positions = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(count - 1, 1)
@@ -306,7 +333,7 @@ def _base_weight(path: Path, name: str, fields: Any) -> BaseWeight:
             "fan_in_fan_out": bool(layout),
             "values": str() | None,
         } if all(isinstance(size, int) for size in shape):
-            return BaseWeight(tuple(shape), dtype, layout, fields["values"])
+            return BaseWeight(tuple(shape), dtype, layout, fields["values"], str(fields.get("kind", "linear")))
     raise AdapterFileError(
         f"{path}: the metadata 'base' of {name!r} must hold shape, dtype, fan_in_fan_out and values."
     )

@@ -1,26 +1,19 @@
-"""PEFT's folders: GraLoRA as GraLoRA, and GraLoRA as the plain LoRA that it is.
-
-A GraLoRA update is exactly a LoRA of rank k * r + hybrid_r, and a LoRA is exactly a GraLoRA with k = 1. So between
-formats an adapter is rewritten as an `AdapterFile` with k = 1, and both of PEFT's folders hold one of these.
-"""
+"""PEFT's folders: GraLoRA as GraLoRA, and GraLoRA as the plain LoRA that it is."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
-from gralora import functional
-from gralora.adapter import Tensors
 from gralora.config import GraloraConfig
 from gralora.files import (
     LAYER_FIELDS,
@@ -31,12 +24,15 @@ from gralora.files import (
     Shapes,
     check_shapes,
     layer_config,
+    layer_keys,
     opened,
+    out_in,
     read_json,
     unshared,
     write_folder,
 )
-from gralora.state import FACTORS, adapter_keys, join
+from gralora.lora import is_projection, lora_pairs, packed, refuse_experts, tensors_beside, unpacked
+from gralora.state import adapter_keys, join
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -57,68 +53,15 @@ PLAIN_INITS = (True, False, None, "true", "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base weights alone."""
 
 
-def as_lora(file: AdapterFile, rank: int | None = None, errors: dict[str, float] | None = None) -> AdapterFile:
-    """The same adapter with k = 1: exact, or with every layer of rank `rank`, cut by SVD or padded with zeros.
-
-    With `rank` all layers get one alpha as well: where their scalings differ, B takes them in. Servers that read neither
-    `rank_pattern` nor `alpha_pattern` can then be trusted with it.
-
-    Args:
-        errors: filled with the relative error of each layer's ΔW.
-    """
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise ValueError(
-            f"rank={rank!r} is not legal: it must be an integer of at least 1, or None for the exact rank."
-        )
-    fold = rank is not None and len({config.scaling for config in file.configs.values()}) > 1
-    configs, tensors = {}, {}
-    for name, config in file.configs.items():
-        down, up = functional.lora_factors(*layer_tensors(file, name))
-        dtype, error = down.dtype, 0.0
-        if rank is not None:
-            down, up, error = _of_rank(down, up, rank)
-        r, up = len(down), up * config.scaling if fold else up
-        alpha = r if fold else r * config.alpha / (config.r + config.hybrid_r)
-        configs[name] = GraloraConfig(
-            r=r,
-            alpha=int(alpha) if alpha == int(alpha) else alpha,
-            gralora_k=1,
-            gralora_dropout=config.gralora_dropout,
-        )
-        pair = {"A": rearrange(down, "r i -> 1 i r").to(dtype), "B": rearrange(up, "o r -> 1 r o").to(dtype)}
-        tensors.update(adapter_keys(name, {key: tensor.contiguous() for key, tensor in pair.items()}))
-        if errors is not None:
-            errors[name] = error
-    return dataclasses.replace(file, configs=configs, tensors={**tensors, **tensors_beside(file)}, format="lora")
-
-
-def _of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    missing = rank - len(down)
-    if missing < 0:
-        return functional.truncated(down.double(), up.double(), rank)
-    return F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing)), 0.0
-
-
-def tensors_beside(file: AdapterFile) -> dict[str, Tensor]:
-    """The tensors that are no adapter's: of biases and saved modules."""
-    owned = {key for name, config in file.configs.items() for key in layer_keys(name, config)}
-    return {key: tensor for key, tensor in file.tensors.items() if key not in owned}
-
-
-def lora_pairs(file: AdapterFile, *, scaled: bool = False) -> dict[str, Tensor]:
-    """The pairs of a file with k = 1 under PEFT's names; `scaled`: with the scaling in lora_B."""
-    result = {}
-    for name, config in file.configs.items():
-        A, B, _, _ = layer_tensors(file, name)
-        result[join(name, "lora_A.weight")] = rearrange(A, "1 i r -> r i").contiguous()
-        result[join(name, "lora_B.weight")] = (
-            rearrange(B, "1 r o -> o r") * (config.scaling if scaled else 1)
-        ).contiguous()
-    return result
-
-
 def write_peft(file: AdapterFile, path: Path) -> None:
-    """A folder that PEFT reads as GraLoRA. There, one config holds for all layers."""
+    """A folder that PEFT reads as GraLoRA. There, one config holds for all layers, which are linear."""
+    refuse_experts(file, "PEFT's GraLoRA")
+    for name in file.configs:
+        if is_projection(file, name) or (name in file.base and len(file.base[name].shape) > 2):
+            raise ValueError(
+                f"{name!r}, of kind {file.base[name].kind!r}, is no linear layer, and PEFT's GraLoRA adapts no other. "
+                'format="lora" writes it as plain LoRA, exactly; format="gralora" as it is.'
+            )
     for field in LAYER_FIELDS:
         values = {getattr(config, field): name for name, config in file.configs.items()}
         if len(values) > 1:
@@ -134,6 +77,17 @@ def write_peft(file: AdapterFile, path: Path) -> None:
 
 def write_lora(file: AdapterFile, path: Path) -> None:
     """A folder that PEFT, and all that reads its folders, reads as plain LoRA; `file` has k = 1 throughout."""
+    projections = [name for name in file.configs if is_projection(file, name)]
+    attentions = [join(name.rpartition(".")[0], "out_proj") for name in projections]
+    file = packed(file)
+    doubled = [name for name in projections if name in attentions]
+    if doubled:
+        warnings.warn(
+            f"PEFT up to 0.21.2 applies the update of an attention's out_proj twice (its pull request 3774): {doubled[0]!r} "
+            "is written as it is, but will not compute the same there.",
+            UserWarning,
+            stacklevel=3,
+        )
     common = Counter((config.r, config.alpha) for config in file.configs.values()).most_common(1)
     r, alpha = common[0][0] if common else (1, 1)
     dropouts = {config.gralora_dropout for config in file.configs.values()}
@@ -148,7 +102,7 @@ def write_lora(file: AdapterFile, path: Path) -> None:
         "use_rslora": False,
         "use_dora": False,
     }
-    _write(file, path, fields, "lora_only", {**lora_pairs(file), **tensors_beside(file)})
+    _write(file, path, fields, "lora_only", {**lora_pairs(file), **tensors_beside(file)}, attentions)
 
 
 def read_folder(path: Path) -> AdapterFile:
@@ -181,7 +135,8 @@ def read_folder(path: Path) -> AdapterFile:
     base_name = config.get("base_model_name_or_path")
     layout = config.get("fan_in_fan_out")
     if isinstance(layout, bool):  # all that a folder says of the weights beneath
-        file.base = {name: BaseWeight(out_in(file, name), "unknown", layout, None) for name in file.configs}
+        known = {name: BaseWeight(out_in(file, name), "unknown", layout, None) for name in file.configs}
+        file.base = {**known, **file.base}
     file.base_name = base_name if isinstance(base_name, str) else None
     return file
 
@@ -202,23 +157,27 @@ def _read_lora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loade
     _refuse_variants(path, config, shapes)
     alpha_of = _pattern(path, config.get("alpha_pattern"), config.get("lora_alpha", 8))
     configs, tensors, owned = {}, {}, set()
+    base: dict[str, BaseWeight] = {}
     for key in [key for key in shapes if key.endswith("lora_A.weight")]:
         name = key.removesuffix("lora_A.weight").removesuffix(".")
         pair = [join(name, f"lora_{letter}.weight") for letter in "AB"]
         down, up = (shapes.get(each, ()) for each in pair)
-        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+        if len(down) < 2 or len(up) != len(down) or down[0] != up[1] or set(up[2:]) - {1}:
             raise AdapterFileError(
-                f"{path}: {name!r} has lora_A of shape {down} and lora_B of {up}: no pair of matrices."
+                f"{path}: {name!r} has lora_A of shape {down} and lora_B of {up}: no pair of matrices or of kernels."
             )
+        if len(down) > 2:
+            base[name] = BaseWeight((up[0], *down[1:]), "unknown", False, None, "convolution")
         alpha, r = alpha_of(name), down[0]
         fields = {"r": r, "alpha": alpha, "gralora_k": 1, "gralora_dropout": config.get("lora_dropout", 0.0)}
         configs[name] = layer_config(path, name, fields)
         if config.get("use_rslora"):  # its scaling is alpha / √r
             configs[name] = layer_config(path, name, {**fields, "alpha": configs[name].alpha * r**0.5})
-        A, B = rearrange(get(pair[0]), "r i -> 1 i r"), rearrange(get(pair[1]), "o r -> 1 r o")
+        A, B = (get(key).flatten(1) for key in pair)
+        A, B = rearrange(A, "r i -> 1 i r"), rearrange(B, "o r -> 1 r o")
         tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
         owned.update(pair)
-    return AdapterFile(configs, tensors, format="lora"), owned
+    return unpacked(AdapterFile(configs, tensors, base=base, format="lora")), owned
 
 
 READERS = {"GRALORA": _read_gralora, "LORA": _read_lora}
@@ -302,8 +261,14 @@ def _sort_out(file: AdapterFile, keys: Iterable[str], saved: Any) -> None:
 
 
 def _write(
-    file: AdapterFile, path: Path, fields: Mapping[str, Any], some_biases: str, tensors: Mapping[str, Tensor]
+    file: AdapterFile,
+    path: Path,
+    fields: Mapping[str, Any],
+    some_biases: str,
+    tensors: Mapping[str, Tensor],
+    attentions: Collection[str] = (),
 ) -> None:
+    """Write a folder. `attentions` are layers that belong to a target, and are none of their own."""
     if "" in file.configs:
         raise ValueError(
             "the model itself is the adapted layer; PEFT can't name that. Put it into a module, and inject there."
@@ -318,19 +283,24 @@ def _write(
         "fan_in_fan_out": layouts == {True},
         "inference_mode": True,
         "modules_to_save": _named_by_end(file.modules_to_save, file.module_names) or None,
-        "target_modules": _target_modules(list(file.configs), file.module_names),
+        "target_modules": _target_modules([n for n in file.configs if n not in attentions], file.module_names),
         "task_type": None,
     }
-    renamed = {
-        PREFIX + (key.removesuffix("bias") + "base_layer.bias" if key in adapted else key): tensor
-        for key, tensor in unshared(tensors).items()
-    }
+    renamed = {PREFIX + _renamed(key, adapted, attentions): tensor for key, tensor in unshared(tensors).items()}
 
     def write(folder: Path) -> None:
         save_file(renamed, folder / WEIGHTS, {"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     write_folder(path, write)
+
+
+def _renamed(key: str, adapted: Collection[str], attentions: Collection[str]) -> str:
+    """`key` with PEFT's wrapper in it: of the layer whose bias it is, or of the attention whose out_proj."""
+    if key in adapted:
+        return key.removesuffix("bias") + "base_layer.bias"
+    layer = key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
+    return key.replace("out_proj.lora_", "base_layer.out_proj.lora_") if layer in attentions else key
 
 
 def _target_modules(targets: list[str], names: list[str]) -> list[str] | str:
@@ -351,23 +321,6 @@ def _named_by_end(saved: list[str], names: list[str]) -> list[str]:
             'Rename the module, or save with format="gralora".'
         )
     return saved
-
-
-def layer_tensors(file: AdapterFile, name: str) -> Tensors:
-    keys = adapter_keys(name, dict.fromkeys(FACTORS))
-    A, B, A_general, B_general = (file.tensors.get(key) for key in keys)
-    assert A is not None and B is not None  # every reader has checked
-    return A, B, A_general, B_general
-
-
-def out_in(file: AdapterFile, name: str) -> tuple[int, int]:
-    """The sizes of a layer, as its adapter's tensors have them."""
-    A, B, _, _ = layer_tensors(file, name)
-    return B.shape[-3] * B.shape[-1], A.shape[-3] * A.shape[-2]
-
-
-def layer_keys(name: str, config: GraloraConfig) -> Iterable[str]:
-    return adapter_keys(name, dict.fromkeys(FACTORS if config.hybrid_r else FACTORS[:2]))
 
 
 def _exactly(name: str) -> str:

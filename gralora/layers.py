@@ -106,6 +106,7 @@ class GraloraLayer(nn.Module):
 
     gralora_adapters: GraloraAdapters
     part: str = ""
+    what: ClassVar[str] = "linear"  # as files call it
     in_all_linear: ClassVar[bool] = True
     by_row: ClassVar[bool] = True  # whether rows of a batch can have adapters of their own
     takes_dropout: ClassVar[bool] = True

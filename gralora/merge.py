@@ -239,6 +239,8 @@ def _write_merged(layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mappi
         for index, (one, other) in enumerate(zip(source, target, strict=True)):
             own = [(each(tensors)[index], scaling) for tensors, scaling in updates]
             write_merged(one, other, own, safe=safe, what=what)
+    if target.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # a kernel in channels-last order
+        new.copy_(layer.in_layout(layer.host, layer.part, target))
     return new
 
 

@@ -18,8 +18,8 @@ from gralora import functional
 from gralora.adapter import legal_k
 from gralora.config import GraloraConfig
 from gralora.extract import difference, fitted
-from gralora.files import GRALORA, AdapterFile, BaseWeight, write_atomically
-from gralora.interop import layer_tensors, out_in, tensors_beside
+from gralora.files import GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in, write_atomically
+from gralora.lora import tensors_beside
 from gralora.merge import write_merged
 from gralora.shards import CONV1D_MODELS, DTYPES, FLOATS, INDEX, Checkpoint, Shard, replace_folder
 from gralora.state import FACTORS, adapter_keys, join
@@ -91,7 +91,7 @@ class _Merging:
         tensor, buffer = shard.read(key)
         there = self.file.base.get(name)
         matrix = tensor.mT if layout else tensor.flatten(1)
-        if there is not None and there.differs(BaseWeight.of(tensor, there.shape, layout, matrix)):
+        if there is not None and there.differs(BaseWeight.of(tensor.dtype, there.shape, layout, matrix)):
             self.differing.append(name)
         updates = [(layer_tensors(self.file, name), self.file.configs[name].scaling)]
         write_merged(matrix, matrix, updates, safe=True, what=repr(name))
@@ -151,7 +151,7 @@ def extract_checkpoint(
         file.configs[name] = config
         pairs = adapter_keys(name, dict(zip(FACTORS, factors, strict=True)))
         file.tensors.update({key: tensor.float().contiguous() for key, tensor in pairs.items() if tensor is not None})
-        file.base[name] = BaseWeight.of(weight, shape, transposed, weight.mT if transposed else weight)
+        file.base[name] = BaseWeight.of(weight.dtype, shape, transposed, weight.mT if transposed else weight)
         rows.append(Extracted(name, shape, error, functional.best_lora_error(delta, config.r + config.hybrid_r)))
     GRALORA.write(file, out)
     return rows

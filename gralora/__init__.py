@@ -14,6 +14,7 @@ from gralora.checkpoint import (
     save_adapter,
     to_lora,
 )
+from gralora.combine import combine
 from gralora.config import GraloraConfig
 from gralora.control import (
     adapter_names,
@@ -22,9 +23,11 @@ from gralora.control import (
     delete_adapter,
     disable_adapter,
     mark_only_adapters_trainable,
+    mixed_batch,
     print_trainable_parameters,
     set_adapter,
 )
+from gralora.convolution import GraloraConv
 from gralora.extract import extract, reblock
 from gralora.files import AdapterFileError
 from gralora.inject import inject, unload
@@ -32,12 +35,15 @@ from gralora.kinds import adapted_class
 from gralora.layers import GraloraLayer, delta_weight
 from gralora.linear import GraloraConv1D, GraloraLinear
 from gralora.merge import merge, merge_and_unload, unmerge
+from gralora.shared import shared_copy
 from gralora.state import UnknownAdapterError
+from gralora.summary import summary
 from gralora.version import __version__
 
 __all__ = [
     "AdapterFileError",
     "GraloraConfig",
+    "GraloraConv",
     "GraloraConv1D",
     "GraloraLayer",
     "GraloraLinear",
@@ -47,6 +53,7 @@ __all__ = [
     "adapter_names",
     "adapter_parameters",
     "adapter_state_dict",
+    "combine",
     "count_parameters",
     "delete_adapter",
     "delta_weight",
@@ -58,10 +65,13 @@ __all__ = [
     "mark_only_adapters_trainable",
     "merge",
     "merge_and_unload",
+    "mixed_batch",
     "print_trainable_parameters",
     "reblock",
     "save_adapter",
     "set_adapter",
+    "shared_copy",
+    "summary",
     "to_lora",
     "unload",
     "unmerge",

@@ -16,6 +16,7 @@ from gralora.checkpoint import FORMATS, convertible, read_adapter
 from gralora.config import GraloraConfig
 from gralora.files import AdapterFile, layer_tensors, out_in
 from gralora.ondisk import extract_checkpoint, merge_checkpoint, refuse_existing
+from gralora.summary import table
 from gralora.version import __version__
 
 LAYER = ("layer", "in", "out", "r", "k", "hybrid_r", "alpha", "parameters", "norm")
@@ -154,9 +155,7 @@ def _describe(file: AdapterFile, name: str) -> dict[str, Any]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    texts = [list(head), *([f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows)]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in texts)
+    return table(head, [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from gralora.adapter import GraloraAdapters
 from gralora.inplace import freeze_own
 from gralora.layers import GraloraLayer, gralora_layers
 from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
-from gralora.scope import OFF, Switchable, switched
+from gralora.scope import OFF, Rows, Switchable, switched
 from gralora.state import (
     activate,
     all_or_nothing,
@@ -63,10 +63,36 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
                 # undone in reverse: where maps share a parameter, the first of them puts the merged one back
                 stack.callback(_merge_again, layer, owner._parameters[name], base, dict(layer.gralora_adapters.merged))
                 put_back_weight(layer)
-        for _, owner, swap in bias_swaps(model):
-            stack.callback(swap.put, owner, swap.in_place)
-            swap.put(owner, BiasSwap.BASE)
-        stack.enter_context(switched((m for m in model.modules() if isinstance(m, Switchable)), OFF))
+        _put_base_biases(model, stack)
+        stack.enter_context(switched(_containers(model), OFF))
+        yield
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, names_per_sample: Sequence[str | None], *, dim: int = 0) -> Iterator[None]:
+    """Within the block every row of a batch goes through its own adapter: one name per row, None for the base.
+
+    Which adapters are active does not matter; each acts with weight 1. Rows are grouped by adapter, so the base runs once
+    for all. Where a layer gets a multiple of the rows, as with beams or with tokens laid out row by row, each name holds
+    for that many in a row. Other threads are not affected.
+
+    Args:
+        dim: the axis of the batch in what the layers get; 1 for models that put the sequence first.
+
+    Raises:
+        KeyError: an unknown name. ValueError: an adapter is merged, trains biases, or is one of fused experts, whose rows
+            can't be told apart; or, in a forward, a batch that does not fit.
+    """
+    if isinstance(names_per_sample, str) or not names_per_sample:
+        raise ValueError(
+            f"names_per_sample={names_per_sample!r} must hold one name, or None, for every row of the batch."
+        )
+    wanted = dict.fromkeys(name for name in names_per_sample if name is not None)
+    check_known(model, *wanted)
+    _refuse_mixing(model, wanted)
+    with ExitStack() as stack:
+        _put_base_biases(model, stack)
+        stack.enter_context(switched(_containers(model), Rows(names_per_sample, dim)))
         yield
 
 
@@ -136,6 +162,30 @@ def print_trainable_parameters(model: nn.Module) -> None:
     trainable, total = count_parameters(model)
     share = 100 * trainable / total if total else 0.0
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+def _containers(model: nn.Module) -> Iterator[Switchable]:
+    return (module for module in model.modules() if isinstance(module, Switchable))
+
+
+def _put_base_biases(model: nn.Module, stack: ExitStack) -> None:
+    for _, owner, swap in bias_swaps(model):
+        stack.callback(swap.put, owner, swap.in_place)
+        swap.put(owner, BiasSwap.BASE)
+
+
+def _refuse_mixing(model: nn.Module, names: Collection[str]) -> None:
+    for path, layer in gralora_layers(model):
+        if layer.gralora_adapters.merged:
+            raise ValueError(f"{path!r} has an adapter merged into it, for every row alike: unmerge first.")
+        if not layer.by_row and any(name in layer.gralora_adapters for name in names):
+            raise ValueError(
+                f"{path!r} holds adapters of fused experts, whose module mixes the rows: they can't be chosen per row."
+            )
+    for key, _, swap in bias_swaps(model):
+        both = [name for name in names if name in swap.names]
+        if both:
+            raise ValueError(f"adapter {both[0]!r} trains {key!r}, a bias, which can't be chosen per row.")
 
 
 def weights_of(names: Any) -> dict[str, float]:

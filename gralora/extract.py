@@ -54,7 +54,7 @@ def extract(
             covered.add(key)
             delta = layer.matrix(layer.host, layer.part, difference(key, layer.spot.base_weight, there.get(key)))
             adapter = layer.gralora_adapters[adapter_name]
-            error = _fill(adapter.tensors, delta, adapter.config)
+            error = fill(adapter.tensors, delta, adapter.config)
             if errors is not None:
                 errors[name] = error
         with torch.no_grad():
@@ -103,8 +103,8 @@ def reblock(
                 new = layer.spot.new_adapter(GraloraConfig(**fields), old.A.dtype, reset=False)
             except ValueError as problem:
                 raise ValueError(f"{name!r}: {problem}") from None
-            delta = functional.delta_weight(*_widened(old.tensors), scaling=scaling)
-            error = _fill(new.tensors, delta, new.config)
+            delta = functional.delta_weight(*widened(old.tensors), scaling=scaling)
+            error = fill(new.tensors, delta, new.config)
             for parameter in new.parameters():
                 parameter.requires_grad_(old.A.requires_grad)
             layer.gralora_adapters.add(adapter_name, new)
@@ -135,7 +135,8 @@ def fitted(delta: Tensor, config: GraloraConfig) -> tuple[Tensors, float]:
 
 
 @torch.no_grad()
-def _fill(tensors: Tensors, delta: Tensor, config: GraloraConfig) -> float:
+def fill(tensors: Tensors, delta: Tensor, config: GraloraConfig) -> float:
+    """Give an adapter the values nearest to `delta` (..., out, in); returns the relative error."""
     factors, error = fitted(delta, config)
     for parameter, factor in zip(tensors, factors, strict=True):
         if parameter is not None and factor is not None:
@@ -143,7 +144,7 @@ def _fill(tensors: Tensors, delta: Tensor, config: GraloraConfig) -> float:
     return error
 
 
-def _widened(tensors: Tensors) -> Tensors:
+def widened(tensors: Tensors) -> Tensors:
     """Without gradients, and in float32 at least."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return cast(Tensors, tuple(None if t is None else t.detach().to(dtype) for t in tensors))

@@ -22,11 +22,11 @@ def test_one_row_per_layer_and_adapter_and_totals_below():
     )
     text = str(rows)
     assert text == repr(rows)
-    assert "layer   shape    adapter  r  k  hybrid_r  alpha  parameters  active  merged" in text
+    assert "layer  shape    adapter  r  k  hybrid_r  alpha  parameters  active  merged" in text
     assert any(line.split() == ["b", "8", "4", "2", "20", "320", "yes", "yes"] for line in text.splitlines())
     trainable, total = gralora.count_parameters(model)
     assert text.splitlines()[-1].endswith(f"{trainable:,} trainable of {total:,}")
-    assert "6 layers, adapters: a, b" in text or "5 layers, adapters: a, b" in text
+    assert "5 layers, adapters: a, b" in text
     assert "trained beside them: head (saved), q.bias" in text
 
 
@@ -56,10 +56,10 @@ def test_repr_takes_one_line_a_layer():
     model = gralora.inject(base, "all-linear", random_config(), adapter_name="a")
     gralora.inject(model, ["q_proj"], random_config(r=8), adapter_name="b")
     assert len(repr(model).splitlines()) == lines
-    assert (
+    line = (
         "(q_proj): GraloraLinear(in_features=32, out_features=32, bias=False, r=4 | 8, gralora_k=2, alpha=8, active=a)"
-        in repr(model)
     )
+    assert line in repr(model)
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
     with torch.device("meta"):
         large = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=43, **sizes))
@@ -73,13 +73,7 @@ def test_repr_of_an_attention_and_of_experts_and_of_a_saved_head():
 
     model = nn.ModuleDict({"a": nn.MultiheadAttention(16, 4), "e": Experts(), "head": nn.Linear(4, 4)})
     gralora.inject(model, ["q_proj", "up"], random_config(modules_to_save=["head"]))
-    text = repr(model)
-    assert (
-        "(gralora_q_proj): Projection(in_features=16, out_features=16, r=4, gralora_k=2, alpha=8, active=default)"
-        in text
-    )
-    assert (
-        "(gralora_up): ExpertWeights(experts=3, in_features=8, out_features=12, r=4, gralora_k=2, alpha=8, active=default)"
-        in text
-    )
+    text, ours = repr(model), "r=4, gralora_k=2, alpha=8, active=default)"
+    assert f"(gralora_q_proj): Projection(in_features=16, out_features=16, {ours}" in text
+    assert f"(gralora_up): ExpertWeights(experts=3, in_features=8, out_features=12, {ours}" in text
     assert len(text.splitlines()) < 25

@@ -11,6 +11,7 @@ Axes as in `functional`; views of blocks carry the token axis `t` in the middle:
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -68,6 +69,28 @@ def add_adapter_(y: Tensor, x: Tensor, tensors: _Tensors, scaling: float, dropou
     if not alone or not y.is_contiguous():
         y = y.clone(memory_format=torch.contiguous_format)
     return _run(y, x, None, None, tensors, scaling, dropout)
+
+
+def updates_of_groups(x: Tensor, counts: Sequence[int], groups: Sequence[tuple[_Tensors, float]]) -> Tensor:
+    """The updates for rows of `x` (rows, ..., in) that lie grouped by adapter, without gradients: (rows, ..., out).
+
+    Args:
+        counts: how many rows each of `groups`, (tensors, scaling), has.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    each = len(flat) // len(x)
+    B = groups[0][0][1]
+    update = flat.new_empty(len(flat), B.shape[0] * B.shape[2], dtype=B.dtype)
+    start = 0
+    for count, ((A, B, A_general, B_general), scaling) in zip(counts, groups, strict=True):
+        own = flat[start : start + count * each].to(A.dtype)
+        out = update[start : start + count * each]
+        z = _regroup(torch.bmm(_blocks(own, len(A)), A))
+        _blocks(out, len(B)).baddbmm_(z, B, beta=0, alpha=scaling)
+        if A_general is not None and B_general is not None:
+            out.addmm_(own @ A_general.t(), B_general.t(), alpha=scaling)
+        start += count * each
+    return update.view(*x.shape[:-1], -1)
 
 
 def _references(y: Tensor, *_: Any) -> int:

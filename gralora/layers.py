@@ -254,9 +254,16 @@ class GraloraLayer(nn.Module):
         adapted = order[: len(order) - counts[-1]]
         if not len(adapted):
             return y
-        parts = torch.split(x.index_select(dim, adapted), counts[:-1], dim)
-        updates = [self.update(part, adapters[cast(str, name)], 1.0) for name, part in zip(names, parts, strict=False)]
-        return y.index_add(dim, adapted, torch.cat(updates, dim).to(y.dtype))
+        sorted_x, chosen = x.index_select(dim, adapted), [adapters[cast(str, name)] for name in names[:-1]]
+        groups = [adapter.arguments() for adapter in chosen]
+        plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or dim != 0
+        plain = plain or any(dropout for *_, dropout in groups) or len({adapter.A.dtype for adapter in chosen}) > 1
+        if plain or not self.fast(x, chosen[0].A):
+            parts = torch.split(sorted_x, counts[:-1], dim)
+            update = torch.cat([self.update(part, a, 1.0) for a, part in zip(chosen, parts, strict=True)], dim)
+        else:
+            update = autograd.updates_of_groups(sorted_x, counts[:-1], [group[:2] for group in groups])
+        return y.index_add(dim, adapted, update.to(y.dtype))
 
     def delta_weight(self, adapter_name: str | None = None) -> Tensor:
         """ΔW in the layout of the weight: of one adapter, or the weighted sum of the active ones."""

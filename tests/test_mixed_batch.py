@@ -10,6 +10,13 @@ import gralora
 
 from .models import Block, assert_same, bert, fingerprint, gpt2, llama, mlp, random_config, relative, same_bits, t5
 
+
+@pytest.fixture(autouse=True)
+def _gradients_on_again():
+    yield
+    torch.set_grad_enabled(True)
+
+
 ROWS = ["a", "b", None, "a", "c", None, "b", "b"]
 
 
@@ -36,8 +43,10 @@ def one_by_one(model, run, inputs, rows=ROWS):
 TRANSFORMERS = {"bert": bert, "gpt2": gpt2, "llama": llama}
 
 
+@pytest.mark.parametrize("gradients", [True, False])  # two paths
 @pytest.mark.parametrize("name", ["mlp", "block", "encoder", *TRANSFORMERS])
-def test_equals_the_rows_one_by_one(name):
+def test_equals_the_rows_one_by_one(name, gradients):
+    torch.set_grad_enabled(gradients)
     if name in TRANSFORMERS:
         model, inputs = TRANSFORMERS[name](), torch.randint(0, 64, (8, 12))
         run = lambda m, x: m(x)[0]  # noqa: E731

@@ -185,6 +185,14 @@ def each(tensors: Tensors) -> list[Tensors]:
     return [(a, b, down, up) for a, b, (down, up) in zip(A, B, general, strict=True)]
 
 
+def check_adapter_name(name: object) -> None:
+    """Raise unless `name` can name an adapter: it becomes part of the parameters' names."""
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name={name!r} is a {type(name).__name__}: it must be a string.")
+    if not name or "." in name:
+        raise ValueError(f"adapter_name={name!r} is not legal: it must be non-empty and hold no dot.")
+
+
 def legal_k(in_features: int, out_features: int, r: int) -> str:
     """The values of `gralora_k` that fit a layer, as an error message lists them."""
     return ", ".join(map(str, divisors(math.gcd(in_features, out_features, r))))

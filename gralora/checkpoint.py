@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gralora.files import GRALORA, AdapterFile, AdapterFileError, BaseWeight, Format, layer_shapes
+from gralora.adapter import GraloraAdapter, check_adapter_name
+from gralora.config import GraloraConfig
+from gralora.files import GRALORA, LAYER_FIELDS, AdapterFile, AdapterFileError, BaseWeight, Format, layer_shapes
 from gralora.inject import Plan, install
 from gralora.interop import LORA, PEFT
-from gralora.layers import Spot, check_adapter_name, gralora_layers
+from gralora.layers import Spot, gralora_layers
 from gralora.lora import as_lora, lora_pairs
 from gralora.saved import bias_swaps, is_bias, saved_modules, units
 from gralora.state import (
@@ -192,7 +194,7 @@ def load_adapter(
             _check_same_layers(model, file, adapter_name)
             for name, layer in gralora_layers(model):
                 if name in file.configs:
-                    layer.gralora_adapters[adapter_name].config = file.configs[name]
+                    _keep_or_replace_config(layer.gralora_adapters[adapter_name], file.configs[name])
             for parameter in named_adapter_parameters(model, adapter_name).values():
                 parameter.requires_grad_(trainable)
         else:
@@ -292,6 +294,12 @@ def _warn_of_another_base(path: Path, plan: Plan, file: AdapterFile) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _keep_or_replace_config(adapter: GraloraAdapter, config: GraloraConfig) -> None:
+    # compiled code stands on the very object, so it is replaced only by one that computes something else
+    if any(getattr(adapter.config, field) != getattr(config, field) for field in LAYER_FIELDS):
+        adapter.config = config
 
 
 def _check_same_layers(model: nn.Module, file: AdapterFile, adapter_name: str) -> None:

@@ -10,13 +10,13 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from gralora import functional
-from gralora.adapter import GraloraAdapter, Tensors
+from gralora.adapter import GraloraAdapter, Tensors, check_adapter_name
 from gralora.checkpoint import adapter_state_dict
 from gralora.config import GraloraConfig, divisors
 from gralora.control import weights_of
 from gralora.extract import fill, widened
 from gralora.inject import Plan, install
-from gralora.layers import PREFIX, GraloraLayer, check_adapter_name, gralora_layers
+from gralora.layers import PREFIX, GraloraLayer, gralora_layers
 from gralora.saved import bias_swaps, saved_modules
 from gralora.state import all_or_nothing, check_known, known_adapters
 from gralora.targets import Target

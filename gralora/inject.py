@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from gralora.adapter import check_adapter_name
 from gralora.config import GraloraConfig
 from gralora.inplace import freeze_own, restore_class, thaw_own
-from gralora.layers import GraloraLayer, check_adapter_name, gralora_layers
+from gralora.layers import GraloraLayer, gralora_layers
 from gralora.saved import (
     SAVED_CHILD,
     BiasSwap,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora import autograd
-from gralora.adapter import GraloraAdapter, GraloraAdapters
+from gralora.adapter import GraloraAdapter, GraloraAdapters, check_adapter_name
 from gralora.config import GraloraConfig
 from gralora.inplace import InPlaceModule, change_class, freeze_own, is_restorable, restore_class
 from gralora.scope import Rows
@@ -387,14 +387,6 @@ def gralora_layers(model: nn.Module) -> Iterator[tuple[str, GraloraLayer]]:
             above, _, own = name.rpartition(".")
             own = own.removeprefix(PREFIX) if module.part else own
             yield f"{above}.{own}" if above else own, module
-
-
-def check_adapter_name(name: object) -> None:
-    """Raise unless `name` can name an adapter: it becomes part of the parameters' names."""
-    if not isinstance(name, str):
-        raise TypeError(f"adapter_name={name!r} is a {type(name).__name__}: it must be a string.")
-    if not name or "." in name:
-        raise ValueError(f"adapter_name={name!r} is not legal: it must be non-empty and hold no dot.")
 
 
 def delta_weight(layer: nn.Module, adapter_name: str | None = None) -> Tensor:

@@ -62,7 +62,8 @@ class Target:
 
 
 class Names:
-    """The modules of a model and the linear maps in them, with every name that leads there; adapters are left out.
+    """The modules of a model and the linear maps in them, with every name that leads there; adapters are left out,
+    and what `torch.nn.utils.parametrize` keeps.
 
     A map that is a part of its module bears the module's names with its own behind a dot.
     """
@@ -71,7 +72,7 @@ class Names:
         self.names: dict[int, list[str]] = {}
         self.modules: dict[int, nn.Module] = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            if PREFIX in name and any(part.startswith(PREFIX) for part in name.split(".")):
+            if any(part.startswith(PREFIX) or part == "parametrizations" for part in name.split(".")):
                 continue
             self.names.setdefault(id(module), []).append(name)
             self.modules[id(module)] = module

@@ -10,7 +10,7 @@ from torch import nn
 import gralora
 from gralora import AdapterFileError, GraloraConfig
 
-from .models import Block, assert_same, bert, fingerprint, gpt2, logits, mlp, random_config, same_bits
+from .models import Block, assert_same, bert, fingerprint, gpt2, logits, mlp, random_config, randomize_, same_bits
 
 X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
 MIXED = {
@@ -336,3 +336,64 @@ def test_new_values_for_a_merged_adapter_are_refused(tmp_path):
     gralora.unmerge(two)
     gralora.load_adapter(two, tmp_path / "a")
     assert same_bits(two(X), one(X))
+
+
+def test_hot_swap_keeps_every_parameter_in_place_and_compiled_code_valid(tmp_path):
+    from torch._dynamo.testing import CompileCounter
+
+    model = gralora.inject(mlp(16, 24, 8), "all-linear", random_config())
+    model.add_module("conv", gralora.inject(nn.Conv1d(8, 8, 1), "", random_config()))
+    run = lambda m, x: m.conv(m[2](m[1](m[0](x))).mT).mT  # noqa: E731
+    files, outputs = [], []
+    x = torch.randn(2, 5, 16)
+    for index in range(3):
+        randomize_(model)
+        files.append(tmp_path / f"{index}.safetensors")
+        gralora.save_adapter(model, files[-1])
+        outputs.append(run(model, x))
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: run(model, x), backend=counter, fullgraph=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    compiled(x)
+    compiles = counter.frame_count
+    before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    for file, y in zip(files, outputs, strict=True):
+        gralora.load_adapter(model, file)
+        torch.testing.assert_close(compiled(x), y)
+        assert same_bits(run(model, x), y)
+    gralora.load_adapter_state_dict(model, {k: v + 1 for k, v in gralora.adapter_state_dict(model).items()})
+    assert not torch.allclose(compiled(x), y)
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
+    assert counter.frame_count == compiles == 1
+
+
+@pytest.mark.parametrize(("fields", "there"), [({"r": 8}, "(2, 8, 8)"), ({"gralora_k": 4}, "(4, 4, 4)")])
+def test_hot_swap_of_another_shape_is_refused_with_both_shapes(tmp_path, fields, there):
+    other = gralora.inject(mlp(16, 16), ["0"], random_config(**fields))
+    gralora.save_adapter(other, tmp_path / "other.safetensors")
+    model = gralora.inject(mlp(16, 16), ["0"], random_config())
+    model[0].load_state_dict({"weight": other[0].weight, "bias": other[0].bias})
+    before = fingerprint(model)
+    with pytest.raises(gralora.AdapterFileError) as raised:
+        gralora.load_adapter(model, tmp_path / "other.safetensors")
+    assert "(2, 8, 4)" in str(raised.value) and there in str(raised.value)
+    assert_same(fingerprint(model), before)
+
+
+def test_reloaded_under_another_name_beside_the_first_and_in_its_own_dtype(tmp_path):
+    model = gralora.inject(mlp(16, 8), ["0"], random_config(), adapter_name="half", dtype=torch.bfloat16)
+    gralora.inject(model, ["0"], random_config(r=8), adapter_name="full")
+    x = torch.randn(2, 16)
+    for name, dtype in (("half", torch.bfloat16), ("full", torch.float32)):
+        gralora.set_adapter(model, name)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).sum().backward()
+        y = model(x)
+        gralora.save_adapter(model, tmp_path / name, name)
+        gralora.load_adapter(model, tmp_path / name, f"{name}_again")
+        gralora.set_adapter(model, f"{name}_again")
+        assert same_bits(model(x), y)
+        for each in (name, f"{name}_again"):
+            assert model[0].gralora_adapters[each].A.dtype == dtype
+            assert {p.dtype for p in gralora.adapter_parameters(model, each)} == {dtype}

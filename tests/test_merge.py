@@ -268,3 +268,23 @@ def test_merge_and_unload_makes_a_plain_layer_of_a_quantised_one(bias):
     torch.testing.assert_close(model(x), y)
     assert hits == [1]
     assert set(model.state_dict()) == {n for n in before["tensors"] if "gralora_" not in n}
+
+
+def test_any_subset_is_merged_with_weights_and_merging_it_again_changes_nothing():
+    model = two_adapters()
+    gralora.set_adapter(model, {"a": 0.5, "a_b": 2.0})
+    x, base = torch.randn(5, 16), model[2].weight.clone()
+    deltas = {name: gralora.delta_weight(model[2], name) for name in ("a", "a_b")}
+    gralora.merge(model, {"a": -1.5})
+    torch.testing.assert_close(model[2].weight, base - 1.5 * deltas["a"])
+    merged = fingerprint(model)
+    for again in ({"a": -1.5}, "a", ["a"]):
+        gralora.merge(model, again)
+        assert_same(fingerprint(model), merged)
+    gralora.merge(model, {"a": 0.25, "a_b": 1.0})  # from the base, not on top
+    torch.testing.assert_close(model[2].weight, base + 0.25 * deltas["a"] + deltas["a_b"])
+    gralora.unmerge(model)
+    assert same_bits(model[2].weight, base)
+    with pytest.raises(ValueError, match="the weight of adapter 'a' is nan"):
+        gralora.merge(model, {"a": float("nan")})
+    assert same_bits(model[2].weight, base) and model(x).isfinite().all()

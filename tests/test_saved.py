@@ -225,3 +225,68 @@ def test_losses_with_a_saved_head_are_those_of_peft():
     target = torch.randn(2, 5, 4)
     losses = [ten_losses(model, X, target) for model in (ours, theirs)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+
+
+class Tied(nn.Module):
+    """An embedding whose weight the model reads for its output, without a call: what a router of calls would miss."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(12, 8), nn.Linear(8, 8)
+
+    def forward(self, tokens):
+        return self.fc(self.embed(tokens)) @ self.embed.weight.T
+
+
+def test_an_embedding_is_trained_and_saved_whole_also_where_its_weight_is_read(tmp_path):
+    model, tokens = Tied(), torch.arange(12)[None]
+    base, y = copy.deepcopy(model), model(tokens)
+    gralora.inject(model, ["fc"], GraloraConfig(r=4, modules_to_save=["embed"]))
+    assert same_bits(model(tokens), y)
+    optimizer = torch.optim.SGD(gralora.adapter_parameters(model), lr=0.5)
+    logits = model(tokens)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), [model.embed.weight], retain_graph=True)
+    plain = copy.deepcopy(base)
+    (expected,) = torch.autograd.grad(plain(tokens).square().sum(), [plain.embed.weight])
+    torch.testing.assert_close(gradient, expected)  # through the lookup and through the read
+    logits.square().mean().backward()
+    optimizer.step()
+    trained = model(tokens)
+    assert not torch.allclose(trained, y)
+    assert torch.equal(model.embed._parameters["weight"], base.embed.weight)
+    gralora.save_adapter(model, tmp_path / "a.safetensors")
+    assert same_bits(gralora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")(tokens), trained)
+    with gralora.disable_adapter(model):
+        assert same_bits(model(tokens), y)
+    torch.testing.assert_close(gralora.merge_and_unload(copy.deepcopy(model))(tokens), trained)
+    assert same_bits(gralora.unload(model)(tokens), y)
+
+
+@pytest.mark.parametrize("names", [["wte"], ["lm_head"], ["wte", "lm_head"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_heads_of_a_language_model(names, tied, tmp_path):
+    base = gpt2(tie_word_embeddings=tied)
+    model, config = copy.deepcopy(base), GraloraConfig(r=4, modules_to_save=names)
+    if tied and len(names) == 1:
+        with pytest.raises(ValueError, match="whose weight is tied to .*Name both, or neither"):
+            gralora.inject(model, ["c_attn"], config)
+        return
+    gralora.inject(model, ["c_attn"], config)
+    optimizer = torch.optim.SGD(gralora.adapter_parameters(model), lr=0.5)
+    tokens = torch.arange(12)[None]
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    y = model(tokens).logits
+    assert not torch.allclose(y, base(tokens).logits)
+    if len(names) == 2:
+        assert (model.lm_head.weight is model.transformer.wte.weight) == tied
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    gralora.save_adapter(model, tmp_path / "a.safetensors")
+    loaded = gralora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors", trainable=True)
+    assert same_bits(loaded(tokens).logits, y)
+    if len(names) == 2:
+        assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tied
+    merged = gralora.merge_and_unload(model)
+    torch.testing.assert_close(merged(tokens).logits, y)
+    if tied:
+        assert merged.lm_head.weight is merged.transformer.wte.weight

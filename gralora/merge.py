@@ -232,13 +232,7 @@ def _write_merged(layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mappi
     chosen = [(layer.gralora_adapters[name], weight) for name, weight in weights.items()]
     updates = [(adapter.tensors, weight * adapter.config.scaling) for adapter, weight in chosen]
     source, target = (layer.matrix(layer.host, layer.part, each) for each in (base, new))
-    what = ", ".join(weights)
-    if layer.copies(layer.host, layer.part) is None:
-        write_merged(source, target, updates, safe=safe, what=what)
-    else:
-        for index, (one, other) in enumerate(zip(source, target, strict=True)):
-            own = [(each(tensors)[index], scaling) for tensors, scaling in updates]
-            write_merged(one, other, own, safe=safe, what=what)
+    write_merged(source, target, updates, safe=safe, what=", ".join(weights))
     if target.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # a kernel in channels-last order
         new.copy_(layer.in_layout(layer.host, layer.part, target))
     return new
@@ -250,11 +244,18 @@ def write_merged(
 ) -> None:
     """target = source + Σ scaling * ΔW, all (out, in) of any strides, one row of blocks at a time. Sums in float32 at least.
 
+    With a leading axis of copies, each is merged for itself.
+
     Args:
         target: may be `source`.
         updates: (the adapter's tensors, its scaling) of each.
         safe: refuse a result that is not finite; `what` names it.
     """
+    if source.dim() > 2:
+        for index, (one, other) in enumerate(zip(source, target, strict=True)):
+            own = [(each(tensors)[index], scaling) for tensors, scaling in updates]
+            write_merged(one, other, own, safe=safe, what=what)
+        return
     dtype = torch.promote_types(source.dtype, torch.float32)
     for (A, *_), _ in updates:
         dtype = torch.promote_types(dtype, A.dtype)

@@ -19,7 +19,7 @@ from gralora.adapter import legal_k
 from gralora.config import GraloraConfig
 from gralora.extract import difference, fitted
 from gralora.files import GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in, write_atomically
-from gralora.lora import tensors_beside
+from gralora.lora import PACKED, is_projection, tensors_beside
 from gralora.merge import write_merged
 from gralora.shards import CONV1D_MODELS, DTYPES, FLOATS, INDEX, Checkpoint, Shard, replace_folder
 from gralora.state import FACTORS, adapter_keys, join
@@ -73,28 +73,30 @@ class _Merging:
     """A merge that has been checked: what each tensor of the checkpoint becomes."""
 
     def __init__(self, checkpoint: Checkpoint, file: AdapterFile, progress: Progress) -> None:
-        rename = _renaming(file, checkpoint)
+        stored, rename = _places(file, checkpoint)
         self.checkpoint, self.file = checkpoint, file
-        self.layers = {join(rename(name), "weight"): name for name in file.configs}
-        self.layouts = {key: _check_layer(checkpoint, key, file, name) for key, name in self.layers.items()}
+        self.maps: dict[str, list[str]] = {}
+        for name, key in stored.items():
+            self.maps.setdefault(rename(key), []).append(name)
+        self.layouts = {n: _check_layer(checkpoint, key, file, n) for key, names in self.maps.items() for n in names}
         self.replaced = _replaced(file, checkpoint, rename)
-        self.steps = iter(progress(list(self.layers)))
+        self.steps = iter(progress(list(self.layouts)))
         self.differing: list[str] = []
         self.unmerged: list[str] = []
 
     def merged(self, shard: Shard, key: str) -> bytearray | None:
         """The bytes of a tensor with the adapter in it; None if it has none."""
-        if key not in self.layers:
+        if key not in self.maps:
             return None
-        next(self.steps)
-        name, layout = self.layers[key], self.layouts[key]
         tensor, buffer = shard.read(key)
-        there = self.file.base.get(name)
-        matrix = tensor.mT if layout else tensor.flatten(1)
-        if there is not None and there.differs(BaseWeight.of(tensor.dtype, there.shape, layout, matrix)):
-            self.differing.append(name)
-        updates = [(layer_tensors(self.file, name), self.file.configs[name].scaling)]
-        write_merged(matrix, matrix, updates, safe=True, what=repr(name))
+        for name in self.maps[key]:
+            next(self.steps)
+            layout, there = self.layouts[name], self.file.base.get(name)
+            matrix = _matrix(tensor, self.file, name, layout)
+            if there is not None and there.differs(BaseWeight.of(tensor.dtype, there.shape, layout, matrix)):
+                self.differing.append(name)
+            updates = [(layer_tensors(self.file, name), self.file.configs[name].scaling)]
+            write_merged(matrix, matrix, updates, safe=True, what=repr(name))
         return buffer
 
     def write(self, shard: Shard, path: Path) -> None:
@@ -157,10 +159,47 @@ def extract_checkpoint(
     return rows
 
 
-def _renaming(file: AdapterFile, checkpoint: Checkpoint) -> Callable[[str], str]:
+def _places(file: AdapterFile, checkpoint: Checkpoint) -> tuple[dict[str, str], Callable[[str], str]]:
+    """The tensor that holds each of the adapter's maps, under the adapter's names, and the way to the checkpoint's."""
+    have = set(checkpoint.where)
+
+    def places(packed: bool) -> dict[str, str]:
+        return {name: _stored_in(file, name, packed) for name in file.configs}
+
+    if not file.configs:
+        return {}, _renaming(file.modules_to_save, set(checkpoint.names()), checkpoint)
+    separate = places(packed=False)
+    try:
+        return separate, _renaming(list(separate.values()), have, checkpoint)
+    except ValueError:
+        packed = places(packed=True)
+        return packed, _renaming(list(packed.values()), have, checkpoint)
+
+
+def _stored_in(file: AdapterFile, name: str, packed: bool) -> str:
+    path, _, own = name.rpartition(".")
+    if _is_experts(file, name):
+        return name
+    if is_projection(file, name) and own in PACKED:
+        return join(path, "in_proj_weight" if packed else f"{own}_weight")
+    return join(name, "weight")
+
+
+def _is_experts(file: AdapterFile, name: str) -> bool:
+    return layer_tensors(file, name)[0].dim() > 3
+
+
+def _matrix(tensor: Tensor, file: AdapterFile, name: str, transposed: bool) -> Tensor:
+    """The map (..., out, in) within the tensor that holds it, a view."""
+    if is_projection(file, name) and len(tensor) == 3 * out_in(file, name)[0]:
+        return tensor.view(3, -1, tensor.shape[1])[PACKED.index(name.rpartition(".")[2])]
+    if _is_experts(file, name) or tensor.dim() == 2:
+        return tensor.mT if transposed else tensor
+    return tensor.flatten(1)
+
+
+def _renaming(names: list[str], have: set[str], checkpoint: Checkpoint) -> Callable[[str], str]:
     """From the adapter's names to the checkpoint's: the same, or all with one prefix more or less."""
-    names = list(file.configs) or file.modules_to_save
-    have = set(checkpoint.names())
     if have.issuperset(names):
         return lambda name: name
     parts = names[0].split(".")
@@ -192,11 +231,18 @@ def _without(prefix: str, name: str, checkpoint: Checkpoint) -> str:
 
 def _check_layer(checkpoint: Checkpoint, key: str, file: AdapterFile, name: str) -> bool:
     """Whether the weight is stored (in, out); raises if nothing can be merged into it."""
-    entry = checkpoint.entry(key)
+    entry, known = checkpoint.entry(key), file.base.get(name)
+    if known is not None and known.kind != "linear":
+        shape = known.shape[:-2] + known.shape[:-3:-1] if known.fan_in_fan_out else known.shape
+        packed = (3 * shape[0], *shape[1:]) if known.kind == "attention" else shape
+        if entry.code not in FLOATS or entry.shape not in (shape, packed):
+            raise ValueError(f"{key} is of type {entry.code} and shape {entry.shape}; the adapter is for {shape}.")
+        return known.fan_in_fan_out
     if entry.code not in FLOATS or len(entry.shape) != 2:
         raise ValueError(f"{key} is of type {entry.code} and shape {entry.shape}: no plain matrix to merge into.")
-    known = file.base[name].fan_in_fan_out if name in file.base else None
-    return checkpoint.transposed(key.rpartition(".")[0], out_in(file, name), known)
+    return checkpoint.transposed(
+        key.rpartition(".")[0], out_in(file, name), None if known is None else known.fan_in_fan_out
+    )
 
 
 def _replaced(file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]) -> dict[str, Tensor]:

@@ -186,6 +186,32 @@ def test_merging_on_disk_equals_merging_in_memory(tmp_path, name, shard, dtype):
         load_file(path)
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 12, "vdim": 8}])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_attention_and_experts_are_merged_on_disk(tmp_path, transposed, sizes, prefix):
+    from .test_experts import Experts
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.attention = torch.nn.Conv2d(4, 8, 3), torch.nn.MultiheadAttention(16, 4, **sizes)
+            self.experts = Experts(transposed, dtype=torch.float32)
+
+    model = Net()
+    save_file({prefix + key: tensor for key, tensor in model.state_dict().items()}, tmp_path / "base.safetensors")
+    gralora.inject(model, ["conv", "q_proj", "v_proj", "out_proj", "up"], random_config(hybrid_r=1))
+    gralora.save_adapter(model, tmp_path / "a.safetensors")
+    assert run("info", tmp_path / "a.safetensors") == 0
+    assert run("merge", tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors") == 0
+    before = {key: tensor.clone() for key, tensor in load_file(tmp_path / "base.safetensors").items()}
+    there, changed = load_file(tmp_path / "out.safetensors"), 0
+    for key, tensor in gralora.merge_and_unload(model).state_dict().items():
+        assert same_bits(there[prefix + key], tensor), key
+        changed += not torch.equal(tensor, before[prefix + key])
+    assert changed == 1 + (3 if sizes else 2) + 1
+
+
 def test_other_prefixes_are_matched_or_refused_by_name(tmp_path, capsys):
     base = gpt2()
     model = gralora.inject(copy.deepcopy(base), ["c_attn"], random_config())

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gralora import functional
 from gralora.adapter import GraloraAdapter
 from gralora.config import GraloraConfig
 from gralora.layers import InPlaceLayer
@@ -95,11 +96,11 @@ class GraloraConv(InPlaceLayer):
         x, k = x.to(A.dtype), len(A)
         batched = x.dim() == len(self._conv.kernel_size) + 2
         x = x if batched else x[None]
-        z = self._down(_dropout(x, dropout), rearrange(A, "i m r -> (i r) m"), k)
+        z = self._down(functional.dropped(x, dropout), rearrange(A, "i m r -> (i r) m"), k)
         z = rearrange(z, "b (i j s) ... -> b (j i s) ...", i=k, j=k)
         y = self._up(z, rearrange(B, "j r o -> (j o) r"), k)
         if A_general is not None and B_general is not None:
-            y = y + self._up(self._down(_dropout(x, dropout), A_general, 1), B_general, 1)
+            y = y + self._up(self._down(functional.dropped(x, dropout), A_general, 1), B_general, 1)
         y = y * scaling
         return y if batched else y[0]
 
@@ -124,7 +125,3 @@ class GraloraConv(InPlaceLayer):
         conv = self._conv
         size = max(dilation * kernel for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)) + 1
         return torch.randn(2, conv.in_channels, *[size] * len(conv.kernel_size), generator=generator)
-
-
-def _dropout(x: Tensor, p: float) -> Tensor:
-    return F.dropout(x, p) if p else x

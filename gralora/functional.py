@@ -39,12 +39,12 @@ def gralora_update(
         (..., out). Source: paper, section 3; PEFT `tuners/gralora/layer.py`, `Linear.forward`.
     """
     k = A.shape[0]
-    blocks = rearrange(_dropout(x, dropout), "... (i m) -> ... i m", i=k)
+    blocks = rearrange(dropped(x, dropout), "... (i m) -> ... i m", i=k)
     z = einsum(blocks, A, "... i m, i m r -> ... i r")
     z = rearrange(z, "... i (j s) -> ... j (i s)", j=k)
     y = rearrange(einsum(z, B, "... j r, j r o -> ... j o"), "... j o -> ... (j o)")
     if A_general is not None and B_general is not None:
-        y = y + F.linear(F.linear(_dropout(x, dropout), A_general), B_general)
+        y = y + F.linear(F.linear(dropped(x, dropout), A_general), B_general)
     return y * scaling
 
 
@@ -177,5 +177,6 @@ def best_lora_error(delta: Tensor, rank: int) -> float:
     return float(S[rank:].norm() / S.norm()) if S.norm() else 0.0
 
 
-def _dropout(x: Tensor, p: float) -> Tensor:
+def dropped(x: Tensor, p: float) -> Tensor:
+    """x after dropout, without a kernel where `p` is 0."""
     return F.dropout(x, p) if p else x

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -94,6 +94,19 @@ class Names:
         return [(names[0], module) for _, names, module in self if any(match(name, module) for name in names)]
 
 
+class _Rule(NamedTuple):
+    """What one pattern takes, and what is excluded from it."""
+
+    match: Predicate
+    excluded: Predicate
+
+    def takes(self, its_names: list[str], module: nn.Module) -> bool:
+        return any(self.match(name, module) and not self.excluded(name, module) for name in its_names)
+
+    def leaves(self, its_names: list[str], module: nn.Module) -> bool:
+        return all(self.excluded(name, module) for name in its_names)
+
+
 def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, names: Names) -> list[Target]:
     """The layers that `targets` means, in module order, each with its config.
 
@@ -108,19 +121,15 @@ def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, na
     strangers: dict[int, str] = {}
     hosts = {id(spot.module) for _, spot in names.spots}
     for pattern, rule_config in rules:
-        match = _matcher_for(model, pattern, names)
-        excluded = _matcher(rule_config.exclude_modules or ())
-
-        def taken(its_names: list[str], module: nn.Module, match: Any = match, excluded: Any = excluded) -> bool:
-            return any(match(name, module) and not excluded(name, module) for name in its_names)
-
-        whole = {key for key, its_names, module in names if key not in saved and taken(its_names, module)}
+        rule = _Rule(_matcher_for(model, pattern, names), _matcher(rule_config.exclude_modules or ()))
+        whole = {key for key, its_names, module in names if key not in saved and rule.takes(its_names, module)}
         for index, (its_names, spot) in enumerate(names.spots):
             key, owner = id(spot.module), _owner(spot)
             if index in found or key in saved:
                 continue
-            own = taken(its_names, owner) if spot.part else key in whole
-            if own or (key in whole and not any(excluded(name, owner) for name in its_names)):
+            if spot.part and (rule.leaves(names.names[key], spot.module) or rule.leaves(its_names, owner)):
+                continue
+            if key in whole or (spot.part and rule.takes(its_names, owner)):
                 found[index] = Target(its_names[0], spot, rule_config)
         strangers.update({key: names.names[key][0] for key in whole - hosts - names.held})
         if not isinstance(pattern, (str, Mapping)) and isinstance(pattern, Collection):

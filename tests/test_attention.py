@@ -353,3 +353,31 @@ def test_autocast_and_half_precision():
     assert module._modules["gralora_q_proj"].gralora_adapters["default"].A.dtype == torch.float32
     x = x.bfloat16()
     assert module(x, x, x)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        (["self_attn"], {"linear1", "linear2"}),
+        (r".*self_attn", {"linear1", "linear2"}),
+        (["q_proj", "linear1"], {"self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "linear2"}),
+        (["out_proj"], {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "linear1", "linear2"}),
+    ],
+)
+def test_an_attention_or_some_of_its_projections_excluded(exclude, left):
+    model = nn.TransformerEncoderLayer(16, 2, 32)
+    gralora.inject(model, "all-linear", random_config(exclude_modules=exclude))
+    assert {name for name, layer in gralora_layers(model) if list(layer.gralora_adapters)} == left
+
+
+def test_an_attention_saved_whole_is_not_adapted():
+    model = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    y = model(x)
+    gralora.inject(model, "all-linear", random_config(modules_to_save=["self_attn"], init_weights=True))
+    assert {name for name, _ in gralora_layers(model)} == {"linear1", "linear2"}
+    with torch.no_grad():
+        model.self_attn.in_proj_weight.add_(1)
+    assert relative(model(x), y) > 1e-2
+    with gralora.disable_adapter(model):
+        torch.testing.assert_close(model(x), y)

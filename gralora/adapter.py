@@ -169,6 +169,19 @@ class GraloraAdapters(Switchable):
         del self._modules[name]
         self.active.pop(name, None)
 
+    def describe(self) -> str:
+        """r, k and so on of all, and which of them act."""
+        configs = [self[name].config for name in self]
+        parts = []
+        for field in ("r", "gralora_k", "hybrid_r", "alpha"):
+            values = list(dict.fromkeys(str(getattr(c, field)) for c in configs))
+            if values and values != ["0"]:
+                parts.append(f"{field}={' | '.join(values)}")
+        parts.append(f"active={' + '.join(self.active) or None}")
+        if self.merged:
+            parts.append(f"merged={' + '.join(self.merged)}")
+        return ", ".join(parts)
+
     def applied(self) -> list[tuple[GraloraAdapter, float]]:
         """The adapters that a forward must add now, with their weights."""
         if not self.active or self.mode is OFF:

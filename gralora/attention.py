@@ -124,7 +124,7 @@ class Projection(GraloraLayer):
 
     def __repr__(self) -> str:
         n_in, n_out = self.sizes(self.host, self.part)
-        return one_line(self, f"in_features={n_in}, out_features={n_out}, {self.describe_adapters()}")
+        return one_line(self, f"in_features={n_in}, out_features={n_out}, {self.gralora_adapters.describe()}")
 
 
 class GraloraMultiheadAttention(InPlaceModule):

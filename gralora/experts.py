@@ -110,7 +110,9 @@ class ExpertWeights(GraloraLayer):
 
     def __repr__(self) -> str:
         copies, (n_in, n_out) = self.copies(self.host, self.part), self.sizes(self.host, self.part)
-        return one_line(self, f"experts={copies}, in_features={n_in}, out_features={n_out}, {self.describe_adapters()}")
+        return one_line(
+            self, f"experts={copies}, in_features={n_in}, out_features={n_out}, {self.gralora_adapters.describe()}"
+        )
 
 
 class GraloraExperts(InPlaceModule):

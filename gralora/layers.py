@@ -216,12 +216,12 @@ class GraloraLayer(nn.Module):
         adapters = self.gralora_adapters
         mode = adapters.mode
         if isinstance(mode, Rows):
-            return self._run_rows(x, base(*args, **kwargs), mode, dim)
+            return self._run_rows(x, _tensor(self, base(*args, **kwargs)), mode, dim)
         applied = adapters.applied()
         if not applied:
             return base(*args, **kwargs)
         if not self.fast(x, applied[0][0].A):
-            y = base(*args, **kwargs)
+            y = _tensor(self, base(*args, **kwargs))
             for adapter, share in applied:
                 y = (y + self.update(x, adapter, share)).to(y.dtype)
             return y
@@ -230,7 +230,7 @@ class GraloraLayer(nn.Module):
             adapter, share = applied.pop(0)
             y = autograd.linear_with_adapter(x, plain[0], plain[1], *adapter.arguments(share))
         else:
-            y = base(*args, **kwargs)
+            y = _tensor(self, base(*args, **kwargs))
         for adapter, share in applied:
             y = autograd.add_adapter_(y, x, *adapter.arguments(share))
         return y
@@ -275,20 +275,6 @@ class GraloraLayer(nn.Module):
             )
         (first, *rest) = (adapters[name].delta_weight() * weight for name, weight in weights.items())
         return self.in_layout(self.host, self.part, sum(rest, start=first))
-
-    def describe_adapters(self) -> str:
-        """r, k and so on of all adapters, and which of them act."""
-        adapters = self.gralora_adapters
-        configs = [adapters[name].config for name in adapters]
-        parts = []
-        for field in ("r", "gralora_k", "hybrid_r", "alpha"):
-            values = list(dict.fromkeys(str(getattr(c, field)) for c in configs))
-            if values and values != ["0"]:
-                parts.append(f"{field}={' | '.join(values)}")
-        parts.append(f"active={' + '.join(adapters.active) or None}")
-        if adapters.merged:
-            parts.append(f"merged={' + '.join(adapters.merged)}")
-        return ", ".join(parts)
 
     def _attach_container(self) -> None:
         self.gralora_adapters = GraloraAdapters()
@@ -338,7 +324,7 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         base = self._base_class.extra_repr(self)
         if CHILD not in self._modules:
             return base
-        return ", ".join(part for part in (base, self.describe_adapters()) if part)
+        return ", ".join(part for part in (base, self.gralora_adapters.describe()) if part)
 
     def __repr__(self) -> str:
         return one_line(self, self.extra_repr()) if set(self._modules) <= {CHILD} else nn.Module.__repr__(self)
@@ -369,6 +355,16 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         adapted = cast(Layer, layer)
         adapted._drop_in(config, adapter_name)
         return adapted
+
+
+def _tensor(layer: nn.Module, y: object) -> Tensor:
+    if not isinstance(y, Tensor):
+        name = getattr(type(layer), "_base_class", type(layer)).__name__
+        raise TypeError(
+            f"the forward of {name} returns a {type(y).__name__}, so no update can be added to it. Leave the layer out, with "
+            "exclude_modules."
+        )
+    return y
 
 
 def one_line(module: nn.Module, text: str) -> str:

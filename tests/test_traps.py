@@ -165,3 +165,23 @@ def test_out_proj_has_an_effect_when_replaced_by_a_linear_layer_and_is_refused_w
     base = attention(X, X, X)[0]
     gralora.inject(attention, ["out_proj"], random_config())
     assert not torch.allclose(attention(X, X, X)[0], base)
+
+
+class Router(nn.Linear):
+    """A linear layer by class that returns something else, as Llama 4's router does."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_layer_that_returns_no_tensor_says_so_at_the_first_forward(grad):
+    model = gralora.inject(nn.ModuleDict({"router": Router(16, 4)}), "all-linear", random_config())
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(TypeError, match=r"the forward of Router returns a tuple.*exclude_modules"):
+            model["router"](X)
+        with gralora.mixed_batch(model, ["default", None]), pytest.raises(TypeError, match="the forward of Router"):
+            model["router"](X)
+        with gralora.disable_adapter(model):
+            assert len(model["router"](X)) == 2

@@ -7,30 +7,25 @@ the adapters beside the weights. While none acts, it runs its own.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gralora.inplace import InPlaceModule, change_class, restore_class
-from gralora.layers import PREFIX, GraloraLayer, one_line, overwritten
+from gralora.inplace import change_class
+from gralora.layers import PREFIX, GraloraLayer
+from gralora.parts import PartHost, PartLayer
 from gralora.scope import OFF
 
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-class Projection(GraloraLayer):
+class Projection(PartLayer):
     """One of the four projections of an `nn.MultiheadAttention`, a child of it."""
 
     what = "attention"
-
-    def __init__(self, attention: nn.MultiheadAttention, part: str) -> None:
-        super().__init__()
-        self.__dict__["_host"] = attention  # above us in the tree, so no child
-        self.part = part
-        self._attach_container()
 
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:
@@ -80,25 +75,12 @@ class Projection(GraloraLayer):
         return inputs.get(part, attention.embed_dim), attention.embed_dim
 
     @classmethod
-    def adapted(cls, module: nn.Module, part: str) -> GraloraLayer | None:
-        return cast(GraloraLayer | None, module._modules.get(PREFIX + part))
-
-    @classmethod
     def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
         if not isinstance(module, GraloraMultiheadAttention):
             change_class(module, GraloraMultiheadAttention)
             for each in PARTS:
-                module._modules[PREFIX + each] = Projection(cast(nn.MultiheadAttention, module), each)
+                module._modules[PREFIX + each] = Projection(module, each)
         return cast(GraloraLayer, module._modules[PREFIX + part])
-
-    def detach(self) -> None:
-        self.host._modules.pop(PREFIX + self.part, None)
-        if isinstance(self.host, InPlaceModule) and not any(PREFIX + part in self.host._modules for part in PARTS):
-            restore_class(self.host)
-
-    @property
-    def host(self) -> nn.Module:
-        return cast(nn.Module, self.__dict__["_host"])
 
     @property
     def acts(self) -> bool:
@@ -122,15 +104,9 @@ class Projection(GraloraLayer):
         bias: Tensor | None = getattr(owner, name)
         return weight, bias if bias is None or self.part == "out_proj" else _third(bias, self.part)
 
-    def __repr__(self) -> str:
-        n_in, n_out = self.sizes(self.host, self.part)
-        return one_line(self, f"in_features={n_in}, out_features={n_out}, {self.gralora_adapters.describe()}")
 
-
-class GraloraMultiheadAttention(InPlaceModule):
+class GraloraMultiheadAttention(PartHost):
     """Mixin of an `nn.MultiheadAttention` whose projections can have adapters."""
-
-    _prefix = "Gralora"
 
     def forward(
         self,
@@ -167,16 +143,6 @@ class GraloraMultiheadAttention(InPlaceModule):
         if not batched:
             out, weights = out[0], None if weights is None else weights[0]
         return out, weights
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for part in PARTS:
-            projection = cast(Projection, self._modules[PREFIX + part])
-            owner, name = projection.weight_at(self, part)
-            key = f"{prefix}{name}" if owner is self else f"{prefix}out_proj.{name}"
-            if projection.gralora_adapters.merged and key in state_dict:
-                args[-1].append(overwritten(key))
-                state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _third(packed: Tensor, part: str) -> Tensor:

@@ -15,18 +15,12 @@ from gralora.adapter import GraloraAdapter, check_adapter_name
 from gralora.config import GraloraConfig
 from gralora.files import GRALORA, LAYER_FIELDS, AdapterFile, AdapterFileError, BaseWeight, Format, layer_shapes
 from gralora.inject import Plan, install
+from gralora.inplace import join
 from gralora.interop import LORA, PEFT
 from gralora.layers import Spot, gralora_layers
 from gralora.lora import as_lora, lora_pairs
 from gralora.saved import bias_swaps, is_bias, saved_modules, units
-from gralora.state import (
-    all_or_nothing,
-    check_known,
-    check_unmerged,
-    join,
-    known_adapters,
-    named_adapter_parameters,
-)
+from gralora.state import all_or_nothing, check_known, check_unmerged, known_adapters, named_adapter_parameters
 from gralora.targets import Names, Target, nearest, shorten, unfit
 
 FORMATS: dict[str, Format] = {"gralora": GRALORA, "peft": PEFT, "lora": LORA}

@@ -14,25 +14,20 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from gralora.inplace import InPlaceModule, change_class, restore_class
-from gralora.layers import PREFIX, GraloraLayer, one_line, overwritten
+from gralora.inplace import change_class
+from gralora.layers import PREFIX, GraloraLayer
+from gralora.parts import PartHost, PartLayer
 
 _computed: ContextVar[dict[tuple[int, bool], Tensor] | None] = ContextVar("gralora_experts", default=None)
 
 
-class ExpertWeights(GraloraLayer):
+class ExpertWeights(PartLayer):
     """The weights of many experts in one parameter, with an adapter for each: a child of the module that owns it."""
 
     what = "experts"
     in_all_linear = False
     by_row = False
     takes_dropout = False
-
-    def __init__(self, module: nn.Module, part: str) -> None:
-        super().__init__()
-        self.__dict__["_host"] = module  # above us in the tree, so no child
-        self.part = part
-        self._attach_container()
 
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:
@@ -73,24 +68,10 @@ class ExpertWeights(GraloraLayer):
         return len(cast(Tensor, module._parameters[part]))
 
     @classmethod
-    def adapted(cls, module: nn.Module, part: str) -> GraloraLayer | None:
-        return cast(GraloraLayer | None, module._modules.get(PREFIX + part))
-
-    @classmethod
     def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
         if not isinstance(module, GraloraExperts):
             change_class(module, GraloraExperts)
         return cast(GraloraLayer, module._modules.setdefault(PREFIX + part, ExpertWeights(module, part)))
-
-    def detach(self) -> None:
-        self.host._modules.pop(PREFIX + self.part, None)
-        left = any(isinstance(child, ExpertWeights) for child in self.host._modules.values())
-        if isinstance(self.host, GraloraExperts) and not left:
-            restore_class(self.host)
-
-    @property
-    def host(self) -> nn.Module:
-        return cast(nn.Module, self.__dict__["_host"])
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
         """W + Σ weight * ΔW over the adapters that act now, in the dtype of W."""
@@ -108,17 +89,9 @@ class ExpertWeights(GraloraLayer):
             computed[key] = result
         return result
 
-    def __repr__(self) -> str:
-        copies, (n_in, n_out) = self.copies(self.host, self.part), self.sizes(self.host, self.part)
-        return one_line(
-            self, f"experts={copies}, in_features={n_in}, out_features={n_out}, {self.gralora_adapters.describe()}"
-        )
 
-
-class GraloraExperts(InPlaceModule):
+class GraloraExperts(PartHost):
     """Mixin of a module that owns fused expert weights: they are read with their adapters in them."""
-
-    _prefix = "Gralora"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -135,10 +108,3 @@ class GraloraExperts(InPlaceModule):
             return value
         layer = self.__dict__["_modules"].get(PREFIX + name)
         return layer.adapted_weight(value) if isinstance(layer, ExpertWeights) else value
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for layer in self._modules.values():
-            if isinstance(layer, ExpertWeights) and layer.gralora_adapters.merged and prefix + layer.part in state_dict:
-                args[-1].append(overwritten(prefix + layer.part))
-                state_dict.pop(prefix + layer.part)
-        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -13,8 +13,9 @@ from gralora import functional
 from gralora.adapter import Tensors
 from gralora.config import GraloraConfig
 from gralora.inject import inject
+from gralora.inplace import join
 from gralora.layers import gralora_layers
-from gralora.state import all_or_nothing, check_known, check_unmerged, join, named_adapter_parameters
+from gralora.state import all_or_nothing, check_known, check_unmerged, named_adapter_parameters
 from gralora.targets import Targets, shorten
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from gralora.adapter import Tensors
 from gralora.config import GraloraConfig
-from gralora.state import FACTORS, adapter_keys, join
+from gralora.inplace import join
+from gralora.state import FACTORS, adapter_keys
 from gralora.version import __version__
 
 FORMAT_VERSION = 1

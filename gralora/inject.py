@@ -10,7 +10,7 @@ from torch import nn
 
 from gralora.adapter import check_adapter_name
 from gralora.config import GraloraConfig
-from gralora.inplace import freeze_own, restore_class, thaw_own
+from gralora.inplace import freeze_own, join, restore_class, thaw_own
 from gralora.layers import GraloraLayer, gralora_layers
 from gralora.saved import (
     SAVED_CHILD,
@@ -26,7 +26,7 @@ from gralora.saved import (
     saved_modules,
     units,
 )
-from gralora.state import activate, all_or_nothing, join, known_adapters, named_adapter_parameters, put_back_weight
+from gralora.state import activate, all_or_nothing, known_adapters, named_adapter_parameters, put_back_weight
 from gralora.targets import Names, Target, Targets, nearest, resolve
 
 NESTED = "_gralora_use_nested_tensor"

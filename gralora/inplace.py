@@ -124,6 +124,11 @@ def thaw_own(module: nn.Module) -> None:
             parameter.requires_grad_(True)
 
 
+def join(path: str, key: str) -> str:
+    """A qualified name; `path` is empty for the model itself."""
+    return f"{path}.{key}" if path else key
+
+
 def _innermost(forward: Any) -> Any:
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__

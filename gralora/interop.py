@@ -31,8 +31,9 @@ from gralora.files import (
     unshared,
     write_folder,
 )
+from gralora.inplace import join
 from gralora.lora import is_projection, lora_pairs, packed, refuse_experts, tensors_beside, unpacked
-from gralora.state import adapter_keys, join
+from gralora.state import adapter_keys
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

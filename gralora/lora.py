@@ -17,7 +17,8 @@ from gralora import functional
 from gralora.attention import PARTS
 from gralora.config import GraloraConfig
 from gralora.files import AdapterFile, layer_keys, layer_tensors
-from gralora.state import adapter_keys, join
+from gralora.inplace import join
+from gralora.state import adapter_keys
 
 PACKED = PARTS[:3]  # q, k and v, which PEFT adapts as the one matrix in which an attention keeps them
 

@@ -19,10 +19,11 @@ from gralora.adapter import legal_k
 from gralora.config import GraloraConfig
 from gralora.extract import difference, fitted
 from gralora.files import GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in, write_atomically
+from gralora.inplace import join
 from gralora.lora import PACKED, is_projection, tensors_beside
 from gralora.merge import write_merged
 from gralora.shards import CONV1D_MODELS, DTYPES, FLOATS, INDEX, Checkpoint, Shard, replace_folder
-from gralora.state import FACTORS, adapter_keys, join
+from gralora.state import FACTORS, adapter_keys
 from gralora.targets import nearest
 
 WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")

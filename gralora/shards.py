@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gralora.files import beside, opened, read_json
-from gralora.state import join
+from gralora.inplace import join
 
 INDEX = "model.safetensors.index.json"
 CHUNK = 2**22  # bytes

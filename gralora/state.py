@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from gralora.adapter import GraloraAdapters
+from gralora.inplace import join
 from gralora.layers import GraloraLayer, gralora_layers
 from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
 
@@ -80,10 +81,6 @@ def adapter_keys(path: str, tensors: Mapping[str, T]) -> dict[str, T]:
         join(path, f"gralora_{key}.weight" if key.endswith("_general") else f"gralora_{key}"): tensor
         for key, tensor in tensors.items()
     }
-
-
-def join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
 
 
 def activate(model: nn.Module, weights: Mapping[str, float], *, trainable: bool = True) -> None:

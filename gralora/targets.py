@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from gralora.adapter import legal_k
 from gralora.config import GraloraConfig
+from gralora.inplace import join
 from gralora.kinds import ADAPTABLE, spots
 from gralora.layers import PREFIX, Spot
 from gralora.saved import SavedModule
@@ -79,7 +80,7 @@ class Names:
         self.spots: list[tuple[list[str], Spot]] = []
         for _, its_names, module in self:
             for spot in spots(module):
-                self.spots.append(([_under(name, spot.part) for name in its_names], spot))
+                self.spots.append(([(join(name, spot.part) if spot.part else name) for name in its_names], spot))
         # a module may hold its map in a child, as nn.MultiheadAttention does in out_proj: the child is no map of its own
         held = {id(_owner(spot)) for _, spot in self.spots if _owner(spot) is not spot.module}
         self.spots = [(its, spot) for its, spot in self.spots if id(spot.module) not in held]
@@ -258,10 +259,6 @@ def unfit(spot: Spot) -> str | None:
 
 def _owner(spot: Spot) -> nn.Module:
     return spot.kind.weight_at(spot.module, spot.part)[0]
-
-
-def _under(name: str, part: str) -> str:
-    return f"{name}.{part}" if name and part else name or part
 
 
 def _problems(targets: list[Target]) -> list[str]:

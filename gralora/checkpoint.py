@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from gralora.adapter import GraloraAdapter, check_adapter_name
 from gralora.config import GraloraConfig
-from gralora.files import GRALORA, LAYER_FIELDS, AdapterFile, AdapterFileError, BaseWeight, Format, layer_shapes
+from gralora.files import (
+    GRALORA,
+    LAYER_FIELDS,
+    AdapterFile,
+    AdapterFileError,
+    BaseWeight,
+    Format,
+    check_finite,
+    layer_shapes,
+)
 from gralora.inject import Plan, install
 from gralora.inplace import join
 from gralora.interop import LORA, PEFT
@@ -74,12 +83,15 @@ def load_adapter_state_dict(
     ]
     if wrong:
         raise ValueError(f"shapes differ, nothing was loaded: {shorten(wrong)}")
+    kinds = [key for key in shared if state_dict[key].is_floating_point() != own[key].is_floating_point()]
+    kinds += [key for key in shared if state_dict[key].is_complex() and key not in kinds]
+    if kinds:
+        types = f"{state_dict[kinds[0]].dtype} there and {own[kinds[0]].dtype} here"
+        raise ValueError(f"types differ, nothing was loaded: {kinds[0]} is {types}.")
     torn = _torn({key: own[key] for key in shared}, state_dict)
     if torn:
         raise ValueError(f"{' and '.join(torn)} are one tensor here, and differ there: nothing was loaded.")
-    with torch.no_grad():
-        for key in shared:
-            own[key].copy_(state_dict[key])
+    _overwrite({key: own[key] for key in shared}, state_dict)
     return result
 
 
@@ -153,18 +165,26 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
     )
 
 
-def read_adapter(path: Path) -> AdapterFile:
-    """Read an adapter in whatever format it is."""
+def read_adapter(path: Path, *, allow_nonfinite: bool = False) -> AdapterFile:
+    """Read an adapter in whatever format it is; NaN and infinite values are refused unless allowed."""
     if not path.exists():
         raise FileNotFoundError(f"no adapter at {path}")
     format = next((f for f in FORMATS.values() if f.matches(path)), None)
     if format is None:
         raise AdapterFileError(f"{path} is no adapter of a known format ({', '.join(FORMATS)}).")
-    return format.read(path)
+    file = format.read(path)
+    if not allow_nonfinite:
+        check_finite(path, file.tensors)
+    return file
 
 
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", *, trainable: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    trainable: bool = False,
+    allow_nonfinite: bool = False,
 ) -> nn.Module:
     """Read an adapter from `path`, inject it and load its values; returns `model`.
 
@@ -175,12 +195,15 @@ def load_adapter(
     the dtype of the file. Where the model has an adapter of this name already, on the same layers and of the same
     shapes, its values are replaced in place.
 
+    Args:
+        allow_nonfinite: load NaN and infinite values, which are refused otherwise.
+
     Raises:
         ValueError (AdapterFileError): the file is damaged or does not fit the model, which is then unchanged.
     """
     check_adapter_name(adapter_name)
     source = Path(path)
-    file = read_adapter(source)
+    file = read_adapter(source, allow_nonfinite=allow_nonfinite)
     plan = _plan(model, file)
     _warn_of_another_base(source, plan, file)
     with all_or_nothing(model):
@@ -207,6 +230,19 @@ def _live_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             own = saved.gralora_saved[adapter_name].state_dict()
             tensors.update({join(path, key): tensor for key, tensor in own.items() if join(path, key) not in tensors})
     return tensors
+
+
+@torch.no_grad()
+def _overwrite(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Copy every value, or on an exception none. The old ones are kept for so long."""
+    before = {key: tensor.clone() for key, tensor in own.items()}
+    try:
+        for key, tensor in own.items():
+            tensor.copy_(given[key])
+    except BaseException:
+        for key, tensor in own.items():
+            tensor.copy_(before[key])
+        raise
 
 
 def _torn(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, str] | None:

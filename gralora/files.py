@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,10 +24,13 @@ from gralora.config import GraloraConfig
 from gralora.inplace import join
 from gralora.state import FACTORS, adapter_keys
 from gralora.version import __version__
+from gralora.writing import write_atomically
 
 FORMAT_VERSION = 1
 LAYER_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout")
 SAMPLES = 256
+LARGEST_HEADER = 2**25  # bytes: room for a hundred thousand layers
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -106,6 +106,7 @@ class Header(NamedTuple):
 
     metadata: dict[str, str]
     shapes: Shapes
+    dtypes: dict[str, str]
     get: Callable[[str], Tensor]
 
 
@@ -113,16 +114,22 @@ class Header(NamedTuple):
 def opened(path: Path) -> Iterator[Header]:
     """A safetensors file, its header checked; anything wrong with it is an AdapterFileError."""
     try:
+        with path.open("rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise AdapterFileError(f"{path} claims a header of {length} bytes; up to {LARGEST_HEADER} are read.")
         with safe_open(path, "pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            yield Header(file.metadata() or {}, shapes, file.get_tensor)
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(each.get_shape()) for key, each in slices.items()}
+            dtypes = {key: each.get_dtype() for key, each in slices.items()}
+            yield Header(file.metadata() or {}, shapes, dtypes, file.get_tensor)
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{path} cannot be read as a safetensors file: {error}") from error
 
 
 def read_gralora(path: Path) -> AdapterFile:
     """Read the library's own file. Only the header is believed, and only after it has been checked."""
-    with opened(path) as (metadata, shapes, get):
+    with opened(path) as (metadata, shapes, dtypes, get):
         if metadata.get("format") != "gralora":
             beside = path.with_name("adapter_config.json").exists()
             hint = " Its folder is one of PEFT's: give the folder." if beside else ""
@@ -134,6 +141,7 @@ def read_gralora(path: Path) -> AdapterFile:
         saved, biases = (_read_names(path, metadata, key) for key in ("modules_to_save", "biases"))
         base = _read_base(path, metadata.get("base", "{}"))
         check_shapes(path, configs, shapes)
+        check_dtypes(path, configs, dtypes)
         tensors = {key: get(key) for key in shapes}
     return AdapterFile(configs, tensors, saved, biases, base, format="gralora")
 
@@ -149,7 +157,15 @@ def write_gralora(file: AdapterFile, path: Path) -> None:
         "base": json.dumps({name: asdict(weight) for name, weight in file.base.items()}),
     }
     tensors = unshared(file.tensors)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_atomically(path, lambda temporary: write_tensors(tensors, temporary, metadata))
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file; what the disk refuses is an OSError, as with any other file."""
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}") from error
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,41 +178,6 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[key] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return result
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: a crash leaves the old file or the new one."""
-    temporary = beside(path)
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a new folder, then put it in place under its name; nothing half-written ever bears that name.
-
-    An existing folder keeps its other files, and each new file replaces its old one atomically.
-    """
-    temporary = beside(path)
-    temporary.mkdir()
-    try:
-        write(temporary)
-        for file in temporary.iterdir():
-            _sync(file)
-        if path.is_dir():
-            for file in temporary.iterdir():
-                os.replace(file, path / file.name)
-        else:
-            os.rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _sync(path)
-    _sync(path.parent)
 
 
 def layer_shapes(
@@ -218,12 +199,30 @@ def check_shapes(path: Path, configs: Mapping[str, GraloraConfig], shapes: Shape
     """Sizes follow from A and B; every other shape must agree with them."""
     for name, config in configs.items():
         A, B = (shapes.get(join(name, f"gralora_{letter}"), ()) for letter in "AB")
-        if len(A) not in (3, 4) or len(B) != len(A):
+        if len(A) not in (3, 4) or len(B) != len(A) or 0 in A + B:
             raise AdapterFileError(f"{path}: {name!r} stands in the metadata without a 3-D gralora_A and gralora_B.")
         copies = A[0] if len(A) == 4 else None
         for key, shape in layer_shapes(name, A[-3] * A[-2], B[-3] * B[-1], config, copies).items():
             if shapes.get(key) != shape:
                 raise AdapterFileError(f"{path}: {key} has shape {shapes.get(key)}, but the metadata means {shape}.")
+
+
+def check_dtypes(path: Path, configs: Mapping[str, GraloraConfig], dtypes: Mapping[str, str]) -> None:
+    """Adapters are of floating numbers."""
+    for name, config in configs.items():
+        for key in layer_keys(name, config):
+            if dtypes[key] not in FLOATS:
+                raise AdapterFileError(f"{path}: {key} is of type {dtypes[key]}; legal are {', '.join(FLOATS)}.")
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterFileError if a tensor holds NaN or an infinite value."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise AdapterFileError(
+                f"{path}: {key} holds values that are not finite: the training that made it diverged, or the file is damaged. "
+                "allow_nonfinite=True loads it all the same."
+            )
 
 
 def parse_json(path: Path, what: str, text: str) -> Any:
@@ -287,19 +286,6 @@ def _hash(weight: Tensor) -> str:
     values = weight[positions // weight.shape[1], positions % weight.shape[1]].to(torch.bfloat16)
     bits = values.view(torch.int16).tolist()  # as numbers: the same on machines of either byte order
     return hashlib.sha256(repr(bits).encode()).hexdigest()[:16]
-
-
-def beside(path: Path) -> Path:
-    """A name in the same folder for what is not whole yet."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_configs(path: Path, text: str) -> dict[str, GraloraConfig]:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gralora.config import GraloraConfig
 from gralora.files import (
+    FLOATS,
     LAYER_FIELDS,
     AdapterFile,
     AdapterFileError,
@@ -29,11 +29,12 @@ from gralora.files import (
     out_in,
     read_json,
     unshared,
-    write_folder,
+    write_tensors,
 )
 from gralora.inplace import join
 from gralora.lora import is_projection, lora_pairs, packed, refuse_experts, tensors_beside, unpacked
 from gralora.state import adapter_keys
+from gralora.writing import write_folder
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -124,11 +125,14 @@ def read_folder(path: Path) -> AdapterFile:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in READERS:
         raise AdapterFileError(f"{path}: peft_type={kind!r} is not known; known are {', '.join(READERS)}.")
-    with opened(path / WEIGHTS) as (_, shapes, get):
+    with opened(path / WEIGHTS) as (_, shapes, dtypes, get):
         # in full, `base_layer` and `modules_to_save` are PEFT's wrappers; `original_module` is the base's own
         wanted = [key for key in shapes if ".original_module." not in key and ".modules_to_save." not in key]
         keys = {key.removeprefix(PREFIX).replace(".base_layer.", "."): key for key in wanted}
         stripped = {key: shapes[full] for key, full in keys.items()}
+        for key, full in keys.items():
+            if _last(key.removesuffix(".weight")).startswith(("lora_", "gralora_")) and dtypes[full] not in FLOATS:
+                raise AdapterFileError(f"{path}: {key} is of type {dtypes[full]}; legal are {', '.join(FLOATS)}.")
         file, names = READERS[kind](path, config, stripped, lambda key: get(keys[key]))
         rest = [key for key in keys if key not in names]
         file.tensors.update({key: get(keys[key]) for key in rest})
@@ -163,7 +167,7 @@ def _read_lora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loade
         name = key.removesuffix("lora_A.weight").removesuffix(".")
         pair = [join(name, f"lora_{letter}.weight") for letter in "AB"]
         down, up = (shapes.get(each, ()) for each in pair)
-        if len(down) < 2 or len(up) != len(down) or down[0] != up[1] or set(up[2:]) - {1}:
+        if len(down) < 2 or 0 in down + up or len(up) != len(down) or down[0] != up[1] or set(up[2:]) - {1}:
             raise AdapterFileError(
                 f"{path}: {name!r} has lora_A of shape {down} and lora_B of {up}: no pair of matrices or of kernels."
             )
@@ -290,10 +294,10 @@ def _write(
     renamed = {PREFIX + _renamed(key, adapted, attentions): tensor for key, tensor in unshared(tensors).items()}
 
     def write(folder: Path) -> None:
-        save_file(renamed, folder / WEIGHTS, {"format": "pt"})
+        write_tensors(renamed, folder / WEIGHTS, {"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    write_folder(path, write)
+    write_folder(path, write, keep_others=True)
 
 
 def _renamed(key: str, adapted: Collection[str], attentions: Collection[str]) -> str:

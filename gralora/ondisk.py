@@ -18,13 +18,14 @@ from gralora import functional
 from gralora.adapter import legal_k
 from gralora.config import GraloraConfig
 from gralora.extract import difference, fitted
-from gralora.files import GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in, write_atomically
+from gralora.files import GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in
 from gralora.inplace import join
 from gralora.lora import PACKED, is_projection, tensors_beside
 from gralora.merge import write_merged
-from gralora.shards import CONV1D_MODELS, DTYPES, FLOATS, INDEX, Checkpoint, Shard, replace_folder
+from gralora.shards import CONV1D_MODELS, DTYPES, FLOATS, INDEX, Checkpoint, Shard
 from gralora.state import FACTORS, adapter_keys
 from gralora.targets import nearest
+from gralora.writing import write_atomically, write_folder
 
 WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -59,7 +60,7 @@ def merge_checkpoint(
     if model.is_file():
         write_atomically(out, lambda path: work.write(checkpoint.shards[0], path))
     else:
-        replace_folder(out, work.fill)
+        write_folder(out, work.fill)
     if work.differing:
         warnings.warn(
             f"the adapter was trained on another base: the weights differ in {', '.join(work.differing[:5])}, "

@@ -7,8 +7,6 @@ tensor lies where.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gralora.files import beside, opened, read_json
+from gralora.files import opened, read_json
 from gralora.inplace import join
 
 INDEX = "model.safetensors.index.json"
@@ -143,25 +141,6 @@ class Checkpoint:
                 "as in GPT-2, as (in, out). Load the adapter into the model and save it again: the new file says so."
             )
         return self.model_type in CONV1D_MODELS if known is None else known
-
-
-def replace_folder(out: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a new folder, then put it where `out` is; an old one is removed only after that."""
-    temporary, old = beside(out), beside(out)
-    temporary.mkdir()
-    try:
-        fill(temporary)
-        if out.exists():
-            os.rename(out, old)
-        try:
-            os.rename(temporary, out)
-        except BaseException:
-            if old.exists():
-                os.rename(old, out)
-            raise
-        shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _width(code: str) -> int:

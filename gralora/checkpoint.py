@@ -206,20 +206,15 @@ def load_adapter(
     file = read_adapter(source, allow_nonfinite=allow_nonfinite)
     plan = _plan(model, file)
     _warn_of_another_base(source, plan, file)
-    with all_or_nothing(model):
-        if adapter_name in known_adapters(model):
-            _check_same_layers(model, file, adapter_name)
-            for name, layer in gralora_layers(model):
-                if name in file.configs:
-                    _keep_or_replace_config(layer.gralora_adapters[adapter_name], file.configs[name])
-            for parameter in named_adapter_parameters(model, adapter_name).values():
-                parameter.requires_grad_(trainable)
-        else:
-            install(model, plan, adapter_name, trainable=trainable)
-        try:
+    try:
+        with all_or_nothing(model):
+            if adapter_name in known_adapters(model):
+                _prepare_swap(model, file, adapter_name, trainable)
+            else:
+                install(model, plan, adapter_name, trainable=trainable)
             load_adapter_state_dict(model, file.tensors, adapter_name)
-        except (KeyError, ValueError) as error:
-            raise AdapterFileError(f"{source} does not fit this model: {error.args[0]}") from error
+    except (KeyError, ValueError) as error:
+        raise AdapterFileError(f"{source} does not fit this model: {error.args[0]}") from error
     return model
 
 
@@ -332,7 +327,8 @@ def _keep_or_replace_config(adapter: GraloraAdapter, config: GraloraConfig) -> N
         adapter.config = config
 
 
-def _check_same_layers(model: nn.Module, file: AdapterFile, adapter_name: str) -> None:
+def _prepare_swap(model: nn.Module, file: AdapterFile, adapter_name: str, trainable: bool) -> None:
+    """Make an adapter that the model has ready for the values of a file."""
     here = {n for n, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters}
     if here != set(file.configs):
         differing = shorten(sorted(here ^ set(file.configs)))
@@ -340,3 +336,8 @@ def _check_same_layers(model: nn.Module, file: AdapterFile, adapter_name: str) -
             f"adapter {adapter_name!r} is in this model already, on other layers than the file's: {differing}. "
             "Delete it first, or load under another name."
         )
+    for name, layer in gralora_layers(model):
+        if name in file.configs:
+            _keep_or_replace_config(layer.gralora_adapters[adapter_name], file.configs[name])
+    for parameter in named_adapter_parameters(model, adapter_name).values():
+        parameter.requires_grad_(trainable)

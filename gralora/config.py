@@ -7,6 +7,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST_ALPHA, LARGEST_WEIGHT = 1e30, 1e6  # of an adapter: so that their product is a float32
 BIAS_CHOICES = ("none", "all", "gralora_only")
 
 
@@ -48,8 +49,9 @@ class GraloraConfig:
             self._set(name, _integer(name, getattr(self, name), least))
         self._set("alpha", _number("alpha", self.alpha))
         self._set("gralora_dropout", _number("gralora_dropout", self.gralora_dropout))
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha!r} is not legal: it must be a finite number above 0, such as 64.")
+        if not 0 < self.alpha <= LARGEST_ALPHA:
+            rule = f"it must be a finite number above 0, such as 64, and at most {LARGEST_ALPHA:g}"
+            raise ValueError(f"alpha={self.alpha!r} is not legal: {rule}.")
         if not 0 <= self.gralora_dropout < 1:
             raise ValueError(
                 f"gralora_dropout={self.gralora_dropout!r} is not legal: it must be at least 0 and below 1, such as 0.1."

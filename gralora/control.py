@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from gralora.adapter import GraloraAdapters
+from gralora.config import LARGEST_WEIGHT
 from gralora.inplace import freeze_own
 from gralora.layers import GraloraLayer, gralora_layers
 from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
@@ -194,8 +194,9 @@ def weights_of(names: Any) -> dict[str, float]:
         return {names: 1.0}
     if isinstance(names, Mapping):
         for name, weight in names.items():
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise ValueError(f"the weight of adapter {name!r} is {weight!r}: it must be a finite number.")
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= LARGEST_WEIGHT:
+                rule = f"it must be a finite number, of at most {LARGEST_WEIGHT:g}"
+                raise ValueError(f"the weight of adapter {name!r} is {weight!r}: {rule}.")
         return {name: float(weight) for name, weight in names.items()}
     if isinstance(names, Collection):
         return dict.fromkeys(names, 1.0)

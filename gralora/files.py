@@ -117,7 +117,8 @@ def opened(path: Path) -> Iterator[Header]:
         with path.open("rb") as start:
             length = int.from_bytes(start.read(8), "little")
         if length > LARGEST_HEADER:
-            raise AdapterFileError(f"{path} claims a header of {length} bytes; up to {LARGEST_HEADER} are read.")
+            claim = f"it claims a header of {length} bytes; up to {LARGEST_HEADER} are read"
+            raise AdapterFileError(f"{path} cannot be read as a safetensors file: {claim}.")
         with safe_open(path, "pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             shapes = {key: tuple(each.get_shape()) for key, each in slices.items()}

@@ -72,14 +72,16 @@ def merge(
 
 def unmerge(model: nn.Module) -> None:
     """Give every merged layer its own weight back, the very object, bit for bit."""
-    for _, layer in gralora_layers(model):
-        put_back_weight(layer)
+    with all_or_nothing(model):
+        for _, layer in gralora_layers(model):
+            put_back_weight(layer)
 
 
 def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None) -> nn.Module:
     """The plain model with the active adapters written into it: no adapter, no class of ours, weights W + Σ weight * ΔW.
 
-    Saved modules and biases of the active adapters stay. No second copy of the model is made.
+    Saved modules and biases of the active adapters stay. No second copy of the model is made, so what interrupts the
+    writing itself (no memory left, Ctrl-C) leaves some layers merged; everything that can be refused is refused before.
 
     Args:
         dequantize: a floating type. Each adapted layer whose weight is quantised then becomes an `nn.Linear` of this type

@@ -92,8 +92,11 @@ class BiasSwap(Appendage):
         """Make `name`'s bias the bias of `owner`; the base's where this adapter trains none."""
         name = name if name in self.names else self.BASE
         if name != self.in_place:
+            # assignments alone, so that no failure comes between
+            new = self._parameters[name]
             self._parameters[self.in_place] = owner._parameters[self.parameter]
-            owner._parameters[self.parameter] = self._parameters.pop(name)
+            owner._parameters[self.parameter] = new
+            del self._parameters[name]
             self.in_place = name
 
     def get(self, owner: nn.Module, name: str) -> nn.Parameter:

@@ -139,7 +139,9 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
             module.__dict__.clear()
             for name, (register, content) in registers.items():
-                if isinstance(register, (dict, set)):
+                if isinstance(register, list):
+                    register[:] = content
+                elif isinstance(register, (dict, set)):
                     register.clear()
                     register.update(content)
                 module.__dict__[name] = register
@@ -150,6 +152,6 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 def _registers(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     return {
-        name: (value, value.copy() if isinstance(value, (dict, set)) and value else ())
+        name: (value, value.copy() if isinstance(value, (dict, set, list)) and value else ())
         for name, value in module.__dict__.items()
     }

@@ -50,7 +50,7 @@ class Spot(NamedTuple):
 
     @property
     def base_weight(self) -> Tensor:
-        """The parameter that holds the map, without any adapter in it, merged or not."""
+        """The parameter that holds the map, without this map's adapters in it, merged or not."""
         adapted = self.adapted
         aside = None if adapted is None else adapted.gralora_adapters.base_weight
         return self.weight if aside is None else aside

@@ -52,10 +52,10 @@ def merge(
         wanted = adapters.active if names is None else {n: share for n, share in names.items() if n in adapters}
         if names is not None and not given:
             wanted = {name: adapters.active.get(name, 1.0) for name in wanted}
-        weights = {**adapters.merged, **wanted}
-        if set(weights) != set(adapters.merged) or (given and weights != adapters.merged):
+        weights = {**adapters.merged, **wanted} if given else {**wanted, **adapters.merged}
+        if weights != adapters.merged:
             _check_mergeable(path, layer)
-            plan.append((layer, weights))
+            plan.append((layer, {name: weights[name] for name in adapters if name in weights}))  # sums in one order
     merged = _merged_parameters(plan, safe)
     if safe:
         for layer, weights in plan:

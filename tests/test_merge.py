@@ -288,3 +288,12 @@ def test_any_subset_is_merged_with_weights_and_merging_it_again_changes_nothing(
     with pytest.raises(ValueError, match="the weight of adapter 'a' is nan"):
         gralora.merge(model, {"a": float("nan")})
     assert same_bits(model[2].weight, base) and model(x).isfinite().all()
+
+
+def test_merging_more_leaves_what_is_merged_at_its_weight():
+    model = two_adapters()
+    base = model[2].weight.clone()
+    deltas = {name: gralora.delta_weight(model[2], name) for name in ("a", "a_b")}
+    gralora.merge(model, {"a": -2.0})
+    gralora.merge(model, ["a", "a_b"])
+    torch.testing.assert_close(model[2].weight, base - 2 * deltas["a"] + deltas["a_b"])

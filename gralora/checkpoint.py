@@ -270,7 +270,7 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
         if name not in spots and name not in modules:
             raise lacking(name)
         spot = spots.get(name)
-        reason = f"is a {type(modules[name]).__name__}" if spot is None else unfit(spot)
+        reason = f"is a {type(modules[name]).__name__}" if spot is None else unfit(spot, names)
         if spot is None or reason is not None:
             raise AdapterFileError(f"the file adapts {name!r}, which in this model {reason}.")
         if any(size % config.gralora_k for size in spot.cut):

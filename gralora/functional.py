@@ -8,6 +8,9 @@ faster paths elsewhere are held to them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
@@ -175,6 +178,15 @@ def best_lora_error(delta: Tensor, rank: int) -> float:
     """The relative error of the best LoRA of rank `rank` for `delta`."""
     S = torch.linalg.svdvals(delta)
     return float(S[rank:].norm() / S.norm()) if S.norm() else 0.0
+
+
+def within(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function(x), which of a nested tensor is that of every tensor in it."""
+    if not x.is_nested:
+        return function(x)
+    if x.layout is torch.jagged:
+        return torch.nested.nested_tensor_from_jagged(function(x.values()), cast(Any, x).offsets())
+    return torch.nested.as_nested_tensor([function(each) for each in x.unbind()])
 
 
 def dropped(x: Tensor, p: float) -> Tensor:

@@ -10,12 +10,13 @@ A new kind is a subclass of `GraloraLayer` in a file of its own, and one row of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from gralora import autograd
+from gralora import autograd, functional
 from gralora.adapter import GraloraAdapter, GraloraAdapters, check_adapter_name
 from gralora.config import GraloraConfig
 from gralora.inplace import InPlaceModule, change_class, freeze_own, is_restorable, restore_class
@@ -223,7 +224,7 @@ class GraloraLayer(nn.Module):
         if not self.fast(x, applied[0][0].A):
             y = _tensor(self, base(*args, **kwargs))
             for adapter, share in applied:
-                y = (y + self.update(x, adapter, share)).to(y.dtype)
+                y = (y + functional.within(x, partial(self.update, adapter=adapter, share=share))).to(y.dtype)
             return y
         plain = self.plain()
         if plain is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from gralora.adapter import legal_k
+from gralora.bypass import reader_of
 from gralora.config import GraloraConfig
 from gralora.inplace import join
 from gralora.kinds import ADAPTABLE, spots
@@ -72,11 +73,14 @@ class Names:
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[int, list[str]] = {}
         self.modules: dict[int, nn.Module] = {}
+        self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             if any(part.startswith(PREFIX) or part == "parametrizations" for part in name.split(".")):
                 continue
             self.names.setdefault(id(module), []).append(name)
             self.modules[id(module)] = module
+            for child_name, child in module._modules.items():
+                self.parents.setdefault(id(child), []).append((module, child_name))
         self.spots: list[tuple[list[str], Spot]] = []
         for _, its_names, module in self:
             for spot in spots(module):
@@ -142,7 +146,7 @@ def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, na
         f"{name!r} is a {type(names.modules[key]).__name__}; adaptable are {ADAPTABLE}."
         for key, name in strangers.items()
     ]
-    problems = [*_problems(ordered), *others]
+    problems = [*_problems(ordered, names), *others]
     if problems:
         raise ValueError("\n".join(problems))
     _warn_of_layout(ordered)
@@ -202,7 +206,7 @@ def _matcher_for(model: nn.Module, pattern: Pattern, names: Names) -> Predicate:
         linear = {
             id(_owner(spot))
             for _, spot in names.spots
-            if spot.kind.in_all_linear and unfit(spot) is None and id(spot.module) not in heads
+            if spot.kind.in_all_linear and unfit(spot, names) is None and id(spot.module) not in heads
         }
         return lambda name, module: id(module) in linear
     return _matcher(pattern)
@@ -244,7 +248,7 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
     return heads + [m for m in model.modules() if id(m._parameters.get("weight")) in embedded]
 
 
-def unfit(spot: Spot) -> str | None:
+def unfit(spot: Spot, names: Names) -> str | None:
     """Why a map can't be adapted, whatever the config; None if it can."""
     if isinstance(spot.module, SavedModule):
         return "is in another adapter's modules_to_save; a layer is adapted or saved, not both"
@@ -254,6 +258,13 @@ def unfit(spot: Spot) -> str | None:
         return "has no shape yet (a lazy module); run one forward pass first"
     if not isinstance(weight, Tensor) or weight.is_complex():
         return "has a complex weight" if isinstance(weight, Tensor) else "has no weight"
+    readers = [(reader_of(parent, child), child) for parent, child in names.parents.get(id(spot.module), ())]
+    if readers and not spot.part and all(reader for reader, _ in readers):
+        reader, child = readers[0]
+        return (
+            f"has its weight read by the forward of {reader}, which never calls it: an adapter would have no effect. Call "
+            f"self.{child}(x) there"
+        )
     return spot.kind.unfit(spot.module, spot.part)
 
 
@@ -261,10 +272,10 @@ def _owner(spot: Spot) -> nn.Module:
     return spot.kind.weight_at(spot.module, spot.part)[0]
 
 
-def _problems(targets: list[Target]) -> list[str]:
+def _problems(targets: list[Target], names: Names) -> list[str]:
     problems = []
     for target in targets:
-        reason = unfit(target.spot)
+        reason = unfit(target.spot, names)
         if reason is not None:
             problems.append(f"{target.name!r} {reason}.")
             continue

@@ -185,3 +185,119 @@ def test_a_layer_that_returns_no_tensor_says_so_at_the_first_forward(grad):
             model["router"](X)
         with gralora.disable_adapter(model):
             assert len(model["router"](X)) == 2
+
+
+class Reads(nn.Module):
+    """Computes with a weight, and never calls the layer; or does both; or only asks for its type."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.fc, self.how = nn.Linear(16, 16), how
+
+    def forward(self, x):
+        return self.deeper(x)
+
+    def deeper(self, x):
+        return torch.nn.functional.linear(x, self.fc.weight, self.fc.bias)
+
+
+class Alias(Reads):
+    def deeper(self, x):
+        weight = self.fc.weight
+        return x.to(self.fc.weight.dtype) @ weight.mT
+
+
+class Calls(Reads):
+    def deeper(self, x):
+        x = x.to(self.fc.weight.dtype).to(self.fc.weight.device)
+        return self.fc.forward(x) if self.how == "forward" else self.fc(x) + self.fc.weight.square().mean()
+
+
+@pytest.mark.parametrize("cls", [Reads, Alias])
+def test_a_parent_that_reads_the_weight_and_never_calls_the_layer_is_refused_by_name(cls):
+    model = nn.Sequential(cls(""), nn.Linear(16, 16))
+    before = fingerprint(model)
+    text = f"'0.fc' has its weight read by the forward of {cls.__name__}, which never calls it: an adapter would have no effect"
+    for targets in (["fc"], r".*fc", lambda name, module: isinstance(module, nn.Linear)):
+        with pytest.raises(ValueError, match=text):
+            gralora.inject(model, targets, random_config())
+    assert_same(fingerprint(model), before)
+    gralora.inject(model, "all-linear", random_config())
+    assert [name for name, _ in gralora_layers(model)] == ["1"]
+    alone = cls("")
+    gralora.inject(alone.fc, "", random_config())  # the parent is not in sight: see README, Limits
+
+
+@pytest.mark.parametrize("how", ["call", "forward"])
+def test_a_parent_that_calls_the_layer_in_any_way_is_adapted(how):
+    model = Calls(how)
+    base = model(X)
+    gralora.inject(model, ["fc"], random_config())
+    assert not torch.allclose(model(X), base)
+
+
+def test_a_layer_shared_by_one_that_calls_and_one_that_reads_is_adapted():
+    model = nn.ModuleDict({"calls": Calls("call"), "reads": Reads("")})
+    model["reads"].fc = model["calls"].fc
+    base = model["calls"](X)
+    gralora.inject(model, ["calls.fc"], random_config())
+    assert not torch.allclose(model["calls"](X), base)
+
+
+@pytest.mark.parametrize("when", ["before inject", "after inject"])
+def test_compiled_before_or_after_inject(when):
+    model = mlp(16, 16)
+    if when == "before inject":
+        compiled = torch.compile(model, backend="eager")
+        base = compiled(X)
+        gralora.inject(model, ["0"], random_config())
+    else:
+        base = model(X)
+        gralora.inject(model, ["0"], random_config())
+        compiled = torch.compile(model, backend="eager")
+    assert not torch.allclose(compiled(X), base)
+    torch.testing.assert_close(compiled(X), model(X))
+    gralora.unload(model)
+    torch.testing.assert_close(compiled(X), base)
+
+
+def test_inject_into_a_compiled_model_itself():
+    compiled = torch.compile(mlp(16, 16), backend="eager")
+    base = compiled(X)
+    gralora.inject(compiled, "all-linear", random_config())
+    assert not torch.allclose(compiled(X), base)
+
+
+def test_a_scripted_or_traced_module_is_no_target_and_says_so():
+    for make in (torch.jit.script, lambda m: torch.jit.trace(m, X)):
+        model = nn.ModuleDict({"jit": make(nn.Linear(16, 16)), "fc": nn.Linear(16, 16)})
+        with pytest.raises(ValueError, match=r"'jit' is a \w+; adaptable are"):
+            gralora.inject(model, ["jit"], random_config())
+
+
+def test_a_layer_called_past_its_call_operator():
+    layer = nn.Linear(16, 16)
+    base = layer(X)
+    gralora.inject(layer, "", random_config())
+    for call in (layer.forward, lambda x: nn.Module.__call__(layer, x), lambda x: type(layer).forward(layer, x)):
+        assert not torch.allclose(call(X), base)
+
+
+def test_nested_tensors_get_the_update():
+    layer, tensors = nn.Linear(16, 16), [torch.randn(3, 16), torch.randn(5, 16)]
+    gralora.inject(layer, "", random_config())
+    for layout in (torch.jagged, torch.strided):
+        nested = torch.nested.nested_tensor(tensors, layout=layout)
+        for mine, x in zip(layer(nested).unbind(), tensors, strict=True):
+            torch.testing.assert_close(mine, layer(x))
+
+
+def test_a_module_reached_by_two_names_and_one_whose_weight_is_tied():
+    shared = nn.Linear(16, 16)
+    model = nn.ModuleDict({"a": shared, "b": shared, "tied": nn.Linear(16, 16)})
+    model["tied"].weight = shared.weight
+    base = model["tied"](X)
+    gralora.inject(model, ["b"], random_config())
+    assert not torch.allclose(model["a"](X), nn.functional.linear(X, shared.weight, shared.bias))
+    assert same_bits(model["tied"](X), base)  # the tie is of the base's weight; the adapter is the layer's own
+    assert len(list(gralora_layers(model))) == 1

@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns 0, or 1 for a failure, told in one line on standard error. Wrong usage exits with 2."""
     args = parser().parse_args(argv)
     with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)  # told, whatever the surroundings make of warnings
         warnings.showwarning = lambda message, *rest, **more: print(f"gralora: warning: {message}", file=sys.stderr)
         try:
             args.run(args)

@@ -174,6 +174,7 @@ def test_merge_in_parts_and_exact_unmerge(size):
     torch.testing.assert_close(plain(*args)[0], y)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
 @pytest.mark.parametrize("which", ["encoder layer", "encoder", "decoder layer", "decoder", "transformer"])

@@ -203,6 +203,7 @@ def test_per_sample_gradients_with_vmap_of_grad():
             torch.testing.assert_close(per_sample[name][i], parameter.grad)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("how", ["torch.func.jvp", "forward_ad"])
 def test_forward_mode(how):
     model = layer("linear", torch.float64)
@@ -263,6 +264,7 @@ def test_compile_without_a_graph_break(kind, dropout):
     torch.testing.assert_close(compiled(x), eager[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_compiled_by_inductor_it_equals_eager():
     torch._dynamo.reset()
     model = gralora.inject(mlp(16, 32, 8), "all-linear", random_config())

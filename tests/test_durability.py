@@ -88,6 +88,7 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_one_or_the_new_one(format,
     assert seen == {1.0, 2.0} and interrupted > 10  # it was killed in the middle, not between
 
 
+@pytest.mark.filterwarnings("ignore:.*trained on another base")
 @pytest.mark.parametrize("format", KILLS)
 def test_a_full_disk_is_an_error_and_leaves_the_old_one(format, tmp_path):
     models = two_versions({})

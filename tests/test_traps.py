@@ -131,6 +131,7 @@ def test_the_fused_path_stays_off_in_copies_and_drop_in_layers():
         assert not torch.allclose(layer(X), base)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_an_encoder_with_a_padding_mask_runs_in_eval_and_has_its_flag_back_after_unload():
     model = encoder()
     assert model.use_nested_tensor
@@ -268,6 +269,7 @@ def test_inject_into_a_compiled_model_itself():
     assert not torch.allclose(compiled(X), base)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_scripted_or_traced_module_is_no_target_and_says_so():
     for make in (torch.jit.script, lambda m: torch.jit.trace(m, X)):
         model = nn.ModuleDict({"jit": make(nn.Linear(16, 16)), "fc": nn.Linear(16, 16)})
@@ -283,6 +285,7 @@ def test_a_layer_called_past_its_call_operator():
         assert not torch.allclose(call(X), base)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_get_the_update():
     layer, tensors = nn.Linear(16, 16), [torch.randn(3, 16), torch.randn(5, 16)]
     gralora.inject(layer, "", random_config())

@@ -83,11 +83,13 @@ def load_adapter_state_dict(
     ]
     if wrong:
         raise ValueError(f"shapes differ, nothing was loaded: {shorten(wrong)}")
-    kinds = [key for key in shared if state_dict[key].is_floating_point() != own[key].is_floating_point()]
-    kinds += [key for key in shared if state_dict[key].is_complex() and key not in kinds]
+    kinds = [
+        f"{key} is {state_dict[key].dtype} there and {own[key].dtype} here"
+        for key in shared
+        if state_dict[key].is_floating_point() != own[key].is_floating_point() or state_dict[key].is_complex()
+    ]
     if kinds:
-        types = f"{state_dict[kinds[0]].dtype} there and {own[kinds[0]].dtype} here"
-        raise ValueError(f"types differ, nothing was loaded: {kinds[0]} is {types}.")
+        raise ValueError(f"types differ, nothing was loaded: {shorten(kinds)}")
     torn = _torn({key: own[key] for key in shared}, state_dict)
     if torn:
         raise ValueError(f"{' and '.join(torn)} are one tensor here, and differ there: nothing was loaded.")

@@ -397,3 +397,32 @@ def test_reloaded_under_another_name_beside_the_first_and_in_its_own_dtype(tmp_p
         for each in (name, f"{name}_again"):
             assert model[0].gralora_adapters[each].A.dtype == dtype
             assert {p.dtype for p in gralora.adapter_parameters(model, each)} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_values_of_another_kind_are_refused(dtype):
+    model = gralora.inject(mlp(16, 8), ["0"], random_config())
+    state = {key: tensor.to(dtype) for key, tensor in gralora.adapter_state_dict(model).items()}
+    before = fingerprint(model)
+    with pytest.raises(
+        ValueError, match=f"types differ, nothing was loaded: 0.gralora_A is {dtype} there and torch.float32"
+    ):
+        gralora.load_adapter_state_dict(model, state)
+    assert_same(fingerprint(model), before)
+    gralora.load_adapter_state_dict(model, {k: t.bfloat16() for k, t in gralora.adapter_state_dict(model).items()})
+
+
+def test_a_path_that_is_neither_file_nor_folder(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(gralora.AdapterFileError, match="no adapter of a known format"):
+        gralora.load_adapter(mlp(16, 8), tmp_path / "pipe")
+
+
+def test_a_k_that_cuts_the_kernel_and_not_the_channels_is_refused(tmp_path):
+    model = gralora.inject(nn.Conv1d(6, 6, 2), "", random_config(r=6, gralora_k=3))
+    gralora.save_adapter(model, tmp_path / "a.safetensors")
+    other = nn.Conv1d(4, 6, 3)  # of as many inputs as a matrix
+    with pytest.raises(gralora.AdapterFileError, match=r"gralora_k=3 divides not both sizes of '', \(4, 6\)"):
+        gralora.load_adapter(other, tmp_path / "a.safetensors")

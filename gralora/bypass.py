@@ -79,7 +79,7 @@ def _own_attribute(node: ast.AST) -> str | None:
 
 def _tree(cls: Any, method: str) -> ast.AST | None:
     function = inspect.unwrap(getattr(cls, method, None) or _tree)
-    if not inspect.isfunction(function) or function is _tree or function.__module__.startswith("torch.nn."):
+    if not inspect.isfunction(function) or function is _tree or (function.__module__ or "").startswith("torch.nn."):
         return None
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))

@@ -202,3 +202,17 @@ def test_a_run_killed_at_any_step_goes_on_with_the_same_losses_to_the_last_bit(t
         assert losses == {step: expected[step] for step in range(kill_at, steps + 1)}
         for mine, theirs in zip(gralora.adapter_parameters(resumed), gralora.adapter_parameters(model), strict=True):
             assert same_bits(mine, theirs)
+
+
+def test_systems_that_can_neither_exchange_nor_link(tmp_path, monkeypatch):
+    def missing(*arguments, **options):
+        raise OSError("not here")
+
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("kept")
+    monkeypatch.setattr("gralora.writing.os.link", missing)
+    monkeypatch.setattr("gralora.writing.ctypes.CDLL", missing)
+    for model in two_versions({}):
+        gralora.save_adapter(model, folder, format="peft")
+    assert (folder / "notes.txt").read_text() == "kept" and os.listdir(tmp_path) == ["adapter"]

@@ -275,3 +275,17 @@ def test_half_precision_and_autocast():
     model = adapted(mlp(16, 24, 8))
     with torch.autocast("cpu", torch.bfloat16), gralora.mixed_batch(model, ROWS):
         assert model(x.float()).dtype == torch.bfloat16
+
+
+def test_a_saved_module_that_takes_more_than_one_tensor_says_so():
+    class Head(nn.Bilinear):
+        pass
+
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "head": Head(8, 8, 2)})
+    gralora.inject(model, ["fc"], random_config(modules_to_save=["head"]), adapter_name="a")
+    x = torch.randn(2, 8)
+    with (
+        gralora.mixed_batch(model, ["a", None]),
+        pytest.raises(TypeError, match="take apart the rows of what Head gets"),
+    ):
+        model["head"](x, x)

@@ -199,3 +199,14 @@ def test_convolutions_attention_and_experts():
         for mine, theirs in zip(model[name](*args), y[name]):
             assert same_bits(mine, theirs)
         torch.testing.assert_close(other[name](*args), y[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_whose_class_alone_knows_its_memory_is_the_very_same():
+    class Packed(nn.Parameter):
+        pass
+
+    model = mlp(16, 8)
+    model[0].weight = Packed(model[0].weight.detach(), requires_grad=False)
+    other = gralora.shared_copy(model)
+    assert other[0].weight is model[0].weight
+    assert same_bits(other(X), model(X))

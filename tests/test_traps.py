@@ -304,3 +304,12 @@ def test_a_module_reached_by_two_names_and_one_whose_weight_is_tied():
     assert not torch.allclose(model["a"](X), nn.functional.linear(X, shared.weight, shared.bias))
     assert same_bits(model["tied"](X), base)  # the tie is of the base's weight; the adapter is the layer's own
     assert len(list(gralora_layers(model))) == 1
+
+
+def test_a_parent_whose_source_is_not_at_hand_is_not_judged():
+    space = {"nn": nn}
+    exec("class Hidden(nn.Module):\n    def forward(self, x):\n        return x @ self.fc.weight.mT\n", space)
+    parent = space["Hidden"]()
+    parent.fc = nn.Linear(16, 16)
+    gralora.inject(parent, ["fc"], random_config())  # see README, Limits
+    assert isinstance(parent.fc, gralora.GraloraLinear)

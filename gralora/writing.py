@@ -52,8 +52,8 @@ def write_folder(path: Path, write: Callable[[Path], object], *, keep_others: bo
             if each.name not in os.listdir(path):
                 os.rename(old / each.name, each)
     finally:
-        for left in path.parent.glob(f"{new.name}*"):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        for left in (new, _aside(new)):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
     _sync(path)
     _sync(path.parent)
 
@@ -70,7 +70,7 @@ def _put(new: Path, path: Path) -> Path:
         return new
     if _exchange(new, path):
         return new
-    old = new.with_name(new.name + ".old")
+    old = _aside(new)
     os.rename(path, old)
     try:
         os.rename(new, path)
@@ -78,6 +78,10 @@ def _put(new: Path, path: Path) -> Path:
         os.rename(old, path)
         raise
     return old
+
+
+def _aside(new: Path) -> Path:
+    return new.with_name(f"{new.name}.old")
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -118,7 +118,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_old_one(format, tmp_path):
 def test_a_folder_keeps_what_else_is_in_it(exchange, tmp_path, monkeypatch):
     if not exchange:
         monkeypatch.setattr("gralora.writing._exchange", lambda *paths: False)
-    folder = tmp_path / "checkpoint"
+    folder = tmp_path / "checkpoint [1]*"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "note").write_text("a")
     (folder / "optimizer.pt").write_text("b")
@@ -129,7 +129,7 @@ def test_a_folder_keeps_what_else_is_in_it(exchange, tmp_path, monkeypatch):
         *("adapter_config.json", "adapter_model.safetensors", "deep", "link", "optimizer.pt"),
     ]
     assert (folder / "deep" / "note").read_text() == "a" and (folder / "link").read_text() == "b"
-    assert os.listdir(tmp_path) == ["checkpoint"]
+    assert os.listdir(tmp_path) == [folder.name]
     assert version_of(folder)[0] == 1.0
 
 

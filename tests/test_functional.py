@@ -122,3 +122,10 @@ def test_dropout_draws_once_for_the_blocks_and_once_for_the_general_pair():
     expected = functional.gralora_update(first, A, B, scaling=1.0) + F.linear(F.linear(second, Ag), Bg)
     torch.testing.assert_close(y, expected)
     assert not torch.equal(first, second)
+
+
+def test_the_error_of_the_best_lora_is_that_of_the_cut_singular_values():
+    delta = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]))
+    for rank, left in ((0, 30), (1, 14), (2, 5), (3, 1), (4, 0), (9, 0)):
+        assert functional.best_lora_error(delta, rank) == pytest.approx(math.sqrt(left / 30))
+    assert functional.best_lora_error(torch.zeros(3, 4), 1) == 0

@@ -126,8 +126,14 @@ def test_no_match_shows_the_nearest_names():
         gralora.inject(Block(), ["mlp.9"])
     with pytest.raises(ValueError, match="this model has none of nn.Linear"):
         gralora.inject(nn.ReLU(), "all-linear")
-    with pytest.raises(ValueError, match="match no module"):
+    with pytest.raises(ValueError) as error:
         gralora.inject(Block(), lambda name, module: False)
+    assert str(error.value).endswith("match no module of this model. Nearest names: 'q', 'k', 'v'.")
+    with pytest.raises(ValueError) as error:
+        gralora.inject(Block(), {"querry_mlp.9": None, r"heads": None})
+    text = str(error.value)
+    assert text.startswith("targets=['querry_mlp.9', 'heads'] match no module of this model. Nearest names: ")
+    assert text.endswith("'head'.") and text.count("; ") == 1
 
 
 @pytest.mark.parametrize(
@@ -187,3 +193,24 @@ def test_adapters_are_no_targets():
         model, lambda name, module: bool(seen.append(name)) or name == "0", GraloraConfig(r=2), adapter_name="b"
     )
     assert not any("gralora_" in name for name in seen)
+
+
+def test_errors_say_no_more_and_no_less():
+    for arguments, error, text in (
+        (({},), ValueError, "targets is an empty mapping: nothing would be adapted."),
+        (
+            (GraloraConfig(),),
+            TypeError,
+            "targets is a GraloraConfig: call inject(model, targets, config), or inject(model, config=config).",
+        ),
+    ):
+        with pytest.raises(error) as raised:
+            gralora.inject(Block(), *arguments)
+        assert str(raised.value) == text
+    model = nn.ModuleList([nn.Conv1d(4, 4, 1, groups=2), nn.Linear(6, 6), nn.ReLU()])
+    with pytest.raises(ValueError) as raised:
+        gralora.inject(model, ["0", "1", "2"], GraloraConfig(r=4, gralora_k=4))
+    first, second, third = str(raised.value).split("\n")  # one does not hide the next
+    assert first == "'0' is a convolution of 2 groups; only those of one group can be adapted."
+    assert second == "gralora_k=4 does not divide in_features=6 and out_features=6 of '1' (r=4). Legal here: 1, 2."
+    assert third.startswith("'2' is a ReLU; adaptable are nn.Linear, ") and third.endswith("fused experts.")

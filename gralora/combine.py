@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange, repeat
@@ -61,18 +62,12 @@ def combine(
         raise ValueError(f"how={how!r} is not known; there are: {', '.join(map(repr, HOW))}.")
     if how == "exact" and (r is not None or gralora_k is not None):
         raise ValueError('r and gralora_k are for how="svd"; the exact sum has those that follow from its parts.')
-    layers = {}
+    layers: dict[str, _Layer] = {}
     for path, layer in gralora_layers(model):
         parts = [(layer.gralora_adapters[n], share) for n, share in chosen.items() if n in layer.gralora_adapters]
         if parts:
-            layers[path] = layer, parts, _config(path, layer, parts, how, r, gralora_k)
-    plan = Plan([Target(path, layer.spot, config) for path, (layer, _, config) in layers.items()], reset=False)
-    plan.dtypes = {path: _dtype(parts) for path, (_, parts, _) in layers.items()}
-    plan.saved = {path: m for path, m in saved_modules(model) if any(name in m.gralora_saved for name in chosen)}
-    plan.biases = {
-        key: (owner, swap.parameter) for key, owner, swap in bias_swaps(model) if any(n in swap.names for n in chosen)
-    }
-    sources = _sources(model, chosen)
+            layers[path] = _Layer(layer, parts, _config(path, layer, parts, how, r, gralora_k))
+    plan, sources = _plan(model, layers, chosen), _sources(model, chosen)
     with all_or_nothing(model):
         install(model, plan, new_name, trainable=False)
         for path, (layer, parts, config) in layers.items():
@@ -83,6 +78,26 @@ def combine(
             new = adapter_state_dict(model, new_name)
             for key, source in sources.items():
                 new[key].copy_(source)
+
+
+class _Layer(NamedTuple):
+    """What becomes of one layer: the adapters with their weights, and the config of their sum."""
+
+    layer: GraloraLayer
+    parts: list[tuple[GraloraAdapter, float]]
+    config: GraloraConfig
+
+
+def _plan(model: nn.Module, layers: Mapping[str, _Layer], names: Collection[str]) -> Plan:
+    saved = {path: m for path, m in saved_modules(model) if any(name in m.gralora_saved for name in names)}
+    swaps = [(key, owner, swap) for key, owner, swap in bias_swaps(model) if any(name in swap.names for name in names)]
+    return Plan(
+        [Target(path, each.layer.spot, each.config) for path, each in layers.items()],
+        cast(dict[str, nn.Module], saved),
+        {key: (owner, swap.parameter) for key, owner, swap in swaps},
+        {path: _dtype(each.parts) for path, each in layers.items()},
+        reset=False,
+    )
 
 
 def _chosen(names: Sequence[str] | Mapping[str, float], weights: Sequence[float] | None) -> dict[str, float]:

@@ -129,3 +129,12 @@ def test_the_error_of_the_best_lora_is_that_of_the_cut_singular_values():
     for rank, left in ((0, 30), (1, 14), (2, 5), (3, 1), (4, 0), (9, 0)):
         assert functional.best_lora_error(delta, rank) == pytest.approx(math.sqrt(left / 30))
     assert functional.best_lora_error(torch.zeros(3, 4), 1) == 0
+
+
+@pytest.mark.parametrize("p", [0.1, 0.8])
+def test_dropout_is_of_its_probability(p):
+    x = torch.ones(100_000)
+    dropped = functional.dropped(x, p)
+    assert (dropped == 0).float().mean() == pytest.approx(p, abs=0.02)
+    assert dropped.max() == pytest.approx(1 / (1 - p))
+    assert functional.dropped(x, 0.0) is x

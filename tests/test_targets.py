@@ -214,3 +214,43 @@ def test_errors_say_no_more_and_no_less():
     assert first == "'0' is a convolution of 2 groups; only those of one group can be adapted."
     assert second == "gralora_k=4 does not divide in_features=6 and out_features=6 of '1' (r=4). Legal here: 1, 2."
     assert third.startswith("'2' is a ReLU; adaptable are nn.Linear, ") and third.endswith("fused experts.")
+
+
+def test_the_nearest_names():
+    from gralora.targets import nearest
+
+    layers = [f"layers.{i}.attn.{part}" for i in range(2) for part in ("q_proj", "k_proj", "o")]
+    known = [*layers, "lm_head", "fc", ""]
+    assert nearest("layers.0.attn.q_prj", known) == ", ".join(
+        map(repr, ["layers.0.attn.q_proj", "layers.1.attn.q_proj", "layers.0.attn.k_proj"])
+    )
+    assert nearest("some.other.way.of.naming.it.q_prj", known).startswith("'layers.0.attn.q_proj'")
+    assert nearest("fcc", known) == "'fc'"
+    assert nearest("@@@", known) == "'layers.0.attn.q_proj', 'layers.0.attn.k_proj', 'layers.0.attn.o'"
+    assert nearest("q_poj", ["a.b.q_proj", "c.d.zzz"]) == "'a.b.q_proj'"
+
+
+def test_warnings_point_at_the_caller_and_name_a_few():
+    with pytest.warns(UserWarning, match="passed over: absent, gone$") as record:
+        gralora.inject(Block(), ["q", "absent", "gone"], GraloraConfig(r=2))
+    assert [each.filename for each in record] == [__file__]
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match="match no module"):
+            gralora.inject(Block(), ["absent", "gone"], GraloraConfig(r=2))  # an error needs no warning beside it
+    assert not record
+    with pytest.warns(UserWarning, match="the layout of q, k, v and 3 more; the layout is read") as record:
+        gralora.inject(Block(), "all-linear", GraloraConfig(r=2, fan_in_fan_out=True))
+    assert [each.filename for each in record] == [__file__]
+
+
+def test_defaults_by_a_config_that_is_a_mapping():
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q_proj", "v_proj", "fc")})
+    model.config = {"model_type": "llama"}
+    gralora.inject(model, config=GraloraConfig(r=2))
+    assert [name for name, _ in gralora_layers(model)] == ["q_proj", "v_proj"]
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
+    model.config = {"model_type": "new"}
+    with pytest.raises(ValueError) as error:
+        gralora.inject(model, config=GraloraConfig(r=2))
+    assert "model_type='new' has no default" in str(error.value) and " bart, bert, blip-2, " in str(error.value)

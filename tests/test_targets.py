@@ -224,7 +224,7 @@ def test_the_nearest_names():
     assert nearest("layers.0.attn.q_prj", known) == ", ".join(
         map(repr, ["layers.0.attn.q_proj", "layers.1.attn.q_proj", "layers.0.attn.k_proj"])
     )
-    assert nearest("some.other.way.of.naming.it.q_prj", known).startswith("'layers.0.attn.q_proj'")
+    assert "'layers.0.attn.q_proj'" in nearest("some.other.way.of.naming.it.q_prj", known)
     assert nearest("fcc", known) == "'fc'"
     assert nearest("@@@", known) == "'layers.0.attn.q_proj', 'layers.0.attn.k_proj', 'layers.0.attn.o'"
     assert nearest("q_poj", ["a.b.q_proj", "c.d.zzz"]) == "'a.b.q_proj'"

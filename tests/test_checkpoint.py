@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 
@@ -426,3 +427,28 @@ def test_a_k_that_cuts_the_kernel_and_not_the_channels_is_refused(tmp_path):
     other = nn.Conv1d(4, 6, 3)  # of as many inputs as a matrix
     with pytest.raises(gralora.AdapterFileError, match=r"gralora_k=3 divides not both sizes of '', \(4, 6\)"):
         gralora.load_adapter(other, tmp_path / "a.safetensors")
+
+
+def test_a_swap_takes_over_alpha_and_dropout(tmp_path):
+    model = gralora.inject(mlp(16, 8), ["0"], random_config())
+    other = gralora.inject(
+        copy.deepcopy(gralora.unload(copy.deepcopy(model))), ["0"], random_config(alpha=3, gralora_dropout=0.1)
+    )
+    gralora.save_adapter(other, tmp_path / "a.safetensors")
+    gralora.load_adapter(model, tmp_path / "a.safetensors")
+    config = model[0].gralora_adapters["default"].config
+    assert (config.alpha, config.gralora_dropout) == (3, 0.1)
+    x = torch.randn(2, 16)
+    assert same_bits(model.eval()(x), other.eval()(x))
+
+
+def test_what_of_the_file_does_not_fit_is_told_in_full(tmp_path):
+    model = gralora.inject(nn.ModuleDict({"fc": nn.Linear(16, 8)}), ["fc"], random_config())
+    gralora.save_adapter(model, tmp_path / "a.safetensors")
+    for other, text in (
+        ({"fc": nn.ReLU()}, "the file adapts 'fc', which in this model is a ReLU."),
+        ({"fcc": nn.Linear(16, 8)}, "the file adapts 'fc', which this model lacks. Nearest: 'fcc'."),
+    ):
+        with pytest.raises(gralora.AdapterFileError) as error:
+            gralora.load_adapter(nn.ModuleDict(other), tmp_path / "a.safetensors")
+        assert str(error.value) == text

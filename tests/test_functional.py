@@ -138,3 +138,28 @@ def test_dropout_is_of_its_probability(p):
     assert (dropped == 0).float().mean() == pytest.approx(p, abs=0.02)
     assert dropped.max() == pytest.approx(1 / (1 - p))
     assert functional.dropped(x, 0.0) is x
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5, 9])
+def test_a_pair_cut_or_padded_to_a_rank_is_the_nearest_of_it(rank):
+    down, up = torch.randn(5, 12, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    product = up @ down
+    new_down, new_up, error = functional.truncated(down, up, rank)
+    assert new_down.shape == (rank, 12) and new_up.shape == (7, rank)
+    S = torch.linalg.svdvals(product)
+    assert error == pytest.approx(float(S[rank:].norm() / S.norm()), abs=1e-12)
+    off = (new_up @ new_down - product).norm() / product.norm()
+    assert float(off) == pytest.approx(error, abs=1e-12)
+    assert functional.product_norm(down, up) == pytest.approx(float(product.norm()))
+    assert functional.truncated(down, 0 * up, rank)[2] == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_lora_factors_keep_the_type_and_leading_axes(dtype):
+    A, B = torch.randn(3, 2, 4, 6).to(dtype), torch.randn(3, 2, 6, 5).to(dtype)
+    general = torch.randn(3, 1, 8).to(dtype), torch.randn(3, 10, 1).to(dtype)
+    down, up = functional.lora_factors(A, B, *general)
+    assert down.dtype == up.dtype == dtype
+    assert down.shape == (3, 13, 8) and up.shape == (3, 10, 13)
+    delta = functional.delta_weight(A.double(), B.double(), *(t.double() for t in general), scaling=1.0)
+    torch.testing.assert_close(up.double() @ down.double(), delta)

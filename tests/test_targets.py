@@ -254,3 +254,27 @@ def test_defaults_by_a_config_that_is_a_mapping():
     with pytest.raises(ValueError) as error:
         gralora.inject(model, config=GraloraConfig(r=2))
     assert "model_type='new' has no default" in str(error.value) and " bart, bert, blip-2, " in str(error.value)
+
+
+def test_long_lists_are_shortened_where_that_is_shorter():
+    from gralora.targets import shorten
+
+    assert shorten("abcde") == "a, b, c, d, e"
+    assert shorten("abcdefg") == "a, b, c, d, e and 2 more"
+    assert shorten(iter("abc"), 1) == "a and 2 more"
+
+
+def test_weights_of_no_use_are_told_apart():
+    class Bare(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            del self.weight
+
+    model = nn.ModuleList([nn.Linear(4, 4, dtype=torch.complex64), Bare(), nn.LazyLinear(4)])
+    with pytest.raises(ValueError) as error:
+        gralora.inject(model, ["0", "1", "2"], GraloraConfig(r=2))
+    assert str(error.value).split("\n") == [
+        "'0' has a complex weight.",
+        "'1' has no weight.",
+        "'2' has no shape yet (a lazy module); run one forward pass first.",
+    ]

@@ -452,3 +452,34 @@ def test_what_of_the_file_does_not_fit_is_told_in_full(tmp_path):
         with pytest.raises(gralora.AdapterFileError) as error:
             gralora.load_adapter(nn.ModuleDict(other), tmp_path / "a.safetensors")
         assert str(error.value) == text
+
+
+def test_a_swap_is_trained_or_not_as_it_says(tmp_path):
+    model = gralora.inject(mlp(16, 8), ["0"], random_config())
+    gralora.save_adapter(model, tmp_path / "a.safetensors")
+    for trainable in (False, True):
+        gralora.load_adapter(model, tmp_path / "a.safetensors", trainable=trainable)
+        assert {p.requires_grad for p in gralora.adapter_parameters(model)} == {trainable}
+    other = gralora.inject(mlp(16, 8, 8), ["2"], random_config())
+    with pytest.raises(gralora.AdapterFileError) as error:
+        gralora.load_adapter(other, tmp_path / "a.safetensors")
+    assert str(error.value).endswith("Delete it first, or load under another name.")
+
+
+def test_the_warning_of_another_base_points_at_the_caller(tmp_path):
+    gralora.save_adapter(gralora.inject(mlp(16, 8), ["0"], random_config()), tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="was trained on another base") as record:
+        gralora.load_adapter(mlp(16, 8), tmp_path / "a.safetensors")
+    assert [each.filename for each in record] == [__file__]
+
+
+def test_a_folder_says_which_model_it_is_for(tmp_path):
+    import json
+
+    model = bert()
+    model.config._name_or_path = "somebody/some-bert"
+    gralora.save_adapter(gralora.inject(model, ["query"], random_config()), tmp_path / "a", format="peft")
+    assert (
+        json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "somebody/some-bert"
+    )

@@ -454,6 +454,7 @@ def test_what_of_the_file_does_not_fit_is_told_in_full(tmp_path):
         assert str(error.value) == text
 
 
+@pytest.mark.filterwarnings("ignore:.*trained on another base")
 def test_a_swap_is_trained_or_not_as_it_says(tmp_path):
     model = gralora.inject(mlp(16, 8), ["0"], random_config())
     gralora.save_adapter(model, tmp_path / "a.safetensors")

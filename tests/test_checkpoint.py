@@ -484,3 +484,36 @@ def test_a_folder_says_which_model_it_is_for(tmp_path):
         json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"]
         == "somebody/some-bert"
     )
+
+
+def test_errors_and_ranks_of_what_is_written(tmp_path):
+    model = gralora.inject(mlp(16, 24, 8), "all-linear", random_config(r=8, gralora_k=4))
+    errors, again = {}, {}
+    gralora.save_adapter(model, tmp_path / "a", format="lora", rank=4, errors=errors)
+    pairs = gralora.to_lora(model, rank=4, errors=again)
+    assert errors == again and set(errors) == {"0", "2"} and all(0.01 < error < 1 for error in errors.values())
+    assert {tuple(pairs[f"{name}.lora_A.weight"].shape) for name in errors} == {(4, 16), (4, 24)}
+    for name, error in errors.items():
+        delta = gralora.delta_weight(model[int(name)]).detach()
+        off = pairs[f"{name}.lora_B.weight"] @ pairs[f"{name}.lora_A.weight"] - delta
+        assert float(off.norm() / delta.norm()) == pytest.approx(error, rel=1e-3)
+    gralora.save_adapter(model, tmp_path / "b", errors=errors)
+    assert errors == {"0": 0.0, "2": 0.0}
+    with pytest.raises(ValueError) as error:
+        gralora.save_adapter(model, tmp_path / "c", rank=4)
+    assert str(error.value) == 'rank=4 is for format="lora"; the rank of GraLoRA is its r.'
+
+
+def test_values_that_would_tear_a_tie_are_refused_and_misfits_listed():
+    model = gralora.inject(gpt2(), ["c_attn"], random_config(modules_to_save=["wte", "lm_head"]))
+    state = {key: tensor.clone() for key, tensor in gralora.adapter_state_dict(model).items()}
+    state["lm_head.weight"] += 1
+    before = fingerprint(model)
+    with pytest.raises(ValueError) as error:
+        gralora.load_adapter_state_dict(model, state)
+    tied = "transformer.wte.weight and lm_head.weight"
+    assert str(error.value) == f"{tied} are one tensor here, and differ there: nothing was loaded."
+    state = {"other": torch.zeros(1), **{key: tensor for key, tensor in state.items() if "wte" not in key}}
+    with pytest.raises(KeyError, match="missing: transformer.wte.weight; unexpected: other. strict=False passes them"):
+        gralora.load_adapter_state_dict(model, state)
+    assert_same(fingerprint(model), before)

@@ -47,8 +47,11 @@ def merge(
     check_known(model, *(names or ()))
     given = isinstance(adapter_names, Mapping)
     plan: list[tuple[GraloraLayer, dict[str, float]]] = []
+    aside: dict[tuple[int, str], nn.Parameter] = {}  # by place, since maps that share one have one base
     for path, layer in gralora_layers(model):
         adapters = layer.gralora_adapters
+        if adapters.base_weight is not None:
+            aside[_place(layer)] = adapters.base_weight
         wanted = adapters.active if names is None else {n: share for n, share in names.items() if n in adapters}
         if names is not None and not given:
             wanted = {name: adapters.active.get(name, 1.0) for name in wanted}
@@ -63,10 +66,11 @@ def merge(
     with all_or_nothing(model):
         for layer, weights in plan:
             owner, name = layer.place
-            adapters = layer.gralora_adapters
+            adapters, place = layer.gralora_adapters, _place(layer)
             if adapters.base_weight is None:
-                adapters.__dict__["base_weight"] = _base_parameter(model, layer)
-            owner._parameters[name] = merged[_place(layer)]
+                now = cast(nn.Parameter, owner._parameters[name])
+                adapters.__dict__["base_weight"] = aside.setdefault(place, now)
+            owner._parameters[name] = merged[place]
             adapters.merged = weights
 
 
@@ -201,16 +205,6 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
 def _place(layer: GraloraLayer) -> tuple[int, str]:
     owner, name = layer.place
     return id(owner), name
-
-
-def _base_parameter(model: nn.Module, layer: GraloraLayer) -> nn.Parameter:
-    """The parameter that holds the map, unmerged: put aside already where another map in it is merged."""
-    for _, other in gralora_layers(model):
-        aside = other.gralora_adapters.base_weight
-        if aside is not None and _place(other) == _place(layer):
-            return aside
-    owner, name = layer.place
-    return cast(nn.Parameter, owner._parameters[name])
 
 
 def _merged_parameters(

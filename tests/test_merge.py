@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import torch
@@ -268,6 +269,17 @@ def test_merge_and_unload_makes_a_plain_layer_of_a_quantised_one(bias):
     torch.testing.assert_close(model(x), y)
     assert hits == [1]
     assert set(model.state_dict()) == {n for n in before["tensors"] if "gralora_" not in n}
+
+
+def test_merging_walks_the_model_as_often_for_many_layers_as_for_two(monkeypatch):
+    walks = []
+    module = sys.modules["gralora.merge"]  # the attribute of that name is the function
+    real = module.gralora_layers
+    monkeypatch.setattr(module, "gralora_layers", lambda model: walks.append(1) or real(model))
+    for count in (2, 40):
+        walks.clear()
+        gralora.merge(gralora.inject(mlp(*[4] * (count + 1)), "all-linear", random_config()))
+        assert len(walks) == 1
 
 
 def test_any_subset_is_merged_with_weights_and_merging_it_again_changes_nothing():

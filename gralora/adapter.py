@@ -75,11 +75,8 @@ class GraloraAdapter(nn.Module):
         """
         if self.A.is_meta:
             return
-        if self.A.dim() == 3:
-            self._reset(*self.tensors)
-        else:
-            for tensors in self.each():
-                self._reset(*tensors)
+        for tensors in each(self.tensors) if self.A.dim() > 3 else [self.tensors]:
+            self._reset(*tensors)
 
     def _reset(self, A: Tensor, B: Tensor, A_general: Tensor | None, B_general: Tensor | None) -> None:
         (k, m, r), o = A.shape, B.shape[-1]
@@ -104,10 +101,6 @@ class GraloraAdapter(nn.Module):
     def tensors(self) -> Tensors:
         """(A, B, A_general, B_general), as the functions of `gralora.functional` take them."""
         return self.A, self.B, self.A_general, self.B_general
-
-    def each(self) -> list[Tensors]:
-        """The tensors of every copy, where there are several."""
-        return each(self.tensors)
 
     def arguments(self, weight: float = 1.0) -> tuple[Tensors, float, float]:
         """(tensors, scaling, dropout) that hold for a forward now, the scaling times `weight`."""

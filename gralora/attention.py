@@ -62,7 +62,7 @@ class Projection(PartLayer):
     @classmethod
     def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
         packed = part != "out_proj" and module._qkv_same_embed_dim
-        return _third(weight, part) if packed else weight
+        return third(weight, part) if packed else weight
 
     @classmethod
     def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
@@ -90,19 +90,21 @@ class Projection(PartLayer):
 
     def forward(self, x: Tensor, dim: int | None) -> Tensor:
         """x (..., in) -> (..., out); the batch is on axis `dim`."""
-        weight, bias = self._plain()
-        return self.run(x, F.linear, (x, weight, bias), {}, dim=dim)
+        return self.run(x, self._base, (x,), {}, dim=dim)
 
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
-        weight, bias = self._plain()
+        weight, bias = self._weight_and_bias()
         return (weight, bias) if type(weight) in (nn.Parameter, Tensor) else None
 
-    def _plain(self) -> tuple[Tensor, Tensor | None]:
+    def _base(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self._weight_and_bias())
+
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         owner, name = self.weight_at(self.host, self.part)
         weight = self.matrix(self.host, self.part, getattr(owner, name))
         owner, name = self.bias_at(self.host, self.part)
         bias: Tensor | None = getattr(owner, name)
-        return weight, bias if bias is None or self.part == "out_proj" else _third(bias, self.part)
+        return weight, bias if bias is None or self.part == "out_proj" else third(bias, self.part)
 
 
 class GraloraMultiheadAttention(PartHost):
@@ -145,7 +147,7 @@ class GraloraMultiheadAttention(PartHost):
         return out, weights
 
 
-def _third(packed: Tensor, part: str) -> Tensor:
+def third(packed: Tensor, part: str) -> Tensor:
     """The part's share of what is packed for q, k and v along the first axis."""
     return packed.view(3, -1, *packed.shape[1:])[PARTS.index(part)]
 

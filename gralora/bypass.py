@@ -15,21 +15,9 @@ from typing import Any
 from torch import nn
 
 OF_NO_EFFECT = {
-    *(
-        "dtype",
-        "device",
-        "shape",
-        "ndim",
-        "size",
-        "dim",
-        "numel",
-        "layout",
-        "is_cuda",
-        "is_meta",
-        "is_cpu",
-        "is_quantized",
-    ),
-    *("requires_grad", "element_size", "itemsize", "stride", "is_floating_point", "is_contiguous", "data_ptr", "type"),
+    *("dtype", "device", "shape", "ndim", "size", "dim", "numel", "layout", "stride", "type", "is_cuda", "is_meta"),
+    *("is_cpu", "is_quantized", "requires_grad", "element_size", "itemsize", "is_floating_point", "is_contiguous"),
+    "data_ptr",
 }
 """What may be asked of a weight without computing with it."""
 
@@ -78,8 +66,8 @@ def _own_attribute(node: ast.AST) -> str | None:
 
 
 def _tree(cls: Any, method: str) -> ast.AST | None:
-    function = inspect.unwrap(getattr(cls, method, None) or _tree)
-    if not inspect.isfunction(function) or function is _tree or (function.__module__ or "").startswith("torch.nn."):
+    function: Any = inspect.unwrap(getattr(cls, method, None))  # type: ignore[arg-type]
+    if not inspect.isfunction(function) or (function.__module__ or "").startswith("torch.nn."):
         return None
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))

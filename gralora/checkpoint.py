@@ -331,15 +331,14 @@ def _keep_or_replace_config(adapter: GraloraAdapter, config: GraloraConfig) -> N
 
 def _prepare_swap(model: nn.Module, file: AdapterFile, adapter_name: str, trainable: bool) -> None:
     """Make an adapter that the model has ready for the values of a file."""
-    here = {n for n, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters}
-    if here != set(file.configs):
-        differing = shorten(sorted(here ^ set(file.configs)))
+    here = {name: layer for name, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters}
+    if here.keys() != file.configs.keys():
+        differing = shorten(sorted(here.keys() ^ file.configs.keys()))
         raise AdapterFileError(
             f"adapter {adapter_name!r} is in this model already, on other layers than the file's: {differing}. "
             "Delete it first, or load under another name."
         )
-    for name, layer in gralora_layers(model):
-        if name in file.configs:
-            _keep_or_replace_config(layer.gralora_adapters[adapter_name], file.configs[name])
+    for name, layer in here.items():
+        _keep_or_replace_config(layer.gralora_adapters[adapter_name], file.configs[name])
     for parameter in named_adapter_parameters(model, adapter_name).values():
         parameter.requires_grad_(trainable)

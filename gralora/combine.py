@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple, cast
 
 import torch
@@ -11,7 +12,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from gralora import functional
-from gralora.adapter import GraloraAdapter, Tensors, check_adapter_name
+from gralora.adapter import GraloraAdapter, Tensors
 from gralora.checkpoint import adapter_state_dict
 from gralora.config import GraloraConfig, divisors
 from gralora.control import weights_of
@@ -19,7 +20,7 @@ from gralora.extract import fill, widened
 from gralora.inject import Plan, install
 from gralora.layers import PREFIX, GraloraLayer, gralora_layers
 from gralora.saved import bias_swaps, saved_modules
-from gralora.state import all_or_nothing, check_known, known_adapters
+from gralora.state import all_or_nothing, check_known, check_new
 from gralora.targets import Target
 
 HOW = ("exact", "svd")
@@ -55,9 +56,7 @@ def combine(
     if not chosen:
         raise ValueError(f"adapter_names={adapter_names!r} names no adapter.")
     check_known(model, *chosen)
-    check_adapter_name(new_name)
-    if new_name in known_adapters(model):
-        raise ValueError(f"adapter {new_name!r} is in this model already; delete it first, or choose another name.")
+    check_new(model, new_name)
     if how not in HOW:
         raise ValueError(f"how={how!r} is not known; there are: {', '.join(map(repr, HOW))}.")
     if how == "exact" and (r is not None or gralora_k is not None):
@@ -95,7 +94,7 @@ def _plan(model: nn.Module, layers: Mapping[str, _Layer], names: Collection[str]
         [Target(path, each.layer.spot, each.config) for path, each in layers.items()],
         cast(dict[str, nn.Module], saved),
         {key: (owner, swap.parameter) for key, owner, swap in swaps},
-        {path: _dtype(each.parts) for path, each in layers.items()},
+        {path: reduce(torch.promote_types, (a.A.dtype for a, _ in each.parts)) for path, each in layers.items()},
         reset=False,
     )
 
@@ -127,13 +126,6 @@ def _config(
         )
     dropout = max(c.gralora_dropout for c in configs)
     return GraloraConfig(r=r, hybrid_r=hybrid_r, alpha=r + hybrid_r, gralora_k=k, gralora_dropout=dropout)
-
-
-def _dtype(parts: list[tuple[GraloraAdapter, float]]) -> torch.dtype:
-    dtype = parts[0][0].A.dtype
-    for adapter, _ in parts:
-        dtype = torch.promote_types(dtype, adapter.A.dtype)
-    return dtype
 
 
 def _sources(model: nn.Module, names: Mapping[str, float]) -> dict[str, Tensor]:

@@ -82,9 +82,7 @@ class ExpertWeights(PartLayer):
         key = (id(self), torch.is_grad_enabled())
         if computed is not None and key in computed:
             return computed[key]
-        (first, *rest) = (adapter.delta_weight() * share for adapter, share in applied)
-        delta = sum(rest, start=first)
-        result = (weight + self.in_layout(self.host, self.part, delta)).to(weight.dtype)
+        result = (weight + self.weighted_delta(applied)).to(weight.dtype)
         if computed is not None:
             computed[key] = result
         return result

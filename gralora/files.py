@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 LAYER_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout")
 SAMPLES = 256
 LARGEST_HEADER = 2**25  # bytes: room for a hundred thousand layers
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -212,8 +212,12 @@ def check_dtypes(path: Path, configs: Mapping[str, GraloraConfig], dtypes: Mappi
     """Adapters are of floating numbers."""
     for name, config in configs.items():
         for key in layer_keys(name, config):
-            if dtypes[key] not in FLOATS:
-                raise AdapterFileError(f"{path}: {key} is of type {dtypes[key]}; legal are {', '.join(FLOATS)}.")
+            check_dtype(path, key, dtypes[key])
+
+
+def check_dtype(path: Path, key: str, code: str) -> None:
+    if code not in FLOATS:
+        raise AdapterFileError(f"{path}: {key} is of type {code}; legal are {', '.join(FLOATS)}.")
 
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

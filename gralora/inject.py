@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from gralora.adapter import check_adapter_name
 from gralora.config import GraloraConfig
 from gralora.inplace import freeze_own, join, restore_class, thaw_own
 from gralora.layers import GraloraLayer, gralora_layers
@@ -26,7 +25,7 @@ from gralora.saved import (
     saved_modules,
     units,
 )
-from gralora.state import activate, all_or_nothing, known_adapters, named_adapter_parameters, put_back_weight
+from gralora.state import activate, all_or_nothing, check_new, known_adapters, named_adapter_parameters, put_back_weight
 from gralora.targets import Names, Target, Targets, nearest, resolve
 
 NESTED = "_gralora_use_nested_tensor"
@@ -69,9 +68,7 @@ def inject(
     Raises:
         ValueError: a target cannot be adapted, nothing matches, or the name is in use. The model is then unchanged.
     """
-    check_adapter_name(adapter_name)
-    if adapter_name in known_adapters(model):
-        raise ValueError(f"adapter {adapter_name!r} is in this model already; delete it first, or choose another name.")
+    check_new(model, adapter_name)
     names = Names(model)
     found = resolve(model, targets, config, names)
     configs = list(dict.fromkeys([*(t.config for t in found), *([config] if config else [])]))

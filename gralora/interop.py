@@ -15,13 +15,13 @@ from torch import Tensor
 
 from gralora.config import GraloraConfig
 from gralora.files import (
-    FLOATS,
     LAYER_FIELDS,
     AdapterFile,
     AdapterFileError,
     BaseWeight,
     Format,
     Shapes,
+    check_dtype,
     check_shapes,
     layer_config,
     layer_keys,
@@ -59,7 +59,7 @@ def write_peft(file: AdapterFile, path: Path) -> None:
     """A folder that PEFT reads as GraLoRA. There, one config holds for all layers, which are linear."""
     refuse_experts(file, "PEFT's GraLoRA")
     for name in file.configs:
-        if is_projection(file, name) or (name in file.base and len(file.base[name].shape) > 2):
+        if name in file.base and file.base[name].kind != "linear":
             raise ValueError(
                 f"{name!r}, of kind {file.base[name].kind!r}, is no linear layer, and PEFT's GraLoRA adapts no other. "
                 'format="lora" writes it as plain LoRA, exactly; format="gralora" as it is.'
@@ -131,8 +131,8 @@ def read_folder(path: Path) -> AdapterFile:
         keys = {key.removeprefix(PREFIX).replace(".base_layer.", "."): key for key in wanted}
         stripped = {key: shapes[full] for key, full in keys.items()}
         for key, full in keys.items():
-            if _last(key.removesuffix(".weight")).startswith(("lora_", "gralora_")) and dtypes[full] not in FLOATS:
-                raise AdapterFileError(f"{path}: {key} is of type {dtypes[full]}; legal are {', '.join(FLOATS)}.")
+            if _last(key.removesuffix(".weight")).startswith(("lora_", "gralora_")):
+                check_dtype(path, key, dtypes[full])
         file, names = READERS[kind](path, config, stripped, lambda key: get(keys[key]))
         rest = [key for key in keys if key not in names]
         file.tensors.update({key: get(keys[key]) for key in rest})

@@ -9,7 +9,7 @@ A new kind is a subclass of `GraloraLayer` in a file of its own, and one row of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gralora import autograd, functional
 from gralora.adapter import GraloraAdapter, GraloraAdapters, check_adapter_name
 from gralora.config import GraloraConfig
-from gralora.inplace import InPlaceModule, change_class, freeze_own, is_restorable, restore_class
+from gralora.inplace import InPlaceModule, change_class, freeze_own, is_restorable, join, restore_class
 from gralora.scope import Rows
 
 CHILD = "gralora_adapters"
@@ -274,7 +274,11 @@ class GraloraLayer(nn.Module):
             raise KeyError(
                 f"no adapter {adapter_name!r} to read ΔW from; this layer has: {', '.join(adapters) or 'none'}"
             )
-        (first, *rest) = (adapters[name].delta_weight() * weight for name, weight in weights.items())
+        return self.weighted_delta([(adapters[name], weight) for name, weight in weights.items()])
+
+    def weighted_delta(self, shares: Iterable[tuple[GraloraAdapter, float]]) -> Tensor:
+        """Σ weight * ΔW of some of the adapters, at least one, in the layout of the weight."""
+        (first, *rest) = (adapter.delta_weight() * weight for adapter, weight in shares)
         return self.in_layout(self.host, self.part, sum(rest, start=first))
 
     def _attach_container(self) -> None:
@@ -382,8 +386,7 @@ def gralora_layers(model: nn.Module) -> Iterator[tuple[str, GraloraLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, GraloraLayer):
             above, _, own = name.rpartition(".")
-            own = own.removeprefix(PREFIX) if module.part else own
-            yield f"{above}.{own}" if above else own, module
+            yield join(above, own.removeprefix(PREFIX) if module.part else own), module
 
 
 def delta_weight(layer: nn.Module, adapter_name: str | None = None) -> Tensor:

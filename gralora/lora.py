@@ -66,11 +66,10 @@ def lora_pairs(file: AdapterFile, *, scaled: bool = False) -> dict[str, Tensor]:
     """
     result = {}
     for name, config in file.configs.items():
-        A, B, _, _ = layer_tensors(file, name)
+        down, up = _pair(file, name)
+        up = up * (config.scaling if scaled else 1)
         shape = file.base[name].shape if name in file.base else ()
-        down = rearrange(A, "1 i r -> r i").reshape(-1, *(shape[1:] or A.shape[1:2]))
-        up = rearrange(B, "1 r o -> o r") * (config.scaling if scaled else 1)
-        result[join(name, "lora_A.weight")] = down.contiguous()
+        result[join(name, "lora_A.weight")] = down.reshape(-1, *(shape[1:] or down.shape[1:])).contiguous()
         result[join(name, "lora_B.weight")] = up.reshape(*up.shape, *[1] * len(shape[2:])).contiguous()
     return result
 
@@ -90,7 +89,8 @@ def packed(file: AdapterFile) -> AdapterFile:
             raise ValueError(
                 f"the inputs of {path!r} differ in size, which PEFT can't express in LoRA: {sorted(width)}."
             )
-        pairs = {part: _scaled_pair(file, name) for part, name in own.items()}
+        pairs = {part: _pair(file, name) for part, name in own.items()}
+        pairs = {part: (down, up * file.configs[own[part]].scaling) for part, (down, up) in pairs.items()}
         dropout = max(file.configs[name].gralora_dropout for name in own.values())
         for name in own.values():
             for key in layer_keys(name, configs.pop(name)):
@@ -112,15 +112,15 @@ def packed(file: AdapterFile) -> AdapterFile:
 def unpacked(file: AdapterFile) -> AdapterFile:
     """The reverse of `packed`: a pair for q, k and v together, beside one for out_proj, as three."""
     for path in [name for name in file.configs if join(name, "out_proj") in file.configs]:
-        A, B, _, _ = layer_tensors(file, path)
-        if B.shape[2] != 3 * A.shape[1]:
+        down, ups = _pair(file, path)
+        if len(ups) != 3 * down.shape[1]:
             continue
         config = file.configs.pop(path)
         for key in layer_keys(path, config):
             del file.tensors[key]
-        for part, up in zip(PACKED, rearrange(B, "1 r (p o) -> p o r", p=3), strict=True):
+        for part, up in zip(PACKED, rearrange(ups, "(p o) r -> p o r", p=3), strict=True):
             file.configs[join(path, part)] = config
-            file.tensors.update(_as_k_1(join(path, part), rearrange(A, "1 i r -> r i"), up))
+            file.tensors.update(_as_k_1(join(path, part), down, up))
     return file
 
 
@@ -128,10 +128,14 @@ def is_projection(file: AdapterFile, name: str) -> bool:
     return name in file.base and file.base[name].kind == "attention"
 
 
+def is_experts(file: AdapterFile, name: str) -> bool:
+    return layer_tensors(file, name)[0].dim() > 3
+
+
 def refuse_experts(file: AdapterFile, what: str) -> None:
     """Raise ValueError if some adapter is one of fused experts, whose tensors have an axis more."""
     for name in file.configs:
-        if layer_tensors(file, name)[0].dim() > 3:
+        if is_experts(file, name):
             raise ValueError(
                 f'{name!r} holds adapters of fused experts, which {what} can\'t express here. format="gralora" can, or merge.'
             )
@@ -146,9 +150,10 @@ def _as_k_1(name: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
     return adapter_keys(name, {key: tensor.contiguous() for key, tensor in pair.items()})
 
 
-def _scaled_pair(file: AdapterFile, name: str) -> tuple[Tensor, Tensor]:
+def _pair(file: AdapterFile, name: str) -> tuple[Tensor, Tensor]:
+    """down (r, in) and up (out, r) of a layer with k = 1; the reverse of `_as_k_1`."""
     A, B, _, _ = layer_tensors(file, name)
-    return rearrange(A, "1 i r -> r i"), rearrange(B, "1 r o -> o r") * file.configs[name].scaling
+    return rearrange(A, "1 i r -> r i"), rearrange(B, "1 r o -> o r")
 
 
 def _of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

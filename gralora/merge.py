@@ -133,7 +133,7 @@ def _is_packed(layer: GraloraLayer) -> bool:
 @torch.no_grad()
 def _dequantized(layer: GraloraLayer, weights: Mapping[str, float], dtype: torch.dtype) -> nn.Linear:
     """A plain layer of the same map, with the adapters in its weight."""
-    if not isinstance(layer, InPlaceLayer) or isinstance(layer, nn.modules.conv._ConvNd):
+    if not isinstance(layer, InPlaceLayer) or layer.what != "linear":
         raise TypeError(f"{type(layer).__name__} can't be dequantized: only linear layers can.")
     n_in, n_out = layer.sizes(layer, "")
     bias, device = layer._parameters.get("bias"), cast(Tensor, layer.weight).device
@@ -227,7 +227,7 @@ def _write_merged(layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mappi
     """The map's part of `new` from its part of `base`, both in the layout of the parameter that holds it; returns `new`."""
     chosen = [(layer.gralora_adapters[name], weight) for name, weight in weights.items()]
     updates = [(adapter.tensors, weight * adapter.config.scaling) for adapter, weight in chosen]
-    source, target = (layer.matrix(layer.host, layer.part, each) for each in (base, new))
+    source, target = (layer.matrix(layer.host, layer.part, weight) for weight in (base, new))
     write_merged(source, target, updates, safe=safe, what=", ".join(weights))
     if target.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # a kernel in channels-last order
         new.copy_(layer.in_layout(layer.host, layer.part, target))

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from gralora import functional
 from gralora.adapter import legal_k
+from gralora.attention import third
 from gralora.config import GraloraConfig
 from gralora.extract import difference, fitted
-from gralora.files import GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in
+from gralora.files import FLOATS, GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in
 from gralora.inplace import join
-from gralora.lora import PACKED, is_projection, tensors_beside
+from gralora.lora import PACKED, is_experts, is_projection, tensors_beside
 from gralora.merge import write_merged
-from gralora.shards import CONV1D_MODELS, DTYPES, FLOATS, INDEX, Checkpoint, Shard
+from gralora.shards import CONV1D_MODELS, DTYPES, INDEX, Checkpoint, Shard
 from gralora.state import FACTORS, adapter_keys
 from gralora.targets import nearest
 from gralora.writing import write_atomically, write_folder
@@ -180,22 +181,18 @@ def _places(file: AdapterFile, checkpoint: Checkpoint) -> tuple[dict[str, str], 
 
 def _stored_in(file: AdapterFile, name: str, packed: bool) -> str:
     path, _, own = name.rpartition(".")
-    if _is_experts(file, name):
+    if is_experts(file, name):
         return name
     if is_projection(file, name) and own in PACKED:
         return join(path, "in_proj_weight" if packed else f"{own}_weight")
     return join(name, "weight")
 
 
-def _is_experts(file: AdapterFile, name: str) -> bool:
-    return layer_tensors(file, name)[0].dim() > 3
-
-
 def _matrix(tensor: Tensor, file: AdapterFile, name: str, transposed: bool) -> Tensor:
     """The map (..., out, in) within the tensor that holds it, a view."""
     if is_projection(file, name) and len(tensor) == 3 * out_in(file, name)[0]:
-        return tensor.view(3, -1, tensor.shape[1])[PACKED.index(name.rpartition(".")[2])]
-    if _is_experts(file, name) or tensor.dim() == 2:
+        return third(tensor, name.rpartition(".")[2])
+    if is_experts(file, name) or tensor.dim() == 2:
         return tensor.mT if transposed else tensor
     return tensor.flatten(1)
 

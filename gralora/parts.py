@@ -52,9 +52,11 @@ class PartHost(InPlaceModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for layer in self.part_layers():
+            if not layer.gralora_adapters.merged:
+                continue
             owner, name = layer.place
             key = prefix + join(next(path for path, module in self.named_modules() if module is owner), name)
-            if layer.gralora_adapters.merged and key in state_dict:
+            if key in state_dict:
                 args[-1].append(overwritten(key))
                 state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)

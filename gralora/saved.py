@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gralora.inplace import Appendage, InPlaceModule, change_class
+from gralora.inplace import Appendage, InPlaceModule, change_class, join
 from gralora.layers import PREFIX, GraloraLayer
 from gralora.scope import OFF, Rows, Switchable
 
@@ -113,7 +113,7 @@ def units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
     else:
         for child_name, child in module.named_children():
-            yield from units(child, f"{name}.{child_name}" if name else child_name)
+            yield from units(child, join(name, child_name))
 
 
 def check_units(model: nn.Module, found: dict[str, nn.Module], targets: Iterable[nn.Module]) -> None:
@@ -188,7 +188,7 @@ def bias_swaps(model: nn.Module) -> Iterator[tuple[str, nn.Module, BiasSwap]]:
     for name, module in model.named_modules():
         for swap in module._modules.values():
             if isinstance(swap, BiasSwap):
-                yield f"{name}.{swap.parameter}" if name else swap.parameter, module, swap
+                yield join(name, swap.parameter), module, swap
 
 
 def _base_copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:

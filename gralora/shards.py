@@ -15,12 +15,11 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gralora.files import opened, read_json
+from gralora.files import FLOATS, opened, read_json
 from gralora.inplace import join
 
 INDEX = "model.safetensors.index.json"
 CHUNK = 2**22  # bytes
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {
     **FLOATS,
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},

@@ -28,11 +28,12 @@ def shared_copy(model: Model) -> Model:
 
 def _base_tensors(model: nn.Module) -> list[Tensor]:
     """Every parameter and buffer that belongs to the base."""
-    aside = [layer.gralora_adapters.base_weight for _, layer in gralora_layers(model)]
-    found: list[Tensor] = [weight for weight in aside if weight is not None]
+    found: list[Tensor] = []
     own = set()  # within the base's modules, but an adapter's
     for _, layer in gralora_layers(model):
-        if layer.gralora_adapters.base_weight is not None:
+        aside = layer.gralora_adapters.base_weight
+        if aside is not None:
+            found.append(aside)
             owner, name = layer.place
             own.add(id(owner._parameters[name]))
     for _, owner, swap in bias_swaps(model):

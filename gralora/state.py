@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from gralora.adapter import GraloraAdapters
+from gralora.adapter import GraloraAdapters, check_adapter_name
 from gralora.inplace import join
 from gralora.layers import GraloraLayer, gralora_layers
 from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
@@ -43,6 +43,13 @@ def check_known(model: nn.Module, *names: str) -> None:
     for name in names:
         if name not in known:
             raise UnknownAdapterError(f"no adapter {name!r} in this model; it has: {', '.join(known) or 'none'}.")
+
+
+def check_new(model: nn.Module, name: str) -> None:
+    """Raise unless `name` can name a further adapter of the model."""
+    check_adapter_name(name)
+    if name in known_adapters(model):
+        raise ValueError(f"adapter {name!r} is in this model already; delete it first, or choose another name.")
 
 
 def check_unmerged(model: nn.Module, name: str) -> None:

@@ -25,6 +25,8 @@ Pattern = str | Collection[str] | Predicate
 Targets = Pattern | Mapping[Any, GraloraConfig | None] | None
 
 ALL_LINEAR = "all-linear"
+HIDDEN = re.compile(rf"(?:^|\.)(?:{PREFIX}|parametrizations(?:\.|$))")
+"""In a qualified name: what is ours, or `torch.nn.utils.parametrize`'s."""
 
 # The attention projections that are adapted where the user names nothing, by `model.config.model_type`; the choices
 # are those that PEFT makes for LoRA, so that a user who moves here adapts the same layers.
@@ -75,7 +77,7 @@ class Names:
         self.modules: dict[int, nn.Module] = {}
         self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            if any(part.startswith(PREFIX) or part == "parametrizations" for part in name.split(".")):
+            if HIDDEN.search(name):
                 continue
             self.names.setdefault(id(module), []).append(name)
             self.modules[id(module)] = module
@@ -253,13 +255,16 @@ def unfit(spot: Spot, names: Names) -> str | None:
     if isinstance(spot.module, SavedModule):
         return "is in another adapter's modules_to_save; a layer is adapted or saved, not both"
     owner, name = spot.kind.weight_at(spot.module, spot.part)
-    weight = getattr(owner, name, None)
+    weight: object = owner._parameters.get(name)  # as it lies: where experts have adapters, its name reads W + ΔW
+    if weight is None:
+        weight = getattr(owner, name, None)
     if isinstance(weight, UninitializedParameter):
         return "has no shape yet (a lazy module); run one forward pass first"
     if not isinstance(weight, Tensor) or weight.is_complex():
         return "has a complex weight" if isinstance(weight, Tensor) else "has no weight"
-    readers = [(reader_of(parent, child), child) for parent, child in names.parents.get(id(spot.module), ())]
-    if readers and not spot.part and all(reader for reader, _ in readers):
+    parents = () if spot.part else names.parents.get(id(spot.module), ())
+    readers = [(reader_of(parent, child), child) for parent, child in parents]
+    if readers and all(reader for reader, _ in readers):
         reader, child = readers[0]
         return (
             f"has its weight read by the forward of {reader}, which never calls it: an adapter would have no effect. Call "

@@ -53,8 +53,6 @@ def combine(
             two of the adapters train the same bias or saved module. The model is then unchanged.
     """
     chosen = _chosen(adapter_names, weights)
-    if not chosen:
-        raise ValueError(f"adapter_names={adapter_names!r} names no adapter.")
     check_known(model, *chosen)
     check_new(model, new_name)
     if how not in HOW:
@@ -100,12 +98,17 @@ def _plan(model: nn.Module, layers: Mapping[str, _Layer], names: Collection[str]
 
 
 def _chosen(names: Sequence[str] | Mapping[str, float], weights: Sequence[float] | None) -> dict[str, float]:
-    if weights is None:
-        return weights_of(names)
+    chosen = weights_of(names if weights is None else _zipped(names, weights))
+    if not chosen:
+        raise ValueError(f"adapter_names={names!r} names no adapter.")
+    return chosen
+
+
+def _zipped(names: Sequence[str] | Mapping[str, float], weights: Sequence[float]) -> dict[str, float]:
     names = [names] if isinstance(names, str) else list(names)
     if len(names) != len(weights) or len(set(names)) != len(names):
         raise ValueError(f"{len(weights)} weights were given for the adapters {names}: give one for each, each once.")
-    return weights_of(dict(zip(names, weights, strict=True)))
+    return dict(zip(names, weights, strict=True))
 
 
 def _config(

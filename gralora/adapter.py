@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gralora import functional
 from gralora.config import GraloraConfig, divisors
+from gralora.distributed import copy_into, is_spread, spread_like, spread_update, whole
 from gralora.scope import OFF, Switchable
 
 Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -75,8 +76,21 @@ class GraloraAdapter(nn.Module):
         """
         if self.A.is_meta:
             return
+        if is_spread(self.A):
+            plain = [t if t is None else torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in self.tensors]
+            self._reset(*cast(Tensors, tuple(plain)))
+            for own, values in zip(self.tensors, plain):
+                if own is not None and values is not None:
+                    copy_into(own, values)
+            return
         for tensors in each(self.tensors) if self.A.dim() > 3 else [self.tensors]:
             self._reset(*tensors)
+
+    def spread_like(self, weight: Tensor, transposed: bool) -> None:
+        """Spread the parameters over processes, as `weight` is that they adapt."""
+        own = {name: p.detach() for name, p in self._parameters.items() if p is not None}
+        for name, tensor in spread_like(weight, transposed, self.config.gralora_k, own).items():
+            self._parameters[name] = nn.Parameter(tensor)
 
     def _reset(self, A: Tensor, B: Tensor, A_general: Tensor | None, B_general: Tensor | None) -> None:
         (k, m, r), o = A.shape, B.shape[-1]
@@ -109,11 +123,17 @@ class GraloraAdapter(nn.Module):
     def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
         """The update for `x` (..., in), times `weight`: (..., out), in the adapter's dtype (or autocast's)."""
         tensors, scaling, dropout = self.arguments(weight)
-        return functional.gralora_update(x.to(self.A.dtype), *tensors, scaling=scaling, dropout=dropout)
+        x = x.to(self.A.dtype)
+        if type(self.A) is not nn.Parameter and is_spread(self.A):
+            return spread_update(x, tensors, scaling, dropout)
+        return functional.gralora_update(x, *tensors, scaling=scaling, dropout=dropout)
 
     def delta_weight(self) -> Tensor:
-        """ΔW (out, in), in the adapter's dtype. Without gradients it is filled block by block, with no temporary."""
+        """ΔW (out, in), whole, in the adapter's dtype. Without gradients it is filled block by block, with no temporary."""
         scaling, (k, _, o) = self.config.scaling, self.B.shape[-3:]
+        if is_spread(self.A):
+            tensors = cast(Tensors, tuple(t if t is None else whole(t) for t in self.tensors))
+            return functional.delta_weight(*tensors, scaling=scaling)
         if torch.is_grad_enabled() or self.A.dtype not in (torch.float32, torch.float64) or self.A.dim() > 3:
             return functional.delta_weight(*self.tensors, scaling=scaling)
         delta = self.A.new_zeros(k * o, k * self.A.shape[1])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gralora.adapter import GraloraAdapter, check_adapter_name
 from gralora.config import GraloraConfig
+from gralora.distributed import copy_into, is_spread, whole, write_once
 from gralora.files import (
     GRALORA,
     LAYER_FIELDS,
@@ -46,13 +47,14 @@ class LoadResult(NamedTuple):
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The values of one adapter, and nothing of the base: `<module>.gralora_A` and so on.
 
-    Saved modules and trained biases are included under their own names. The tensors share memory with the model.
+    Saved modules and trained biases are included under their own names. The tensors share memory with the model; where
+    it is sharded they are gathered, whole and plain, on every process, all of which must call.
 
     Raises:
         KeyError: no such adapter.
     """
     check_known(model, adapter_name)
-    return {key: tensor.detach() for key, tensor in _live_tensors(model, adapter_name).items()}
+    return {key: whole(tensor.detach()) for key, tensor in _live_tensors(model, adapter_name).items()}
 
 
 def load_adapter_state_dict(
@@ -106,7 +108,7 @@ def save_adapter(
     rank: int | None = None,
     errors: dict[str, float] | None = None,
 ) -> None:
-    """Write one adapter to `path`, atomically.
+    """Write one adapter to `path`, atomically. In a process group every process calls, and rank 0 writes.
 
     Args:
         format: "gralora": one safetensors file that describes itself. "peft": a folder that PEFT reads as GraLoRA.
@@ -119,7 +121,9 @@ def save_adapter(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not known; there are: {', '.join(map(repr, FORMATS))}.")
-    FORMATS[format].write(convertible(adapter_file(model, adapter_name), format, rank, errors), Path(path))
+    file = convertible(adapter_file(model, adapter_name), format, rank, errors)
+    sharded = any(is_spread(tensor) for tensor in _live_tensors(model, adapter_name).values())
+    write_once(lambda: FORMATS[format].write(file, Path(path)), together=sharded)
 
 
 def convertible(
@@ -235,7 +239,7 @@ def _overwrite(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     before = {key: tensor.clone() for key, tensor in own.items()}
     try:
         for key, tensor in own.items():
-            tensor.copy_(given[key])
+            copy_into(tensor, given[key])
     except BaseException:
         for key, tensor in own.items():
             tensor.copy_(before[key])

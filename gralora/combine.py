@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from gralora import functional
 from gralora.adapter import GraloraAdapter, Tensors
-from gralora.checkpoint import adapter_state_dict
+from gralora.checkpoint import adapter_state_dict, load_adapter_state_dict
 from gralora.config import GraloraConfig, divisors
 from gralora.control import weights_of
+from gralora.distributed import copy_into
 from gralora.extract import fill, widened
 from gralora.inject import Plan, install
 from gralora.layers import PREFIX, GraloraLayer, gralora_layers
@@ -71,10 +72,7 @@ def combine(
             error = _fill(layer.gralora_adapters[new_name], parts, config, how)
             if errors is not None:
                 errors[path] = error
-        with torch.no_grad():
-            new = adapter_state_dict(model, new_name)
-            for key, source in sources.items():
-                new[key].copy_(source)
+        load_adapter_state_dict(model, sources, new_name, strict=False)
 
 
 class _Layer(NamedTuple):
@@ -152,7 +150,7 @@ def _fill(new: GraloraAdapter, parts: list[tuple[GraloraAdapter, float]], config
     total = _concatenated(scaled, config.gralora_k)
     for parameter, values in zip(new.tensors, total, strict=True):
         if parameter is not None and values is not None:
-            parameter.copy_(values)
+            copy_into(parameter, values)
     return 0.0
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from gralora.adapter import GraloraAdapters
 from gralora.config import LARGEST_WEIGHT
+from gralora.distributed import no_more_trained, reshard
 from gralora.inplace import freeze_own
 from gralora.layers import GraloraLayer, gralora_layers
 from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
@@ -37,12 +38,13 @@ def set_adapter(model: nn.Module, names: str | Collection[str] | Mapping[str, fl
 
     Raises:
         KeyError: an unknown name; those there are, are listed. ValueError: two of them train the same bias or saved
-            module. The model is then unchanged.
+            module; or the model is under `DistributedDataParallel`, and would train what it did not when it was wrapped.
+            The model is then unchanged.
     """
     weights = weights_of(names)
     check_known(model, *weights)
     _refuse_shared(model, weights)
-    with all_or_nothing(model):
+    with all_or_nothing(model), no_more_trained(model):
         for _, layer in gralora_layers(model):
             put_back_weight(layer)
         activate(model, weights)
@@ -134,6 +136,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     ours = (GraloraAdapters, SavedCopies, BiasSwap)
     mine = {id(m) for module in model.modules() if isinstance(module, ours) for m in module.modules()}
     active: set[str] = set()
+    reshard(model)
     for _, layer in gralora_layers(model):
         active.update(layer.gralora_adapters.active)
     for _, saved in saved_modules(model):

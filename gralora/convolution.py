@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from gralora import functional
 from gralora.adapter import GraloraAdapter
 from gralora.config import GraloraConfig
-from gralora.layers import InPlaceLayer
+from gralora.modules import InPlaceLayer
 
 _CONV: Any = (F.conv1d, F.conv2d, F.conv3d)
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from gralora.distributed import is_spread
 from gralora.inplace import change_class
 from gralora.layers import PREFIX, GraloraLayer
 from gralora.parts import PartHost, PartLayer
@@ -102,7 +103,7 @@ class GraloraExperts(PartHost):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if not isinstance(value, nn.Parameter):
+        if not isinstance(value, nn.Parameter) or is_spread(value):  # `fully_shard` reads it outside of a forward
             return value
         layer = self.__dict__["_modules"].get(PREFIX + name)
         return layer.adapted_weight(value) if isinstance(layer, ExpertWeights) else value

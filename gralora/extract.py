@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gralora import functional
 from gralora.adapter import Tensors
 from gralora.config import GraloraConfig
+from gralora.distributed import check_unwrapped, copy_into, whole
 from gralora.inject import inject
 from gralora.inplace import join
 from gralora.layers import gralora_layers
@@ -62,7 +63,7 @@ def extract(
             for key, own in named_adapter_parameters(base, adapter_name).items():
                 if key in there:
                     covered.add(key)
-                    own.copy_(there[key])
+                    copy_into(own, there[key])
     rest = [k for k, p in there.items() if k not in covered and (k not in before or not torch.equal(p, before[k]))]
     if rest:
         warnings.warn(
@@ -92,6 +93,7 @@ def reblock(
     """
     check_known(model, adapter_name)
     check_unmerged(model, adapter_name)
+    check_unwrapped(model)
     with all_or_nothing(model):
         for name, layer in gralora_layers(model):
             if adapter_name not in layer.gralora_adapters:
@@ -141,11 +143,11 @@ def fill(tensors: Tensors, delta: Tensor, config: GraloraConfig) -> float:
     factors, error = fitted(delta, config)
     for parameter, factor in zip(tensors, factors, strict=True):
         if parameter is not None and factor is not None:
-            parameter.copy_(factor)
+            copy_into(parameter, factor)
     return error
 
 
 def widened(tensors: Tensors) -> Tensors:
-    """Without gradients, and in float32 at least."""
+    """Whole, without gradients, and in float32 at least."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return cast(Tensors, tuple(None if t is None else t.detach().to(dtype) for t in tensors))
+    return cast(Tensors, tuple(None if t is None else whole(t.detach()).to(dtype) for t in tensors))

@@ -34,17 +34,16 @@ def gralora_update(
 
     Args:
         x: (..., in), of A's dtype.
-        A, B: (k, in / k, r) and (k, r, out / k).
+        A, B: (k, in / k, r) and (k, r, out / k); or the part of some block columns or rows, which is not square.
         A_general, B_general: (hybrid_r, in) and (out, hybrid_r), or None.
         dropout: probability; 0 outside training.
 
     Returns:
         (..., out). Source: paper, section 3; PEFT `tuners/gralora/layer.py`, `Linear.forward`.
     """
-    k = A.shape[0]
-    blocks = rearrange(dropped(x, dropout), "... (i m) -> ... i m", i=k)
+    blocks = rearrange(dropped(x, dropout), "... (i m) -> ... i m", i=len(A))
     z = einsum(blocks, A, "... i m, i m r -> ... i r")
-    z = rearrange(z, "... i (j s) -> ... j (i s)", j=k)
+    z = rearrange(z, "... i (j s) -> ... j (i s)", j=len(B))
     y = rearrange(einsum(z, B, "... j r, j r o -> ... j o"), "... j o -> ... (j o)")
     if A_general is not None and B_general is not None:
         y = y + F.linear(F.linear(dropped(x, dropout), A_general), B_general)

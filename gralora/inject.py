@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gralora.config import GraloraConfig
+from gralora.distributed import check_unwrapped
 from gralora.inplace import freeze_own, join, restore_class, thaw_own
 from gralora.layers import GraloraLayer, gralora_layers
 from gralora.saved import (
@@ -91,6 +92,7 @@ def install(
 
     The model's first adapter becomes active and, unless `trainable` says otherwise, is trained; a further one is neither.
     """
+    check_unwrapped(model)
     first = not known_adapters(model)
     trainable = first if trainable is None else trainable
     check_units(model, plan.saved, [t.spot.module for t in plan.targets])

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
+from gralora.distributed import is_spread
+
 FROZEN = "_gralora_frozen"
 
 
@@ -39,8 +41,19 @@ class InPlaceModule(nn.Module):
             self.__dict__.pop("_base_instance_forward", None)
             if hasattr(value, "__wrapped__"):
                 self.__dict__["_base_instance_forward"] = value
+        elif isinstance(value, nn.Parameter) and name in self._parameters:
+            nn.Module.register_parameter(self, name, value)  # as `fully_shard` sets them
         else:
             super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # of all who replace a weight, `parallelize_module` alone calls this; it can't place what it knows nothing of
+        if is_spread(param) and self._parameters.get(name) is not None:
+            raise ValueError(
+                f"{self} is adapted, and parallelize_module cannot spread adapters. First parallelise the plain model, then "
+                "inject (or load_adapter): adapters follow the placement of the weight."
+            )
+        super().register_parameter(name, param)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A made class has no name that pickle could find; its two parents have.

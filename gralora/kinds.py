@@ -11,8 +11,9 @@ from gralora.attention import Projection
 from gralora.convolution import GraloraConv
 from gralora.experts import ExpertWeights
 from gralora.inplace import made_class
-from gralora.layers import GraloraLayer, InPlaceLayer, Spot
+from gralora.layers import GraloraLayer, Spot
 from gralora.linear import GraloraConv1D, GraloraLinear
+from gralora.modules import InPlaceLayer
 
 KINDS: list[type[GraloraLayer]] = [GraloraLinear, GraloraConv1D, GraloraConv, Projection, ExpertWeights]
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gralora.config import GraloraConfig
-from gralora.layers import InPlaceLayer
+from gralora.modules import InPlaceLayer
 
 
 class LinearLayer(InPlaceLayer):

@@ -14,8 +14,10 @@ from gralora import functional
 from gralora.adapter import Tensors, each
 from gralora.config import divisors
 from gralora.control import weights_of
+from gralora.distributed import is_spread
 from gralora.inject import unload
-from gralora.layers import FULL, HALF, GraloraLayer, InPlaceLayer, gralora_layers
+from gralora.layers import FULL, HALF, GraloraLayer, gralora_layers
+from gralora.modules import InPlaceLayer
 from gralora.saved import SAVED_CHILD, bias_swaps, remove_swap, saved_modules
 from gralora.state import SHARED, all_or_nothing, check_known, put_back_weight
 
@@ -127,7 +129,11 @@ def _is_packed(layer: GraloraLayer) -> bool:
     # a plain weight is exactly a Parameter over exactly a Tensor; subclasses carry formats that only they know
     owner, name = layer.place
     weight = owner._parameters.get(name)
-    return weight is not None and (type(weight) is not nn.Parameter or weight.dtype not in (*FULL, *HALF))
+    return (
+        weight is not None
+        and not is_spread(weight)
+        and (type(weight) is not nn.Parameter or weight.dtype not in (*FULL, *HALF))
+    )
 
 
 @torch.no_grad()
@@ -189,6 +195,11 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
     if weight is None:
         raise TypeError(
             f"{path!r} computes its weight (parametrised, pruned or normed), so nothing can be merged into it."
+        )
+    if is_spread(weight):
+        raise TypeError(
+            f"the weight of {path!r} is spread over processes, where nothing is merged. Ways out: save_adapter, and merge it "
+            "into the plain model, or into the checkpoint on disk (`gralora merge`)."
         )
     if _is_packed(layer):
         raise TypeError(

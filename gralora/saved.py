@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gralora.distributed import is_spread, layout
 from gralora.inplace import Appendage, InPlaceModule, change_class, join
 from gralora.layers import PREFIX, GraloraLayer
 from gralora.scope import OFF, Rows, Switchable
@@ -26,6 +27,7 @@ class SavedCopies(Switchable):
     def __init__(self) -> None:
         super().__init__()
         self.active: str | None = None
+        self.layouts: dict[str, object] = {}  # of the module's own parameters when it was changed
 
     def __getitem__(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
@@ -35,6 +37,10 @@ class SavedCopies(Switchable):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
+
+    def is_as_it_was(self, name: str, parameter: nn.Parameter | None) -> bool:
+        """Whether a parameter of the module is not being sharded by `fully_shard`, which reads it outside of a forward."""
+        return layout(parameter) == self.layouts.get(name)
 
 
 class SavedModule(InPlaceModule):
@@ -70,7 +76,8 @@ class SavedModule(InPlaceModule):
         # a parent that reads our weight, as a head tied to an embedding does, must get the copy's that acts
         children = self.__dict__.get("_modules", {})
         copies = children.get(SAVED_CHILD)
-        if copies is not None and copies.active is not None and copies.mode is None:
+        own = self.__dict__.get("_parameters", {}).get(name)
+        if copies is not None and copies.active is not None and copies.mode is None and copies.is_as_it_was(name, own):
             replica = copies[copies.active]
             if name in replica._parameters or name in replica._buffers:
                 return getattr(replica, name)
@@ -87,11 +94,17 @@ class BiasSwap(Appendage):
         self.parameter = parameter
         self.in_place: str = self.BASE
         self.names: list[str] = []
+        self.layout: object = None  # of the bias when the first of these came
 
     def put(self, owner: nn.Module, name: str) -> None:
         """Make `name`'s bias the bias of `owner`; the base's where this adapter trains none."""
         name = name if name in self.names else self.BASE
         if name != self.in_place:
+            if layout(owner._parameters[self.parameter]) != self.layout:
+                raise ValueError(
+                    "a trained bias can't be exchanged for another under fully_shard, which keeps each parameter where it "
+                    'found it. Adapters that are to be switched there must have bias="none".'
+                )
             # assignments alone, so that no failure comes between
             new = self._parameters[name]
             self._parameters[self.in_place] = owner._parameters[self.parameter]
@@ -148,6 +161,9 @@ def add_copy(unit: nn.Module, name: str, replica: nn.Module) -> SavedModule:
     if not isinstance(unit, SavedModule):
         change_class(unit, SavedModule)
         unit.add_module(SAVED_CHILD, SavedCopies())
+        cast(SavedModule, unit).gralora_saved.layouts = {
+            name: layout(p) for name, p in unit._parameters.items() if is_spread(p)
+        }
     saved = cast(SavedModule, unit)
     saved.gralora_saved._modules[name] = replica
     return saved
@@ -160,7 +176,10 @@ def is_bias(parameter: str) -> bool:
 
 def add_bias(owner: nn.Module, parameter: str, name: str, bias: nn.Parameter) -> None:
     """Give `owner` an inactive value of its bias `parameter` for the adapter `name`."""
-    swap = cast(BiasSwap, owner._modules.setdefault(PREFIX + parameter, BiasSwap(parameter)))
+    if PREFIX + parameter not in owner._modules:
+        owner._modules[PREFIX + parameter] = BiasSwap(parameter)
+        cast(BiasSwap, owner._modules[PREFIX + parameter]).layout = layout(owner._parameters[parameter])
+    swap = cast(BiasSwap, owner._modules[PREFIX + parameter])
     swap._parameters[name] = bias
     swap.names.append(name)
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from gralora.adapter import GraloraAdapters, check_adapter_name
+from gralora.distributed import reshard
 from gralora.inplace import join
 from gralora.layers import GraloraLayer, gralora_layers
 from gralora.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
@@ -65,6 +66,7 @@ def named_adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parame
     `<module>.gralora_A` and so on for adapters; saved modules and biases under their own names. Buffers of saved
     modules are not among them.
     """
+    reshard(model)
     found: dict[str, nn.Parameter] = {}
     for path, layer in gralora_layers(model):
         if name in layer.gralora_adapters:
@@ -137,6 +139,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
     Values written into tensors in place are not covered.
     """
+    reshard(model)
     modules = [(module, module.__class__, _registers(module)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from gralora.adapter import legal_k
 from gralora.bypass import reader_of
 from gralora.config import GraloraConfig
+from gralora.distributed import is_spread
 from gralora.inplace import join
 from gralora.kinds import ADAPTABLE, spots
 from gralora.layers import PREFIX, Spot
@@ -262,6 +263,8 @@ def unfit(spot: Spot, names: Names) -> str | None:
         return "has no shape yet (a lazy module); run one forward pass first"
     if not isinstance(weight, Tensor) or weight.is_complex():
         return "has a complex weight" if isinstance(weight, Tensor) else "has no weight"
+    if is_spread(weight) and spot.kind.what != "linear":
+        return "has its weight spread over processes, which only linear layers can have"
     parents = () if spot.part else names.parents.get(id(spot.module), ())
     readers = [(reader_of(parent, child), child) for parent, child in parents]
     if readers and all(reader for reader, _ in readers):

@@ -3,9 +3,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
+
+from .processes import Processes
 
 settings.register_profile("gralora", deadline=None, print_blob=True, max_examples=60)
 settings.load_profile("gralora")
@@ -17,3 +21,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Two processes joined by gloo, for `processes.run(function, ...)`."""
+    group = Processes()
+    yield group
+    group.stop()

@@ -52,10 +52,10 @@ class Everything(nn.Module):
         return self.head(self.experts(self.embed(x))) + self.block(x)
 
 
-def everything():
+def everything(bias="gralora_only"):
     model = Everything().eval()
     targets = r"block\.(q|mlp\.0)|attention|conv1?d?|experts\.up|embed"
-    config = random_config(alpha=4, bias="gralora_only", modules_to_save=["head"])
+    config = random_config(alpha=4, bias=bias, modules_to_save=["head"])
     gralora.inject(model, targets, config, adapter_name="a")
     gralora.inject(model, ["block.q", "attention", "conv", "up"], random_config(gralora_k=1), adapter_name="b")
     assert len(list(gralora_layers(model))) == 2 + 4 + 2 + 1 + 1

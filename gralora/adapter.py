@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -154,11 +154,14 @@ class GraloraAdapters(Switchable):
         active: name -> weight of those that act.
         merged: name -> weight of those now within the map's weight.
         base_weight: the parameter that holds the weight without them, while any is merged, else None.
+        acting: what a forward must add, with its weights. Compiled code takes it from here and not by name, so that it need
+            not be compiled anew for an adapter of the same shape.
     """
 
     active: dict[str, float]
     merged: dict[str, float]
     base_weight: nn.Parameter | None
+    acting: tuple[tuple[GraloraAdapter, float], ...]
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,10 +180,20 @@ class GraloraAdapters(Switchable):
 
     def add(self, name: str, adapter: GraloraAdapter) -> None:
         self._modules[name] = adapter  # not add_module: names such as "forward" are as good as any
+        self._find_acting()
 
     def remove(self, name: str) -> None:
+        self.active = {other: weight for other, weight in self.active.items() if other != name}
         del self._modules[name]
-        self.active.pop(name, None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("active", "merged"):
+            self._find_acting()
+
+    def _find_acting(self) -> None:
+        merged = self.__dict__.get("merged", ())
+        self.acting = tuple((self[name], weight) for name, weight in self.active.items() if name not in merged)
 
     def describe(self) -> str:
         """r, k and so on of all, and which of them act."""
@@ -197,6 +210,8 @@ class GraloraAdapters(Switchable):
 
     def applied(self) -> list[tuple[GraloraAdapter, float]]:
         """The adapters that a forward must add now, with their weights."""
+        if torch.compiler.is_compiling():
+            return [] if self.mode is OFF else list(self.acting)
         if not self.active or self.mode is OFF:
             return []
         return [(self[name], weight) for name, weight in self.active.items() if name not in self.merged]

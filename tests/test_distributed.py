@@ -143,6 +143,7 @@ def _ddp_saves(rank, folder):
     gralora.save_adapter(wrapped.module, folder / "adapter", "a")
     distributed.barrier()
     assert [path.name for path in folder.iterdir()] == ["adapter"]
+    distributed.barrier()
     gralora.save_adapter(wrapped.module, folder / f"rank{rank}", "a")  # and by nobody else
     distributed.barrier()
     return sorted(path.name for path in folder.iterdir())

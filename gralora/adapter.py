@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gralora import functional
 from gralora.config import GraloraConfig, divisors
 from gralora.distributed import copy_into, is_spread, spread_like, spread_update, whole
+from gralora.offload import HOOK, bring_back
 from gralora.scope import OFF, Switchable
 
 Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -119,6 +120,12 @@ class GraloraAdapter(nn.Module):
     def arguments(self, weight: float = 1.0) -> tuple[Tensors, float, float]:
         """(tensors, scaling, dropout) that hold for a forward now, the scaling times `weight`."""
         return self.tensors, weight * self.config.scaling, self.config.gralora_dropout if self.training else 0.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and HOOK in self.__dict__:  # accelerate is about to keep the parameters elsewhere
+            bring_back(self)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
         """The update for `x` (..., in), times `weight`: (..., out), in the adapter's dtype (or autocast's)."""

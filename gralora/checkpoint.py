@@ -92,6 +92,9 @@ def load_adapter_state_dict(
     ]
     if kinds:
         raise ValueError(f"types differ, nothing was loaded: {shorten(kinds)}")
+    away = [key for key in shared if own[key].is_meta]
+    if away:
+        raise ValueError(f"nothing to load into, on the meta device: {shorten(away)}. First to_empty, then load.")
     torn = _torn({key: own[key] for key in shared}, state_dict)
     if torn:
         raise ValueError(f"{' and '.join(torn)} are one tensor here, and differ there: nothing was loaded.")

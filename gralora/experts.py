@@ -103,7 +103,8 @@ class GraloraExperts(PartHost):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if not isinstance(value, nn.Parameter) or is_spread(value):  # `fully_shard` reads it outside of a forward
+        # engines that keep it elsewhere read it outside of a forward
+        if not isinstance(value, nn.Parameter) or value.is_meta or is_spread(value):
             return value
         layer = self.__dict__["_modules"].get(PREFIX + name)
         return layer.adapted_weight(value) if isinstance(layer, ExpertWeights) else value

@@ -12,6 +12,7 @@ from gralora.config import GraloraConfig
 from gralora.distributed import check_unwrapped
 from gralora.inplace import freeze_own, join, restore_class, thaw_own
 from gralora.layers import GraloraLayer, gralora_layers
+from gralora.offload import is_offloaded
 from gralora.saved import (
     SAVED_CHILD,
     BiasSwap,
@@ -176,6 +177,9 @@ def _biases(plan: Plan, configs: list[GraloraConfig], names: Names) -> dict[str,
         spots = [t.spot for t in plan.targets if t.config.bias == "gralora_only"]
         candidates = [spot.kind.bias_at(spot.module, spot.part) for spot in spots]
     saved = {id(m) for unit in plan.saved.values() for m in unit.modules()}
+    away = [names.names[id(owner)][0] for owner, name in candidates if is_offloaded(owner, name)]
+    if away:
+        raise ValueError(f"the bias of {away[0]!r} is offloaded, and can't be trained. First inject, then offload.")
     return {
         join(names.names[id(owner)][0], name): (owner, name)
         for owner, name in candidates

@@ -21,6 +21,7 @@ from gralora.adapter import GraloraAdapter, GraloraAdapters
 from gralora.config import GraloraConfig
 from gralora.distributed import is_spread
 from gralora.inplace import join
+from gralora.offload import device_of
 from gralora.scope import Rows
 
 PREFIX = "gralora_"
@@ -89,7 +90,7 @@ class Spot(NamedTuple):
             *self.sizes,
             config,
             copies=self.copies,
-            device=weight.device,
+            device=device_of(self.kind.weight_at(self.module, self.part)[0], weight),
             dtype=dtype or default,
             init_dtype=init_dtype,
             reset=reset,

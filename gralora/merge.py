@@ -142,11 +142,12 @@ def _dequantized(layer: GraloraLayer, weights: Mapping[str, float], dtype: torch
     if not isinstance(layer, InPlaceLayer) or layer.what != "linear":
         raise TypeError(f"{type(layer).__name__} can't be dequantized: only linear layers can.")
     n_in, n_out = layer.sizes(layer, "")
-    bias, device = layer._parameters.get("bias"), cast(Tensor, layer.weight).device
+    bias, own = layer._parameters.get("bias"), cast(Tensor, layer.weight)
+    given = own.dtype if own.is_floating_point() else dtype  # what the layer takes
     if bias is not None:
         layer._parameters["bias"] = None
     try:
-        weight = layer.base_forward(torch.eye(n_in, dtype=dtype, device=device)).t().float()
+        weight = layer.base_forward(torch.eye(n_in, dtype=given, device=own.device)).t().float()
     finally:
         if bias is not None:
             layer._parameters["bias"] = bias

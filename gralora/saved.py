@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gralora.distributed import is_spread, layout
 from gralora.inplace import Appendage, InPlaceModule, change_class, join
 from gralora.layers import PREFIX, GraloraLayer
+from gralora.offload import is_offloaded
 from gralora.scope import OFF, Rows, Switchable
 
 SAVED_CHILD = "gralora_saved"
@@ -39,8 +40,8 @@ class SavedCopies(Switchable):
         return iter(self._modules)
 
     def is_as_it_was(self, name: str, parameter: nn.Parameter | None) -> bool:
-        """Whether a parameter of the module is not being sharded by `fully_shard`, which reads it outside of a forward."""
-        return layout(parameter) == self.layouts.get(name)
+        """Whether a parameter is not kept elsewhere, by an engine that reads it outside of a forward."""
+        return parameter is None or (not parameter.is_meta and layout(parameter) == self.layouts.get(name))
 
 
 class SavedModule(InPlaceModule):
@@ -100,10 +101,10 @@ class BiasSwap(Appendage):
         """Make `name`'s bias the bias of `owner`; the base's where this adapter trains none."""
         name = name if name in self.names else self.BASE
         if name != self.in_place:
-            if layout(owner._parameters[self.parameter]) != self.layout:
+            if layout(owner._parameters[self.parameter]) != self.layout or is_offloaded(owner, self.parameter):
                 raise ValueError(
-                    "a trained bias can't be exchanged for another under fully_shard, which keeps each parameter where it "
-                    'found it. Adapters that are to be switched there must have bias="none".'
+                    "a trained bias can't be exchanged for another under fully_shard, or where weights are offloaded: both "
+                    'keep each parameter where they found it. Adapters that are to be switched there must have bias="none".'
                 )
             # assignments alone, so that no failure comes between
             new = self._parameters[name]
@@ -136,6 +137,10 @@ def check_units(model: nn.Module, found: dict[str, nn.Module], targets: Iterable
     adapted = {id(module) for module in targets}
     inside = {id(m): name for name, unit in found.items() for m in unit.modules()}
     for name, unit in found.items():
+        if any(is_offloaded(m, parameter) for m in unit.modules() for parameter in m._parameters):
+            raise ValueError(
+                f"modules_to_save names {name!r}, whose weights are offloaded: nothing to copy. First inject."
+            )
         if any(isinstance(m, GraloraLayer) or id(m) in adapted for m in unit.modules()):
             raise ValueError(
                 f"modules_to_save names {name!r}, which is adapted: a layer is adapted or saved, not both."

@@ -78,7 +78,8 @@ class Switchable(Appendage):
     """A container of adapters that a `with` block can switch off, or to rows of the batch.
 
     `scopes` counts the open blocks of all threads, so that the usual forward, with none open, pays one comparison.
-    Compiled code cannot read a context variable: there the latest block counts for every thread.
+    Compiled code cannot read a context variable, and neither can a thread that autograd starts: there the latest block
+    counts.
     """
 
     def __init__(self) -> None:
@@ -94,7 +95,10 @@ class Switchable(Appendage):
         """What an enclosing block of this thread has made of this container: nothing, `OFF`, or `Rows`."""
         if self.scopes == 0:
             return None
-        return self.latest if torch.compiler.is_compiling() else _modes.get().get(id(self))
+        if torch.compiler.is_compiling():
+            return self.latest
+        modes = _modes.get()
+        return self.latest if not modes and _in_a_thread_of_backward() else modes.get(id(self))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "scopes": 0, "latest": None}  # a copy made within a block is not in the block
@@ -112,6 +116,12 @@ def switched(containers: Iterable[Switchable], mode: Mode) -> Iterator[None]:
     finally:
         _count(containers, -1, before)
         _modes.reset(token)
+
+
+def _in_a_thread_of_backward() -> bool:
+    """Whether autograd started this thread, as it does for every GPU: checkpointed forwards are run again in it."""
+    foreign = isinstance(threading.current_thread(), threading._DummyThread)
+    return foreign and torch._C._current_graph_task_id() != -1
 
 
 def _count(containers: list[Switchable], step: int, modes: list[Any]) -> None:

@@ -263,7 +263,7 @@ def unfit(spot: Spot, names: Names) -> str | None:
         return "has no shape yet (a lazy module); run one forward pass first"
     if not isinstance(weight, Tensor) or weight.is_complex():
         return "has a complex weight" if isinstance(weight, Tensor) else "has no weight"
-    if is_spread(weight) and spot.kind.what != "linear":
+    if is_spread(weight) and spot.kind.what != "linear" and spot.adapted is None:
         return "has its weight spread over processes, which only linear layers can have"
     parents = () if spot.part else names.parents.get(id(spot.module), ())
     readers = [(reader_of(parent, child), child) for parent, child in parents]

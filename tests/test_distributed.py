@@ -266,7 +266,7 @@ def test_fsdp_refuses_what_it_would_pass_over(processes, tmp_path):
     processes.run(_fsdp_refuses, tmp_path)
 
 
-def _fsdp_switches(rank):
+def _fsdp_switches(rank, folder):
     """Everything that adapts, trained, switched off and taken out: the base is read in all of it."""
     torch.manual_seed(0)
     mesh, x = init_device_mesh("cpu", (WORLD,)), torch.randn(4, 5, 16)
@@ -284,6 +284,11 @@ def _fsdp_switches(rank):
         assert relative(model(x), expected) > 1e-2
         with gralora.disable_adapter(model):
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    if rank == 0:
+        gralora.save_adapter(alone, folder / "a", "a")
+    distributed.barrier()
+    gralora.load_adapter(model, folder / "a", "a", trainable=True)  # of every kind, into its shards
+    torch.testing.assert_close(model(x), alone(x), rtol=1e-4, atol=1e-5)
     for each in (model, alone):
         gralora.delete_adapter(each, "b")
         gralora.set_adapter(each, "a")
@@ -295,8 +300,8 @@ def _fsdp_switches(rank):
     assert not [name for name, _ in model.named_parameters() if "gralora" in name]
 
 
-def test_fsdp_with_every_kind_of_layer_and_a_saved_head(processes):
-    processes.run(_fsdp_switches)
+def test_fsdp_with_every_kind_of_layer_and_a_saved_head(processes, tmp_path):
+    processes.run(_fsdp_switches, tmp_path)
 
 
 def _fsdp_delta(rank):

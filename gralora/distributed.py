@@ -7,6 +7,7 @@ the number of processes divides k, each process holds whole blocks, and the adap
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -154,34 +155,36 @@ def no_more_trained(model: nn.Module) -> Iterator[None]:
         )
 
 
-def is_writer() -> bool:
-    """Whether this process is the one that writes files: rank 0, or the only one."""
-    return not torch.distributed.is_available() or not torch.distributed.is_initialized() or _rank() == 0
-
-
 def write_once(write: Callable[[], None], *, together: bool) -> None:
     """Run `write` on rank 0 alone.
 
     Args:
         together: all processes are here: they wait until it is written, and where it fails, all of them raise.
     """
-    if not together:
-        if is_writer():
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    first = not grouped or torch.distributed.get_rank() == 0
+    if not grouped or not together:
+        if first:
             write()
         return
-    failure: list[BaseException | None] = [None]
-    if is_writer():
+    failure: list[Exception | None] = [None]
+    if first:
         try:
             write()
         except Exception as error:
-            failure[0] = error
+            failure[0] = _portable(error)
     torch.distributed.broadcast_object_list(failure)
     if failure[0] is not None:
         raise failure[0]
 
 
-def _rank() -> int:
-    return torch.distributed.get_rank()
+def _portable(error: Exception) -> Exception:
+    """The error, or one with its text where it can't be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return OSError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _engine(module: nn.Module) -> str | None:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gralora
+from gralora.distributed import write_once
 from gralora.layers import gralora_layers
 
 from .models import gpt2, llama, random_config, relative, same_bits, ten_losses
@@ -62,10 +64,13 @@ def adapted(dtype=None, **config):
     return model
 
 
-def shard(model, mesh, **options):
+def shard(model, mesh, policy=None):
+    policy = policy or MixedPrecisionPolicy()
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(
+        model, mesh=mesh, mp_policy=replace(policy, output_dtype=torch.float32 if policy.param_dtype else None)
+    )
 
 
 def mean_over_processes(losses):
@@ -167,8 +172,7 @@ def _fsdp(rank, precision):
     model = adapted(dtype, bias="none", **({"modules_to_save": None} if dtype else {}))
     alone, (x, target) = copy.deepcopy(model), data()
     x, target = x.to(dtype), target.to(dtype)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    shard(model, mesh, **({"mp_policy": policy} if precision == "mixed precision" else {}))
+    shard(model, mesh, MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "mixed precision" else None)
     assert all(isinstance(p.data, type(model.head.weight.data)) for p in model.parameters())
     for name in ("a", "b"):
         gralora.set_adapter(model, name)
@@ -584,3 +588,23 @@ def _transformers(rank):
 
 def test_models_of_transformers(processes):
     processes.run(_transformers)
+
+
+class Unspeakable(OSError):
+    def __reduce__(self):
+        raise TypeError("not to be sent")
+
+
+def _fails_to_write(rank):
+    def write():
+        raise Unspeakable("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        write_once(write, together=True)
+    calls = []
+    write_once(lambda: calls.append(rank), together=True)
+    return calls
+
+
+def test_what_rank_0_fails_to_write_fails_on_every_rank(processes):
+    assert processes.run(_fails_to_write) == [[0], []]

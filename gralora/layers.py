@@ -250,6 +250,8 @@ class GraloraLayer(nn.Module):
         return cast(Tensor, adapter(x, share))
 
     def _run_rows(self, x: Tensor, y: Tensor, rows: Rows, dim: int | None) -> Tensor:
+        if is_spread(x):
+            raise ValueError("mixed_batch does not reach layers whose weights are spread over processes.")
         adapters = self.gralora_adapters
         dim = rows.axis(x, dim)
         order, _, names, counts = rows.sort(x.shape[dim], list(adapters), x.device)

@@ -320,6 +320,15 @@ def _fsdp_delta(rank):
     for key, tensor in gralora.to_lora(model, "a").items():
         assert same_bits(tensor, lora[key])
 
+    # k blocks lie on the first axis; along the second one even k = 1 is cut evenly
+    model, x = adapted(gralora_k=1, modules_to_save=None, bias="none"), data()[0]
+    y = model(x)
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.dim() == 3 else None)
+    A = model.blocks[0][0].gralora_adapters["a"].A
+    assert A.placements == (Shard(1),) and A.to_local().shape == (1, 8, 4)
+    torch.testing.assert_close(model(x), y)
+    assert gralora.delta_weight(model.blocks[0][0], "a").shape == model.blocks[0][0].weight.shape
+
 
 def test_fsdp_delta_weight_and_lora_pairs_are_whole(processes):
     processes.run(_fsdp_delta)
@@ -482,6 +491,8 @@ def _tensor_parallel_files(rank, folder):
     with gralora.disable_adapter(model):
         base = model(x)
     assert relative(base, y) > 1e-2
+    with gralora.mixed_batch(model, ["a", None, "b", "a"]):
+        refused(lambda: model(x), "mixed_batch does not reach layers .* spread")
     gralora.unload(model)
     assert same_bits(model(x), base)
 

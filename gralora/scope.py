@@ -120,8 +120,8 @@ def switched(containers: Iterable[Switchable], mode: Mode) -> Iterator[None]:
 
 def _in_a_thread_of_backward() -> bool:
     """Whether autograd started this thread, as it does for every GPU: checkpointed forwards are run again in it."""
-    foreign = isinstance(threading.current_thread(), threading._DummyThread)
-    return foreign and torch._C._current_graph_task_id() != -1
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward and isinstance(threading.current_thread(), threading._DummyThread)
 
 
 def _count(containers: list[Switchable], step: int, modes: list[Any]) -> None:

@@ -331,6 +331,7 @@ def test_another_base_is_noticed_and_named(tmp_path):
         for dtype in (torch.float32, torch.bfloat16):
             gralora.load_adapter(copy.deepcopy(one).to(dtype), tmp_path / "a")
         gralora.load_adapter(copy.deepcopy(one), tmp_path / "merged")
+    with pytest.raises(AdapterFileError, match="First to_empty, then load"):
         gralora.load_adapter(copy.deepcopy(one).to("meta"), tmp_path / "a")
     other = copy.deepcopy(one)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""transformers' `Trainer`: checkpoints hold the adapter alone, and training resumes from them.
+"""transformers' `Trainer`: checkpoints hold the adapter alone (in model.safetensors), and training resumes from them.
 
 python benchmarks/recipes/trainer.py
 """
@@ -12,15 +12,13 @@ import gralora
 class AdapterOnly(TrainerCallback):
     def on_save(self, args, state, control, model, **kwargs):
         folder = f"{args.output_dir}/checkpoint-{state.global_step}"
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        save_file(trained, f"{folder}/model.safetensors")  # in place of the whole model: what the Trainer resumes from
+        save_file({n: p for n, p in model.named_parameters() if p.requires_grad}, f"{folder}/model.safetensors")
         gralora.save_adapter(model, f"{folder}/adapter.safetensors")
 
 
-model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=100, n_positions=32))
+model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=100))
 gralora.inject(model, ["c_attn", "c_proj", "c_fc"], gralora.GraloraConfig(r=8))
 rows = [{"input_ids": [i % 100 for i in range(n, n + 16)], "labels": list(range(16))} for n in range(32)]
 args = TrainingArguments("trained", max_steps=6, save_steps=3, report_to=[], use_cpu=True)
-Trainer(
-    model, args, train_dataset=rows, callbacks=[AdapterOnly()]
-).train()  # train(resume_from_checkpoint=True) resumes
+# and .train(resume_from_checkpoint=True) goes on
+Trainer(model, args, train_dataset=rows, callbacks=[AdapterOnly()]).train()

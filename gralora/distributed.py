@@ -174,6 +174,7 @@ def write_once(write: Callable[[], None], *, together: bool) -> None:
         except Exception as error:
             failure[0] = _portable(error)
     torch.distributed.broadcast_object_list(failure)
+    torch.distributed.barrier()  # rank 0 could end its group before the others have heard; gloo then aborts
     if failure[0] is not None:
         raise failure[0]
 

@@ -47,4 +47,4 @@ def processes() -> Iterator[Processes]:
     """Two processes joined by gloo, for `processes.run(function, ...)`."""
     group = Processes()
     yield group
-    group.stop()
+    group.stop(kill=False)

@@ -41,8 +41,12 @@ class Processes:
             raise AssertionError("\n".join(failures))
         return results
 
-    def stop(self) -> None:
+    def stop(self, *, kill: bool = True) -> None:
+        for pipe in self._pipes:
+            pipe.close()  # at which a worker that is not stuck ends, and writes what coverage has counted
         for worker in self._workers:
+            if not kill:
+                worker.join(30)
             worker.kill()
             worker.join()
         self._workers, self._pipes = [], []
@@ -70,6 +74,7 @@ def _serve(rank: int, store: str, pipe: Any) -> None:
         try:
             function, args = pipe.recv()
         except EOFError:
+            torch.distributed.destroy_process_group()
             return
         torch.manual_seed(0)
         try:

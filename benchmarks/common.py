@@ -70,12 +70,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def write(out: Path, name: str, result: dict[str, Any], figure: Figure) -> None:
-    """`NAME.json` and `NAME.png` into `out`."""
+def write(out: Path, name: str, result: dict[str, Any], figure: Figure, *, quiet: bool = False) -> None:
+    """`NAME.json` and `NAME.png` into `out`; the JSON whole at any moment, so that a long run can be interrupted."""
     out.mkdir(parents=True, exist_ok=True)
     result = {**result, "machine": machine()}
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    half = out / f".{name}.json"
+    half.write_text(json.dumps(result, indent=1) + "\n")
+    half.replace(out / f"{name}.json")
     figure.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight")
+    if quiet:
+        return
     print(f"\n{describe(result['machine'])}\nwrote {out / name}.json and {out / name}.png")
 
 

@@ -99,15 +99,17 @@ def quality(model: nn.Module, data: Data) -> dict[str, float]:
     return {"mse": F.mse_loss(predicted, data.rating).item(), "pearson": pearson.item()}
 
 
-def train(model: nn.Module, data: Data, lr: float, steps: int | None, name: str) -> tuple[list[float], float]:
+def train(
+    model: nn.Module, data: Data, lr: float, steps: int | None, name: str, *, seed: int = 0
+) -> tuple[list[float], float]:
     """One epoch of AdamW over whatever requires gradients: (losses, seconds)."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     total = len(list(torch.arange(len(data)).split(BATCH)[:steps]))
     losses: list[float] = []
     model.train()
     start = time.perf_counter()
-    with tqdm(batches(data, steps), total=total, desc=name, unit="step") as bar:
+    with tqdm(batches(data, steps, seed), total=total, desc=name, unit="step") as bar:
         for batch in bar:
             loss = F.mse_loss(model(batch), batch.rating)
             optimizer.zero_grad()

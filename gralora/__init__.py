@@ -37,6 +37,7 @@ from gralora.linear import GraloraConv1D, GraloraLinear
 from gralora.merge import merge, merge_and_unload, unmerge
 from gralora.shared import shared_copy
 from gralora.state import UnknownAdapterError
+from gralora.suggest import suggest_k
 from gralora.summary import summary
 from gralora.version import __version__
 
@@ -71,6 +72,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "shared_copy",
+    "suggest_k",
     "summary",
     "to_lora",
     "unload",

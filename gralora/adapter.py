@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -244,6 +244,11 @@ def check_adapter_name(name: object) -> None:
 def legal_k(in_features: int, out_features: int, r: int) -> str:
     """The values of `gralora_k` that fit a layer, as an error message lists them."""
     return ", ".join(map(str, divisors(math.gcd(in_features, out_features, r))))
+
+
+def suggested(r: int, legal: Collection[int]) -> int:
+    """The k of the paper's rule, 2 up to r = 32 and 4 from r = 64, or the largest legal one below it."""
+    return max(k for k in legal if k <= (2 if r < 64 else 4))
 
 
 def _kaiming(fan_in: int, *shape: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from gralora.adapter import legal_k
+from gralora.adapter import legal_k, suggested
 from gralora.bypass import reader_of
-from gralora.config import GraloraConfig
+from gralora.config import GraloraConfig, divisors
 from gralora.distributed import is_spread
 from gralora.inplace import join
 from gralora.kinds import ADAPTABLE, spots
@@ -296,9 +297,10 @@ def _problems(targets: list[Target], names: Names) -> list[str]:
         k, r = target.config.gralora_k, target.config.r
         bad = [f"{side}={size}" for side, size in zip(("in_features", "out_features"), sizes, strict=True) if size % k]
         if bad:
-            legal = legal_k(*sizes, r)
+            best = suggested(r, divisors(math.gcd(*sizes, r)))
             problems.append(
-                f"gralora_k={k} does not divide {' and '.join(bad)} of {target.name!r} (r={r}). Legal here: {legal}."
+                f"gralora_k={k} does not divide {' and '.join(bad)} of {target.name!r} (r={r}). "
+                f"Legal here: {legal_k(*sizes, r)}. suggest_k gives {best}."
             )
     return problems
 

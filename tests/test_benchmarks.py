@@ -34,7 +34,21 @@ def test_the_main_job_learns_reloads_and_merges(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["layer", "kernels", "memory", "step", "merge", "inject", "save_load", "merge_on_disk", "mixed_batch", "meta"],
+    [
+        "layer",
+        "kernels",
+        "memory",
+        "step",
+        "merge",
+        "inject",
+        "save_load",
+        "merge_on_disk",
+        "mixed_batch",
+        "meta",
+        "quality",
+        "expressivity",
+        "entanglement",
+    ],
 )
 def test_benchmark_prints_a_table_and_writes_json_and_picture(name, tmp_path):
     printed = run(name, tmp_path)

@@ -112,7 +112,9 @@ def test_one_error_names_every_offender_and_the_legal_values_of_k():
     with pytest.raises(ValueError, match="'a'") as error:
         gralora.inject(model, ["a", "b", "c", "d"], GraloraConfig(r=12, gralora_k=3))
     lines = str(error.value).split("\n")
-    assert lines[0] == "gralora_k=3 does not divide in_features=100 of 'a' (r=12). Legal here: 1, 2, 4."
+    assert (
+        lines[0] == "gralora_k=3 does not divide in_features=100 of 'a' (r=12). Legal here: 1, 2, 4. suggest_k gives 2."
+    )
     assert lines[1].startswith("'c' is a LayerNorm")
     assert len(lines) == 2
     with pytest.raises(ValueError, match=r"in_features=9 and out_features=14 of '' \(r=8\)\. Legal here: 1\."):
@@ -212,7 +214,10 @@ def test_errors_say_no_more_and_no_less():
         gralora.inject(model, ["0", "1", "2"], GraloraConfig(r=4, gralora_k=4))
     first, second, third = str(raised.value).split("\n")  # one does not hide the next
     assert first == "'0' is a convolution of 2 groups; only those of one group can be adapted."
-    assert second == "gralora_k=4 does not divide in_features=6 and out_features=6 of '1' (r=4). Legal here: 1, 2."
+    assert (
+        second
+        == "gralora_k=4 does not divide in_features=6 and out_features=6 of '1' (r=4). Legal here: 1, 2. suggest_k gives 2."
+    )
     assert third.startswith("'2' is a ReLU; adaptable are nn.Linear, ") and third.endswith("fused experts.")
 
 

@@ -21,4 +21,5 @@ for _ in range(3):
     wrapped(x).square().mean().backward()
     optimizer.step()
 gralora.save_adapter(model, "ddp.safetensors")  # rank 0 writes
+distributed.barrier()  # gloo aborts where one process leaves early
 distributed.destroy_process_group()

@@ -174,7 +174,9 @@ def write_once(write: Callable[[], None], *, together: bool) -> None:
         except Exception as error:
             failure[0] = _portable(error)
     torch.distributed.broadcast_object_list(failure)
-    torch.distributed.barrier()  # rank 0 could end its group before the others have heard; gloo then aborts
+    # gloo frees a collective's tensors on a thread of its own, which aborts where the interpreter is ending (pytorch issue
+    # 190489): a script that ends with the save shall have one more round trip for that
+    torch.distributed.barrier()
     if failure[0] is not None:
         raise failure[0]
 

@@ -13,6 +13,9 @@ from .engines import needs
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "benchmarks" / "recipes").glob("*.py"))
 PACKAGES = {"quantised": ["bitsandbytes"], "offload": ["accelerate"], "compile_and_export": ["onnx", "onnxscript"]}
+# torch's own fault, open: gloo's thread frees a tensor while the interpreter ends, and aborts (pytorch issue 190489). On a busy
+# machine about one run in twenty does, after the recipe's last line; one that did so every time would still fail here.
+ABORTED, TRIES = "terminate called without an active exception", 4
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -25,14 +28,11 @@ def test_recipe_runs_as_it_says(path, tmp_path):
     assert ROOT / file == path
     module = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"]}[program]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *module, *options, path],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, *module, *options, path]
+    for _ in range(TRIES):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        if not (module and done.returncode and ABORTED in done.stderr):
+            break
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -21,5 +21,5 @@ for _ in range(3):
     wrapped(x).square().mean().backward()
     optimizer.step()
 gralora.save_adapter(model, "ddp.safetensors")  # rank 0 writes
-distributed.barrier()  # gloo aborts where one process leaves early
+distributed.barrier()  # time for gloo's threads: at an exit they abort (pytorch issue 190489)
 distributed.destroy_process_group()

@@ -20,5 +20,5 @@ model(torch.randn(2, 5, 64)).square().mean().backward()
 optimizer.step()
 gralora.save_adapter(model, "fsdp.safetensors")  # called on every rank; the base is not gathered
 gralora.load_adapter(model, "fsdp.safetensors", trainable=True)  # into the shards
-distributed.barrier()  # gloo aborts where one process leaves early
+distributed.barrier()  # time for gloo's threads: at an exit they abort (pytorch issue 190489)
 distributed.destroy_process_group()

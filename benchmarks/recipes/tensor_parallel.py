@@ -20,5 +20,5 @@ optimizer = torch.optim.AdamW(gralora.adapter_parameters(model), lr=1e-3)
 model(torch.randn(4, 64)).square().mean().backward()
 optimizer.step()
 gralora.save_adapter(model, "tensor_parallel.safetensors")  # called on every rank; whole tensors
-distributed.barrier()  # gloo aborts where one process leaves early
+distributed.barrier()  # time for gloo's threads: at an exit they abort (pytorch issue 190489)
 distributed.destroy_process_group()

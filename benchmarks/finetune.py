@@ -30,6 +30,7 @@ from benchmarks import common
 
 BATCH = 32
 HELD_OUT = 1000
+LINEAR = ["query", "key", "value", "dense"]  # every linear layer of the encoder
 
 
 @dataclass
@@ -177,17 +178,15 @@ def main_job(r: int, k: int, steps: int | None, out: Path) -> None:
 def compare(r: int, steps: int | None, out: Path) -> None:
     import peft
 
-    linear = ["query", "key", "value", "dense"]
-
     def head_only(model: nn.Module) -> nn.Module:
         return gralora_free(model, train_encoder=False)
 
     def lora(model: nn.Module) -> nn.Module:
-        config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=linear, modules_to_save=["head"])
+        config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=LINEAR, modules_to_save=["head"])
         return peft.get_peft_model(model, config)
 
     def peft_gralora(k: int) -> Callable[[nn.Module], nn.Module]:
-        config = peft.GraloraConfig(r=r, alpha=2 * r, gralora_k=k, target_modules=linear, modules_to_save=["head"])
+        config = peft.GraloraConfig(r=r, alpha=2 * r, gralora_k=k, target_modules=LINEAR, modules_to_save=["head"])
         return lambda model: peft.get_peft_model(model, config)
 
     def ours(k: int) -> Callable[[nn.Module], nn.Module]:

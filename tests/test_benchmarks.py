@@ -48,6 +48,8 @@ def test_the_main_job_learns_reloads_and_merges(tmp_path):
         "quality",
         "expressivity",
         "entanglement",
+        "language_model",
+        "vision",
     ],
 )
 def test_benchmark_prints_a_table_and_writes_json_and_picture(name, tmp_path):

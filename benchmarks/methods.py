@@ -1,0 +1,57 @@
+"""What the evidence compares: LoRA, GraLoRA by k and full fine-tuning of one model, each at the learning rate that suits it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import peft
+from torch import nn
+
+import gralora
+
+BEFORE, LORA, FULL = "before", "LoRA", "full fine-tuning"
+ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3), (3e-5, 1e-4, 3e-4)
+Result = TypeVar("Result", bound=Mapping[str, Any])
+
+
+def rates(name: str) -> tuple[float, ...]:
+    """The learning rates that are tried."""
+    return {BEFORE: (0.0,), FULL: FULL_RATES}.get(name, ADAPTER_RATES)
+
+
+def prepared(model: nn.Module, name: str, r: int, linear: str | list[str], head: str | None = None) -> nn.Module:
+    """`model` with what is trained: all of it, or adapters of alpha = 2 * r in the layers `linear`, and the `head` whole.
+
+    `name` is "before" (nothing is trained), "full fine-tuning", "LoRA" (PEFT's), "GraLoRA k=N" or "hybrid k=N", of whose
+    rank half is a plain LoRA pair.
+    """
+    if name in (BEFORE, FULL):
+        return model.requires_grad_(name == FULL)
+    saved = [head] if head else None
+    if name == LORA:
+        return peft.get_peft_model(
+            model, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=linear, modules_to_save=saved)
+        )
+    hybrid_r = r // 2 if name.startswith("hybrid") else 0
+    config = gralora.GraloraConfig(r - hybrid_r, hybrid_r, alpha=2 * r, gralora_k=int(name[-1]), modules_to_save=saved)
+    return gralora.inject(model, linear, config)
+
+
+def trained(model: nn.Module) -> int:
+    """How many parameters are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def best_rate(runs: Iterable[tuple[float, Result]], error: Callable[[Result], float]) -> tuple[float, list[Result]]:
+    """Of (learning rate, result): the rate with the lowest mean `error`, to be one on data for validation, and its results."""
+    by_rate: dict[float, list[Result]] = {}
+    for lr, result in runs:
+        by_rate.setdefault(lr, []).append(result)
+    return min(by_rate.items(), key=lambda item: statistics.fmean(map(error, item[1])))
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation over the seeds."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -29,8 +29,8 @@ from benchmarks import common, methods
 
 RANK = 32
 NAMES = (methods.BEFORE, methods.LORA, "GraLoRA k=2", "GraLoRA k=4", "GraLoRA k=8", methods.FULL)
-WINDOW, BATCH = 128, 16
-PRETRAIN_STEPS, PRETRAIN_RATE = 1200, 1e-3
+WINDOW, BATCH = 128, 8
+PRETRAIN_STEPS, PRETRAIN_RATE = 1800, 1e-3
 STEPS, LOOKS = 200, 10
 SEEDS = (0, 1)
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -95,7 +95,11 @@ def model_of(*, quick: bool) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     width, layers = (64, 2) if quick else (256, 4)
-    none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    none = {
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     config = GPT2Config(vocab_size=256, n_positions=WINDOW, n_embd=width, n_layer=layers, n_head=4, **none)
     return GPT2LMHeadModel(config)
 
@@ -142,7 +146,7 @@ class Setting:
 
 def setting(*, quick: bool) -> Setting:
     documentation, code = read(limit=60 if quick else None)
-    fixed, count = torch.Generator().manual_seed(1), 64 if quick else 512
+    fixed, count = torch.Generator().manual_seed(1), 64 if quick else 256
     watched = windows(code.validation, 64, fixed)
     held_out = {
         "code": windows(code.held_out, count, fixed),

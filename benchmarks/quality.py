@@ -4,10 +4,10 @@
 
 Each is trained on 2,000 terms for one epoch, with three learning rates and three seeds (of the initial values, the
 choice of terms and their order). The learning rate is the one with the lowest mean error on 500 terms for validation;
-what is told is the error on the 1,000 held-out terms, mean and spread over the seeds. All of one rank have the same
-number of trained parameters.
+what is told is the error on the 1,000 held-out terms, mean and spread over the seeds, and how it changes with the learning
+rate. All of one rank have the same number of trained parameters.
 
-    python -m benchmarks.quality             two hours on two cores; writes after every run, and goes on where it was
+    python -m benchmarks.quality             40 minutes on two cores; goes on where it was interrupted
     python -m benchmarks.quality --quick     20 seconds
 """
 
@@ -19,7 +19,6 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +34,9 @@ ADAPTERS = (methods.LORA, "GraLoRA k=2", "GraLoRA k=4", "GraLoRA k=8", "hybrid k
 SEEDS = (0, 1, 2)
 TRAINED, VALIDATED, CALIBRATED = 2000, 500, 256
 
+FIXED = "0.001"  # the learning rate at which all are compared beside
+
 Done = dict[str, dict[str, Any]]
-Case = tuple[str, int, dict[str, Any]]
 
 
 class Run(NamedTuple):
@@ -101,45 +101,72 @@ def measure(run: Run, steps: int | None = None) -> dict[str, Any]:
     }
 
 
-def chosen(runs: list[Run], done: Done) -> Iterator[Case]:
-    """(name, rank, summary) of every case, at the learning rate that validation chooses."""
-    for name, rank in dict.fromkeys((run.name, run.rank) for run in runs):
-        own = [(run.lr, done[run.key]) for run in runs if (run.name, run.rank) == (name, rank) and run.key in done]
-        if not own:
-            continue
-        lr, best = methods.best_rate(own, lambda each: each["validation"]["mse"])
-        mse, spread = methods.spread([each["held out"]["mse"] for each in best])
-        pearson, _ = methods.spread([each["held out"]["pearson"] for each in best])
-        summary = {"lr": lr, "seeds": len(best), "mse": mse, "spread": spread, "pearson": pearson}
-        yield name, rank, {**summary, "trainable": best[0]["trainable"]}
+def chosen(runs: list[Run], done: Done) -> list[dict[str, Any]]:
+    """Every case that has been run: its errors at each rate, and what it is worth at the rate that validation chooses.
+
+    "difference" is to the LoRA of that rank, seed by seed: runs of one seed share their terms, their order and their head.
+    """
+    by_case: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        if run.key in done:
+            by_case.setdefault((run.name, run.rank), []).append(run)
+    cases, lora = [], {}
+    for (name, rank), own in by_case.items():
+        lr, best = methods.best_rate(((run.lr, done[run.key]) for run in own), lambda each: each["validation"]["mse"])
+        errors = [each["held out"]["mse"] for each in best]
+        if name == methods.LORA:
+            lora[rank] = errors
+        mse, spread = methods.spread(errors)
+        case = {"name": name, "rank": rank, "lr": lr, "seeds": len(best), "mse": mse, "spread": spread}
+        case["pearson"], _ = methods.spread([each["held out"]["pearson"] for each in best])
+        if name in ADAPTERS[1:] and len(lora.get(rank, ())) == len(errors):
+            case["difference"] = methods.spread([a - b for a, b in zip(errors, lora[rank], strict=True)])
+        rates: dict[float, list[float]] = {}
+        for run in own:
+            rates.setdefault(run.lr, []).append(done[run.key]["held out"]["mse"])
+        case["by rate"] = {f"{lr:g}": statistics.fmean(errors) for lr, errors in rates.items()}
+        cases.append({**case, "trainable": best[0]["trainable"]})
+    return cases
 
 
-def picture(cases: list[Case]) -> common.Figure:
-    figure = common.Figure(figsize=(8, 4.5))
-    axes = figure.subplots()
-    for name in ADAPTERS:
-        rows = [(rank, case) for each, rank, case in cases if each == name]
-        if rows:
-            ranks, errors, spreads = zip(*((rank, case["mse"], case["spread"]) for rank, case in rows), strict=True)
-            axes.errorbar(ranks, errors, yerr=spreads, marker="o", capsize=3, label=name)
-    for name, _, case in cases:
-        if name == methods.FULL:
-            axes.axhline(case["mse"], color="grey", linestyle="--", label=f"{methods.FULL} (22.6 M)")
-            axes.axhspan(case["mse"] - case["spread"], case["mse"] + case["spread"], color="grey", alpha=0.15)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(RANKS, [str(rank) for rank in RANKS])
-    axes.set(xlabel="rank r (equal parameters)", ylabel="held-out MSE", title="MiniLM on VADER ratings, 2,000 terms")
-    axes.legend(fontsize=8)
+def picture(cases: list[dict[str, Any]]) -> common.Figure:
+    figure = common.Figure(figsize=(12, 4.5))
+    panes = figure.subplots(1, 2, sharey=True)
+    for i, name in enumerate(ADAPTERS):
+        own = [case for case in cases if case["name"] == name]
+        beside = [case["rank"] * 1.03 ** (i - 2.5) for case in own]
+        errors, spreads = [case["mse"] for case in own], [case["spread"] for case in own]
+        panes[0].errorbar(beside, errors, yerr=spreads, marker="o", markersize=4, capsize=2, linewidth=1, label=name)
+        fixed = [(case["rank"], case["by rate"][FIXED]) for case in own if FIXED in case["by rate"]]
+        panes[1].plot(*zip(*fixed, strict=True), marker="o", markersize=4, label=name)
+    for case in cases:
+        if case["name"] == methods.FULL:
+            panes[0].axhline(case["mse"], color="grey", linestyle="--", label=methods.FULL)
+            panes[0].axhspan(case["mse"] - case["spread"], case["mse"] + case["spread"], color="grey", alpha=0.15)
+    for pane, title in zip(panes, ("each at its best learning rate", f"all at learning rate {FIXED}"), strict=True):
+        pane.set_xscale("log", base=2)
+        pane.set_xticks(RANKS, [str(rank) for rank in RANKS])
+        pane.set(xlim=(6.5, 160), xlabel="rank r (equal parameters)", title=f"MiniLM on VADER ratings, {title}")
+    panes[0].set_ylabel("held-out MSE")
+    panes[1].legend(*panes[0].get_legend_handles_labels(), fontsize=8)
     return figure
 
 
-def write(
-    out: Path, runs: list[Run], done: dict[str, dict[str, Any]], *, quiet: bool = False
-) -> list[tuple[str, int, dict[str, Any]]]:
-    cases = list(chosen(runs, done))
-    summary = [{"name": name, "rank": rank, **case} for name, rank, case in cases]
+def by_rate(cases: list[dict[str, Any]]) -> str:
+    """A table: a row for a method and a learning rate, a column for a rank."""
+    ranks = list(dict.fromkeys(case["rank"] for case in cases))
+    rows: dict[tuple[str, str], dict[int, float]] = {}
+    for case in cases:
+        for rate, error in case["by rate"].items():
+            rows.setdefault((case["name"], rate), {})[case["rank"]] = error
+    head = ("", "lr", *(f"r={rank}" if rank else "all" for rank in ranks))
+    return common.table(head, [(*key, *(row.get(rank, "") for rank in ranks)) for key, row in rows.items()])
+
+
+def write(out: Path, runs: list[Run], done: Done, *, quiet: bool = False) -> list[dict[str, Any]]:
+    cases = chosen(runs, done)
     ordered = {run.key: done[run.key] for run in runs if run.key in done}  # whatever ended first
-    common.write(out, "quality", {"chosen": summary, "runs": ordered}, picture(cases), quiet=quiet)
+    common.write(out, "quality", {"chosen": cases, "runs": ordered}, picture(cases), quiet=quiet)
     return cases
 
 
@@ -153,12 +180,16 @@ def main() -> None:
         done[run.key] = result
         write(args.out, runs, done, quiet=True)
     cases = write(args.out, runs, done)
-    head = ("", "r", "lr", "held-out MSE", "Pearson r", "trainable", "seeds")
+    head = ("", "r", "lr", "held-out MSE", "to LoRA's, by seed", "Pearson r", "trainable", "seeds")
     rows = []
-    for name, rank, case in cases:
-        error, trained = f"{case['mse']:.3f} ± {case['spread']:.3f}", f"{case['trainable']:,}"
-        rows.append((name, rank or "", f"{case['lr']:g}", error, f"{case['pearson']:.3f}", trained, case["seeds"]))
+    for case in cases:
+        error, difference = f"{case['mse']:.3f} ± {case['spread']:.3f}", ""
+        if "difference" in case:
+            difference = "{:+.3f} ± {:.3f}".format(*case["difference"])
+        told = f"{case['pearson']:.3f}", f"{case['trainable']:,}", case["seeds"]
+        rows.append((case["name"], case["rank"] or "", f"{case['lr']:g}", error, difference, *told))
     print("\n" + common.table(head, rows))
+    print("\nheld-out MSE at every learning rate:\n" + by_rate(cases))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import quality
+
 ROOT = Path(__file__).parents[1]
 
 
 def run(name, out, *options):
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out), *options]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *options]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -20,7 +22,7 @@ def run(name, out, *options):
 
 
 def test_the_main_job_learns_reloads_and_merges(tmp_path):
-    run("finetune", tmp_path)
+    run("finetune", tmp_path, "--quick")
     result = json.loads((tmp_path / "finetune.json").read_text())
     assert (tmp_path / "finetune.png").stat().st_size > 10_000
     assert result["after"]["mse"] < 0.6 * result["before"]["mse"]
@@ -53,15 +55,35 @@ def test_the_main_job_learns_reloads_and_merges(tmp_path):
     ],
 )
 def test_benchmark_prints_a_table_and_writes_json_and_picture(name, tmp_path):
-    printed = run(name, tmp_path)
+    printed = run(name, tmp_path, "--quick")
     result = json.loads((tmp_path / f"{name}.json").read_text())
     assert "| ---" in printed
     assert {"cpu", "threads", "versions"} <= set(result["machine"])
     assert (tmp_path / f"{name}.png").stat().st_size > 5_000
 
 
+def test_quality_goes_on_where_it_was_interrupted(tmp_path):
+    committed = json.loads((ROOT / "benchmarks/results/quality.json").read_text())
+    key = "LoRA, r=8, lr=0.001, seed=2"
+    lost = committed["runs"].pop(key)
+    (tmp_path / "quality.json").write_text(json.dumps(committed))
+    run("quality", tmp_path)
+    result = json.loads((tmp_path / "quality.json").read_text())
+    again = result["runs"].pop(key)
+    assert result["runs"] == committed["runs"]
+    assert again["trainable"] == lost["trainable"]
+    assert again["validation"]["mse"] == pytest.approx(lost["validation"]["mse"], rel=0.1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_quality_draws_what_it_has(count, tmp_path):
+    committed = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["runs"]
+    quality.write(tmp_path, quality.plan(quick=False), dict(list(committed.items())[:count]), quiet=True)
+    assert len(json.loads((tmp_path / "quality.json").read_text())["chosen"]) == -(-count // 3)
+
+
 def test_kernel_counts_are_repeatable_and_those_of_the_committed_run(tmp_path):
-    run("kernels", tmp_path)
+    run("kernels", tmp_path, "--quick")
     committed = json.loads((ROOT / "benchmarks/results/kernels.json").read_text())
     ours = {case: counts["gralora"] for case, counts in committed["counts"].items()}
     again = json.loads((tmp_path / "kernels.json").read_text())["counts"]

@@ -104,7 +104,7 @@ def measure(run: Run, steps: int | None = None) -> dict[str, Any]:
 def chosen(runs: list[Run], done: Done) -> list[dict[str, Any]]:
     """Every case that has been run: its errors at each rate, and what it is worth at the rate that validation chooses.
 
-    "difference" is to the LoRA of that rank, seed by seed: runs of one seed share their terms, their order and their head.
+    "differences" are to the LoRA of that rank, seed by seed: runs of one seed share their terms, their order and their head.
     """
     by_case: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
@@ -120,7 +120,7 @@ def chosen(runs: list[Run], done: Done) -> list[dict[str, Any]]:
         case = {"name": name, "rank": rank, "lr": lr, "seeds": len(best), "mse": mse, "spread": spread}
         case["pearson"], _ = methods.spread([each["held out"]["pearson"] for each in best])
         if name in ADAPTERS[1:] and len(lora.get(rank, ())) == len(errors):
-            case["difference"] = methods.spread([a - b for a, b in zip(errors, lora[rank], strict=True)])
+            case["differences"] = [a - b for a, b in zip(errors, lora[rank], strict=True)]
         rates: dict[float, list[float]] = {}
         for run in own:
             rates.setdefault(run.lr, []).append(done[run.key]["held out"]["mse"])
@@ -184,11 +184,16 @@ def main() -> None:
     rows = []
     for case in cases:
         error, difference = f"{case['mse']:.3f} ± {case['spread']:.3f}", ""
-        if "difference" in case:
-            difference = "{:+.3f} ± {:.3f}".format(*case["difference"])
+        if "differences" in case:
+            difference = "{:+.3f} ± {:.3f}".format(*methods.spread(case["differences"]))
         told = f"{case['pearson']:.3f}", f"{case['trainable']:,}", case["seeds"]
         rows.append((case["name"], case["rank"] or "", f"{case['lr']:g}", error, difference, *told))
     print("\n" + common.table(head, rows))
+    for name in ADAPTERS[1:]:
+        pairs = [each for case in cases if case["name"] == name for each in case.get("differences", ())]
+        if pairs:
+            better = sum(each < 0 for each in pairs)
+            print(f"{name}: {statistics.fmean(pairs):+.3f} to LoRA's, better in {better} of {len(pairs)} pairs")
     print("\nheld-out MSE at every learning rate:\n" + by_rate(cases))
 
 

@@ -119,12 +119,9 @@ def _config(
     else:
         r, hybrid_r = r or max(c.r for c in configs), max(c.hybrid_r for c in configs)
     cut = layer.spot.cut
-    if any(size % k for size in cut):
+    if any(size % k for size in cut):  # a given k: a least common multiple divides what each of its parts divides
         legal = ", ".join(map(str, divisors(math.gcd(*cut))))
-        raise ValueError(
-            f"gralora_k={k}, the least common multiple, does not divide both sizes of {path!r}, {cut}. "
-            f'Legal here: {legal}. how="svd" takes any of them, as gralora_k.'
-        )
+        raise ValueError(f"gralora_k={k} does not divide both sizes of {path!r}, {cut}. Legal here: {legal}.")
     dropout = max(c.gralora_dropout for c in configs)
     return GraloraConfig(r=r, hybrid_r=hybrid_r, alpha=r + hybrid_r, gralora_k=k, gralora_dropout=dropout)
 

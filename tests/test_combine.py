@@ -177,7 +177,7 @@ def test_what_is_not_legal_is_refused_and_changes_nothing(arguments, fields, err
     assert_same(fingerprint(model), before)
 
 
-def test_ks_whose_least_common_multiple_does_not_fit_are_refused_with_the_way_out():
+def test_the_least_common_multiple_of_ks_fits_and_a_given_k_that_does_not_is_refused():
     model = mlp(12, 12)
     gralora.inject(model, ["0"], random_config(r=4, gralora_k=4), adapter_name="a")
     gralora.inject(model, ["0"], random_config(r=6, gralora_k=6), adapter_name="b")
@@ -191,5 +191,7 @@ def test_ks_whose_least_common_multiple_does_not_fit_are_refused_with_the_way_ou
     gralora.inject(model, ["0"], random_config(r=3, gralora_k=3), adapter_name="b")
     gralora.combine(model, ["a", "b"], None, "fits")
     model = gralora.inject(nn.Sequential(nn.Linear(20, 30)), ["0"], random_config(r=2, gralora_k=2), adapter_name="a")
-    with pytest.raises(ValueError, match=r"does not divide both sizes of '0', \(20, 30\)\. Legal here: 1, 2, 5, 10"):
+    with pytest.raises(
+        ValueError, match=r"gralora_k=4 does not divide both sizes of '0', \(20, 30\)\. Legal here: 1, 2, 5, 10\."
+    ):
         gralora.combine(model, ["a"], None, "b", how="svd", gralora_k=4, r=4)

@@ -30,7 +30,7 @@ from benchmarks import common, methods
 RANK = 32
 NAMES = (methods.BEFORE, methods.LORA, "GraLoRA k=2", "GraLoRA k=4", "GraLoRA k=8", methods.FULL)
 WINDOW, BATCH = 128, 8
-PRETRAIN_STEPS, PRETRAIN_RATE = 1800, 1e-3
+PRETRAIN_STEPS, PRETRAIN_RATE = 1200, 1e-3
 STEPS, LOOKS = 200, 10
 SEEDS = (0, 1)
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}

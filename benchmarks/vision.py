@@ -5,7 +5,7 @@ trained from nothing. A fifth of the scans is for validation, which chooses the 
 are the accuracy on the new task and on the old one (the scans of 0 to 7, upright) with the adapter on, mean and spread over
 five seeds of all that is random. Without the adapter the old model is there again to the last bit, whatever was learned.
 
-    python -m benchmarks.vision             about ten minutes on two cores
+    python -m benchmarks.vision             about twenty minutes on two cores
     python -m benchmarks.vision --quick     one seed, one learning rate, three methods, four epochs
 """
 
@@ -166,8 +166,13 @@ def picture(cases: list[dict[str, Any]]) -> common.Figure:
             places = [i + 0.4 * at - 0.2 for i in range(len(own))]
             axes.bar(places, means, 0.4, yerr=spreads, capsize=2, label=label)
         axes.set_xticks(range(len(own)), [case["name"] for case in own], rotation=30, ha="right", fontsize=8)
-        axes.set(title=f"adapted to {task}, r = {RANK}", ylabel="held-out accuracy, %", ylim=(0, 105))
-        axes.legend(fontsize=8, loc="lower right")
+        axes.set(
+            title=f"adapted to {task}, r = {RANK}",
+            ylabel="held-out accuracy, %",
+            ylim=(0, 118),
+            yticks=range(0, 101, 20),
+        )
+        axes.legend(fontsize=8, loc="upper right", ncols=2)
     return figure
 
 

@@ -149,18 +149,26 @@ def measure(run: Run, epochs: int = EPOCHS, adapt_epochs: int = ADAPT_EPOCHS) ->
     }
 
 
-def chosen(done: dict[Run, dict[str, Any]], task: str, name: str) -> dict[str, Any]:
-    """Means and spreads at the learning rate that validation chooses."""
-    own = ((run.lr, result) for run, result in done.items() if (run.task, run.name) == (task, name))
-    lr, best = methods.best_rate(own, lambda result: result["validation"]["loss"])
-    new, old = (methods.spread([100 * result[where]["accuracy"] for result in best]) for where in ("new", "old"))
-    return {"task": task, "name": name, "lr": lr, "new": new, "old": old, "trainable": best[0]["trainable"]}
+def summary(done: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means and spreads of every task, method and learning rate; `chosen` is the rate that validation chooses."""
+    by_case: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+    for run, result in done.items():
+        by_case.setdefault((run.task, run.name), {}).setdefault(run.lr, []).append(result)
+    cases = []
+    for (task, name), by_rate in by_case.items():
+        runs = ((lr, result) for lr, results in by_rate.items() for result in results)
+        best, _ = methods.best_rate(runs, lambda result: result["validation"]["loss"])
+        for lr, results in by_rate.items():
+            new, old = (methods.spread([100 * each[where]["accuracy"] for each in results]) for where in ("new", "old"))
+            case = {"task": task, "name": name, "lr": lr, "chosen": lr == best, "new": new, "old": old}
+            cases.append({**case, "trainable": results[0]["trainable"]})
+    return cases
 
 
 def picture(cases: list[dict[str, Any]]) -> common.Figure:
     figure = common.Figure(figsize=(10, 4))
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
-        own = [case for case in cases if case["task"] == task]
+        own = [case for case in cases if case["task"] == task and case["chosen"]]
         for at, (where, label) in enumerate({"new": "the new task", "old": "0 to 7, upright"}.items()):
             means, spreads = zip(*(case[where] for case in own), strict=True)
             places = [i + 0.4 * at - 0.2 for i in range(len(own))]
@@ -184,15 +192,16 @@ def main() -> None:
     runs = [Run(task, name, lr, seed) for seed in seeds for task in TASKS for name in names for lr in rates[name]]
     ended = dict(common.each(measured, runs, "vision", here=args.quick))
     done = {run: ended[run] for run in runs}
-    cases = [chosen(done, task, name) for task in TASKS for name in names]
-    head = ("adapted to", "", "lr", "new task, %", "0 to 7 upright, %", "trainable")
+    cases = summary(done)
+    head = ("adapted to", "", "lr", "chosen", "new task, %", "0 to 7 upright, %", "trainable")
     rows = []
     for case in cases:
         new, old = ("{:.1f} ± {:.1f}".format(*case[where]) for where in ("new", "old"))
-        rows.append((case["task"], case["name"], f"{case['lr']:g}", new, old, f"{case['trainable']:,}"))
+        told = f"{case['lr']:g}", "*" if case["chosen"] else "", new, old, f"{case['trainable']:,}"
+        rows.append((case["task"], case["name"], *told))
     print("\n" + common.table(head, rows))
     listed = [{**run._asdict(), **result} for run, result in done.items()]
-    common.write(args.out, "vision", {"chosen": cases, "runs": listed}, picture(cases))
+    common.write(args.out, "vision", {"summary": cases, "runs": listed}, picture(cases))
 
 
 if __name__ == "__main__":

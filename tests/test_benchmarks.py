@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from benchmarks import quality
+from benchmarks import methods, quality
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,6 +81,15 @@ def test_quality_draws_what_it_has(count, tmp_path):
     committed = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["runs"]
     quality.write(tmp_path, quality.plan(quick=False), dict(list(committed.items())[:count]), quiet=True)
     assert len(json.loads((tmp_path / "quality.json").read_text())["chosen"]) == -(-count // 3)
+
+
+def test_what_the_evidence_compares_trains_equally_many_parameters_and_the_rate_is_chosen_by_the_mean_error():
+    names = [methods.LORA, "GraLoRA k=2", "GraLoRA k=4", "GraLoRA k=8", "hybrid k=2"]
+    models = (nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8), nn.Linear(8, 2)) for _ in names)
+    prepared = [methods.prepared(model, name, 8, ["0", "1"], "2") for model, name in zip(models, names, strict=True)]
+    assert [methods.trained(model) for model in prepared] == [8 * (16 + 32 + 32 + 8) + 18] * len(names)
+    runs = [(0.1, {"error": 1.0}), (0.2, {"error": 0.0}), (0.1, {"error": 3.0}), (0.2, {"error": 3.9})]
+    assert methods.best_rate(runs, lambda run: run["error"]) == (0.2, [{"error": 0.0}, {"error": 3.9}])
 
 
 def test_kernel_counts_are_repeatable_and_those_of_the_committed_run(tmp_path):

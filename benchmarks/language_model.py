@@ -6,7 +6,7 @@ A tenth of the files is for validation, which chooses the learning rate, and a t
 fine-tuning see the same windows of 128 bytes in the same order. Told are bits per byte on code, against steps, and what the
 adapted model has lost on documentation.
 
-    python -m benchmarks.language_model             half an hour on two cores
+    python -m benchmarks.language_model             25 minutes on two cores
     python -m benchmarks.language_model --quick     20 steps, a smaller model, one learning rate, two methods
 """
 
@@ -32,6 +32,7 @@ NAMES = (methods.BEFORE, methods.LORA, "GraLoRA k=2", "GraLoRA k=4", "GraLoRA k=
 WINDOW, BATCH = 128, 8
 PRETRAIN_STEPS, PRETRAIN_RATE = 1200, 1e-3
 STEPS, LOOKS = 200, 10
+ADAPTER_RATES, FULL_RATES = (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1)
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -185,13 +186,9 @@ def chosen(done: dict[Run, dict[str, Any]], name: str) -> dict[str, Any]:
 def picture(cases: list[dict[str, Any]]) -> common.Figure:
     figure = common.Figure(figsize=(11, 4.2))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for case in cases:
-        colour = f"C{cases.index(case)}"
-        if case["curve"]:
-            left.plot(*zip(*case["curve"], strict=True), color=colour, label=f"{case['name']}, lr {case['lr']:g}")
-        at = case["documentation"][0], case["code"][0]
-        right.scatter(*at, color=colour)
-        right.annotate(case["name"], at, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    for case in (case for case in cases if case["curve"]):
+        line = left.plot(*zip(*case["curve"], strict=True), label=f"{case['name']}, lr {case['lr']:g}")
+        right.scatter(case["documentation"][0], case["code"][0], color=line[0].get_color())
     left.set(
         xlabel="step", ylabel="bits per byte of code (validation)", title=f"from documentation to code, r = {RANK}"
     )
@@ -205,7 +202,7 @@ def picture(cases: list[dict[str, Any]]) -> common.Figure:
 def main() -> None:
     args = common.parser(__doc__, quick="20 steps, a smaller model, one learning rate, two methods").parse_args()
     names, seeds, steps = (NAMES[:4:2], SEEDS[:1], 20) if args.quick else (NAMES, SEEDS, STEPS)
-    rates = {name: methods.rates(name)[:: 3 if args.quick else 1] for name in names}
+    rates = {name: methods.rates(name, ADAPTER_RATES, FULL_RATES)[:: 3 if args.quick else 1] for name in names}
     runs = [Run(name, lr, seed) for seed in seeds for name in names for lr in rates[name]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "setting.pt"

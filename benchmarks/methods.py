@@ -12,13 +12,12 @@ from torch import nn
 import gralora
 
 BEFORE, LORA, FULL = "before", "LoRA", "full fine-tuning"
-ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3), (3e-5, 1e-4, 3e-4)
 Result = TypeVar("Result", bound=Mapping[str, Any])
 
 
-def rates(name: str) -> tuple[float, ...]:
-    """The learning rates that are tried."""
-    return {BEFORE: (0.0,), FULL: FULL_RATES}.get(name, ADAPTER_RATES)
+def rates(name: str, adapters: Sequence[float], full: Sequence[float]) -> Sequence[float]:
+    """The learning rates that are tried: those of `adapters`, or of `full` fine-tuning."""
+    return {BEFORE: (0.0,), FULL: full}.get(name, adapters)
 
 
 def prepared(model: nn.Module, name: str, r: int, linear: str | list[str], head: str | None = None) -> nn.Module:

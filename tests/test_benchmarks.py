@@ -79,8 +79,10 @@ def test_quality_goes_on_where_it_was_interrupted(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 40])
 def test_quality_draws_what_it_has(count, tmp_path):
     committed = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["runs"]
-    quality.write(tmp_path, quality.plan(quick=False), dict(list(committed.items())[:count]), quiet=True)
-    assert len(json.loads((tmp_path / "quality.json").read_text())["chosen"]) == -(-count // 3)
+    runs = quality.plan(quick=False)
+    quality.write(tmp_path, runs, {run.key: committed[run.key] for run in runs[:count]}, quiet=True)
+    cases = {(run.name, run.rank) for run in runs[:count]}
+    assert len(json.loads((tmp_path / "quality.json").read_text())["chosen"]) == len(cases)
 
 
 def test_what_the_evidence_compares_trains_equally_many_parameters_and_the_rate_is_chosen_by_the_mean_error():

@@ -175,27 +175,39 @@ def measure(run: Run, path: Path, steps: int) -> dict[str, Any]:
     return {"curve": curve, "validation": bits(model, start.watched), "trainable": methods.trained(model), **told}
 
 
-def chosen(done: dict[Run, dict[str, Any]], name: str) -> dict[str, Any]:
-    """Means over the seeds at the learning rate that validation chooses."""
-    own = ((run.lr, result) for run, result in done.items() if run.name == name)
-    lr, best = methods.best_rate(own, lambda result: result["validation"])
-    told = {kind: methods.spread([result[kind] for result in best]) for kind in ("code", "documentation")}
-    return {"name": name, "lr": lr, **told, "trainable": best[0]["trainable"], "curve": best[0]["curve"]}
+def summary(done: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the seeds of every method and learning rate; `chosen` is the rate that validation chooses."""
+    by_name: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for run, result in done.items():
+        by_name.setdefault(run.name, {}).setdefault(run.lr, []).append(result)
+    cases = []
+    for name, by_rate in by_name.items():
+        runs = ((lr, result) for lr, results in by_rate.items() for result in results)
+        best, _ = methods.best_rate(runs, lambda result: result["validation"])
+        for lr, results in by_rate.items():
+            kinds = ("validation", "code", "documentation")
+            told = {kind: methods.spread([result[kind] for result in results]) for kind in kinds}
+            case = {"name": name, "lr": lr, "chosen": lr == best, **told, "trainable": results[0]["trainable"]}
+            cases.append({**case, "curve": results[0]["curve"]})
+    return cases
 
 
 def picture(cases: list[dict[str, Any]]) -> common.Figure:
     figure = common.Figure(figsize=(11, 4.2))
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for case in (case for case in cases if case["curve"]):
-        line = left.plot(*zip(*case["curve"], strict=True), label=f"{case['name']}, lr {case['lr']:g}")
-        right.scatter(case["documentation"][0], case["code"][0], color=line[0].get_color())
-    left.set(
-        xlabel="step", ylabel="bits per byte of code (validation)", title=f"from documentation to code, r = {RANK}"
-    )
-    left.legend(fontsize=8)
-    right.set(
-        xlabel="bits per byte of documentation", ylabel="bits per byte of code", title="held out: learned and lost"
-    )
+    left, right = figure.subplots(1, 2)
+    adapted = [case for case in cases if case["curve"]]
+    for name in dict.fromkeys(case["name"] for case in adapted):
+        own = [case for case in adapted if case["name"] == name]
+        best = next(case for case in own if case["chosen"])
+        left.plot(*zip(*best["curve"], strict=True), label=f"{name}, lr {best['lr']:g}")
+        rates = [case["lr"] / own[0]["lr"] for case in own]
+        right.plot(rates, [case["code"][0] for case in own], marker="o", label=name)
+    right.axhline(cases[0]["code"][0], color="grey", linestyle="--", label=methods.BEFORE)
+    left.set(xlabel="step", ylabel="bits per byte of code (validation)", title=f"documentation to code, r = {RANK}")
+    right.set_xscale("log")
+    right.set(xlabel="learning rate, over the lowest", ylabel="bits per byte of code (held out)")
+    for axes in (left, right):
+        axes.legend(fontsize=8)
     return figure
 
 
@@ -209,14 +221,15 @@ def main() -> None:
         torch.save(setting(quick=args.quick), path)
         measured = functools.partial(measure, path=path, steps=steps)
         ended = dict(common.each(measured, runs, "language model", here=args.quick))
-    cases = [chosen({run: ended[run] for run in runs}, name) for name in names]
-    rows = []
+    done = {run: ended[run] for run in runs}
+    cases, rows = summary(done), []
     for case in cases:
         code, documentation = ("{:.3f} ± {:.3f}".format(*case[kind]) for kind in ("code", "documentation"))
-        rows.append((case["name"], f"{case['lr']:g}", code, documentation, f"{case['trainable']:,}"))
-    print("\n" + common.table(("", "lr", "code, bits per byte", "documentation", "trainable"), rows))
-    listed = [{**run._asdict(), **ended[run]} for run in runs]
-    common.write(args.out, "language_model", {"chosen": cases, "runs": listed}, picture(cases))
+        mark = "*" if case["chosen"] else ""
+        rows.append((case["name"], f"{case['lr']:g}", mark, code, documentation, f"{case['trainable']:,}"))
+    print("\n" + common.table(("", "lr", "chosen", "code, bits per byte", "documentation", "trainable"), rows))
+    listed = [{**run._asdict(), **result} for run, result in done.items()]
+    common.write(args.out, "language_model", {"summary": cases, "runs": listed}, picture(cases))
 
 
 if __name__ == "__main__":

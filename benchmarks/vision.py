@@ -167,21 +167,19 @@ def summary(done: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def picture(cases: list[dict[str, Any]]) -> common.Figure:
-    figure = common.Figure(figsize=(10, 4))
+    """What is learned against what is kept: a line for a method, a point for a learning rate, a star for the chosen one."""
+    figure = common.Figure(figsize=(11, 4.5))
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
-        own = [case for case in cases if case["task"] == task and case["chosen"]]
-        for at, (where, label) in enumerate({"new": "the new task", "old": "0 to 7, upright"}.items()):
-            means, spreads = zip(*(case[where] for case in own), strict=True)
-            places = [i + 0.4 * at - 0.2 for i in range(len(own))]
-            axes.bar(places, means, 0.4, yerr=spreads, capsize=2, label=label)
-        axes.set_xticks(range(len(own)), [case["name"] for case in own], rotation=30, ha="right", fontsize=8)
-        axes.set(
-            title=f"adapted to {task}, r = {RANK}",
-            ylabel="held-out accuracy, %",
-            ylim=(0, 118),
-            yticks=range(0, 101, 20),
-        )
-        axes.legend(fontsize=8, loc="upper right", ncols=2)
+        for name in NAMES[2:]:
+            own = [case for case in cases if (case["task"], case["name"]) == (task, name)]
+            if own:
+                kept, learned = [case["old"][0] for case in own], [case["new"][0] for case in own]
+                sizes = [120 if case["chosen"] else 20 for case in own]
+                line = axes.plot(kept, learned, linewidth=1, label=name)
+                axes.scatter(kept, learned, sizes, color=line[0].get_color(), marker="*")
+        axes.set(title=f"adapted to {task}, r = {RANK}", xlabel="kept: 0 to 7 upright, %", ylabel="learned, %")
+        axes.set(xlim=(-2, 100), ylim=(70, 100))
+        axes.legend(fontsize=8, loc="lower left")
     return figure
 
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import common, methods
+from benchmarks import _methods as methods
+from benchmarks import common
 
 RANK = 32
 NAMES = (methods.BEFORE, methods.LORA, "GraLoRA k=2", "GraLoRA k=4", "GraLoRA k=8", methods.FULL)

@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import gralora
-from benchmarks import common, finetune, methods
+from benchmarks import _methods as methods
+from benchmarks import common, finetune
 
 RANKS = (8, 16, 32, 64, 128)
 ADAPTERS = (methods.LORA, "GraLoRA k=2", "GraLoRA k=4", "GraLoRA k=8", "hybrid k=2", "k by gradient")

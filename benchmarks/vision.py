@@ -21,7 +21,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import common, methods
+from benchmarks import _methods as methods
+from benchmarks import common
 
 RANK = 8
 HEAD_ONLY = "head only"

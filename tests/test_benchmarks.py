@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from benchmarks import methods, quality
+from benchmarks import _methods as methods
+from benchmarks import quality
 
 ROOT = Path(__file__).parents[1]
 

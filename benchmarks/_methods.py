@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import peft
@@ -12,6 +12,7 @@ from torch import nn
 import gralora
 
 BEFORE, LORA, FULL = "before", "LoRA", "full fine-tuning"
+Case = TypeVar("Case", bound=Hashable)
 Result = TypeVar("Result", bound=Mapping[str, Any])
 
 
@@ -43,12 +44,18 @@ def trained(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def best_rate(runs: Iterable[tuple[float, Result]], error: Callable[[Result], float]) -> tuple[float, list[Result]]:
-    """Of (learning rate, result): the rate with the lowest mean `error`, to be one on data for validation, and its results."""
-    by_rate: dict[float, list[Result]] = {}
-    for lr, result in runs:
-        by_rate.setdefault(lr, []).append(result)
-    return min(by_rate.items(), key=lambda item: statistics.fmean(map(error, item[1])))
+def by_case(
+    runs: Iterable[tuple[Case, float, Result]], error: Callable[[Result], float]
+) -> Iterator[tuple[Case, dict[float, list[Result]], float]]:
+    """Of (case, learning rate, result): each case, its results by rate, and its best rate.
+
+    That is the one with the lowest mean `error`, which is to be one on data for validation.
+    """
+    found: dict[Case, dict[float, list[Result]]] = {}
+    for case, lr, result in runs:
+        found.setdefault(case, {}).setdefault(lr, []).append(result)
+    for case, by_rate in found.items():
+        yield case, by_rate, min(by_rate, key=lambda lr: statistics.fmean(map(error, by_rate[lr])))
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

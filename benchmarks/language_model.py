@@ -97,12 +97,9 @@ def model_of(*, quick: bool) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     width, layers = (64, 2) if quick else (256, 4)
-    none = {
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    config = GPT2Config(vocab_size=256, n_positions=WINDOW, n_embd=width, n_layer=layers, n_head=4, **none)
+    sizes = {"vocab_size": 256, "n_positions": WINDOW, "n_embd": width, "n_layer": layers, "n_head": 4}
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(**sizes, **no_dropout, bos_token_id=None, eos_token_id=None)
     return GPT2LMHeadModel(config)
 
 
@@ -178,13 +175,9 @@ def measure(run: Run, path: Path, steps: int) -> dict[str, Any]:
 
 def summary(done: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over the seeds of every method and learning rate; `chosen` is the rate that validation chooses."""
-    by_name: dict[str, dict[float, list[dict[str, Any]]]] = {}
-    for run, result in done.items():
-        by_name.setdefault(run.name, {}).setdefault(run.lr, []).append(result)
+    runs = ((run.name, run.lr, result) for run, result in done.items())
     cases = []
-    for name, by_rate in by_name.items():
-        runs = ((lr, result) for lr, results in by_rate.items() for result in results)
-        best, _ = methods.best_rate(runs, lambda result: result["validation"])
+    for name, by_rate, best in methods.by_case(runs, lambda result: result["validation"]):
         for lr, results in by_rate.items():
             kinds = ("validation", "code", "documentation")
             told = {kind: methods.spread([result[kind] for result in results]) for kind in kinds}
@@ -215,7 +208,7 @@ def picture(cases: list[dict[str, Any]]) -> common.Figure:
 def main() -> None:
     args = common.parser(__doc__, quick="20 steps, a smaller model, one learning rate, two methods").parse_args()
     names, seeds, steps = (NAMES[:4:2], SEEDS[:1], 20) if args.quick else (NAMES, SEEDS, STEPS)
-    rates = {name: methods.rates(name, ADAPTER_RATES, FULL_RATES)[:: 3 if args.quick else 1] for name in names}
+    rates = {name: methods.rates(name, ADAPTER_RATES, FULL_RATES)[: 1 if args.quick else None] for name in names}
     runs = [Run(name, lr, seed) for seed in seeds for name in names for lr in rates[name]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "setting.pt"

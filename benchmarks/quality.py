@@ -33,10 +33,9 @@ from benchmarks import common, finetune
 RANKS = (8, 16, 32, 64, 128)
 ADAPTERS = (methods.LORA, "GraLoRA k=2", "GraLoRA k=4", "GraLoRA k=8", "hybrid k=2", "k by gradient")
 ADAPTER_RATES, FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3), (3e-5, 1e-4, 3e-4)
+FIXED = "0.001"  # of these, the one at which all are compared beside
 SEEDS = (0, 1, 2)
 TRAINED, VALIDATED, CALIBRATED = 2000, 500, 256
-
-FIXED = "0.001"  # the learning rate at which all are compared beside
 
 Done = dict[str, dict[str, Any]]
 
@@ -112,13 +111,10 @@ def chosen(runs: list[Run], done: Done) -> list[dict[str, Any]]:
 
     "differences" are to the LoRA of that rank, seed by seed: runs of one seed share their terms, their order and their head.
     """
-    by_case: dict[tuple[str, int], list[Run]] = {}
-    for run in runs:
-        if run.key in done:
-            by_case.setdefault((run.name, run.rank), []).append(run)
+    ended = (((run.name, run.rank), run.lr, done[run.key]) for run in runs if run.key in done)
     cases, lora = [], {}
-    for (name, rank), own in by_case.items():
-        lr, best = methods.best_rate(((run.lr, done[run.key]) for run in own), lambda each: each["validation"]["mse"])
+    for (name, rank), by_rate, lr in methods.by_case(ended, lambda each: each["validation"]["mse"]):
+        best = by_rate[lr]
         errors = [each["held out"]["mse"] for each in best]
         if name == methods.LORA:
             lora[rank] = errors
@@ -127,10 +123,10 @@ def chosen(runs: list[Run], done: Done) -> list[dict[str, Any]]:
         case["pearson"], _ = methods.spread([each["held out"]["pearson"] for each in best])
         if name in ADAPTERS[1:] and len(lora.get(rank, ())) == len(errors):
             case["differences"] = [a - b for a, b in zip(errors, lora[rank], strict=True)]
-        rates: dict[float, list[float]] = {}
-        for run in own:
-            rates.setdefault(run.lr, []).append(done[run.key]["held out"]["mse"])
-        case["by rate"] = {f"{lr:g}": statistics.fmean(errors) for lr, errors in rates.items()}
+        case["by rate"] = {
+            f"{rate:g}": statistics.fmean(each["held out"]["mse"] for each in results)
+            for rate, results in by_rate.items()
+        }
         cases.append({**case, "trainable": best[0]["trainable"]})
     return cases
 

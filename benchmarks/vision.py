@@ -153,13 +153,9 @@ def measure(run: Run, epochs: int = EPOCHS, adapt_epochs: int = ADAPT_EPOCHS) ->
 
 def summary(done: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
     """Means and spreads of every task, method and learning rate; `chosen` is the rate that validation chooses."""
-    by_case: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
-    for run, result in done.items():
-        by_case.setdefault((run.task, run.name), {}).setdefault(run.lr, []).append(result)
+    runs = (((run.task, run.name), run.lr, result) for run, result in done.items())
     cases = []
-    for (task, name), by_rate in by_case.items():
-        runs = ((lr, result) for lr, results in by_rate.items() for result in results)
-        best, _ = methods.best_rate(runs, lambda result: result["validation"]["loss"])
+    for (task, name), by_rate, best in methods.by_case(runs, lambda result: result["validation"]["loss"]):
         for lr, results in by_rate.items():
             new, old = (methods.spread([100 * each[where]["accuracy"] for each in results]) for where in ("new", "old"))
             case = {"task": task, "name": name, "lr": lr, "chosen": lr == best, "new": new, "old": old}
@@ -188,7 +184,7 @@ def main() -> None:
     args = common.parser(__doc__, quick="one seed, one learning rate, three methods, four epochs").parse_args()
     names, seeds = (NAMES[:6:2], SEEDS[:1]) if args.quick else (NAMES, SEEDS)
     measured = functools.partial(measure, epochs=4, adapt_epochs=4) if args.quick else measure
-    rates = {name: methods.rates(name, ADAPTER_RATES, FULL_RATES)[:: 4 if args.quick else 1] for name in names}
+    rates = {name: methods.rates(name, ADAPTER_RATES, FULL_RATES)[: 1 if args.quick else None] for name in names}
     runs = [Run(task, name, lr, seed) for seed in seeds for task in TASKS for name in names for lr in rates[name]]
     ended = dict(common.each(measured, runs, "vision", here=args.quick))
     done = {run: ended[run] for run in runs}

@@ -92,7 +92,9 @@ def test_what_the_evidence_compares_trains_equally_many_parameters_and_the_rate_
     prepared = [methods.prepared(model, name, 8, ["0", "1"], "2") for model, name in zip(models, names, strict=True)]
     assert [methods.trained(model) for model in prepared] == [8 * (16 + 32 + 32 + 8) + 18] * len(names)
     runs = [(0.1, {"error": 1.0}), (0.2, {"error": 0.0}), (0.1, {"error": 3.0}), (0.2, {"error": 3.9})]
-    assert methods.best_rate(runs, lambda run: run["error"]) == (0.2, [{"error": 0.0}, {"error": 3.9}])
+    [(case, by_rate, best)] = methods.by_case((("a", *run) for run in runs), lambda run: run["error"])
+    assert (best, by_rate[best]) == (0.2, [{"error": 0.0}, {"error": 3.9}])
+    assert (case, by_rate[0.1]) == ("a", [{"error": 1.0}, {"error": 3.0}])
 
 
 def test_kernel_counts_are_repeatable_and_those_of_the_committed_run(tmp_path):

@@ -22,16 +22,22 @@ from torch.nn import functional as F
 from gralora import functional
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_no_view = torch.ops.aten._unsafe_view.default
 _Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class Saved(NamedTuple):
     """What backward needs beside x and the parameters, all of it small."""
 
-    z: Tensor  # (j, t, i s): regrouped
+    z: Tensor | None  # (j, t, i s): regrouped
     z_general: Tensor | None  # (t, h)
     mask: Tensor | None  # (t, in), bool
     mask_general: Tensor | None
+
+    def needed(self, need_tensors: Sequence[bool]) -> Saved:
+        """What the gradients of these of (A, B, A_general, B_general) ask for, and that of x."""
+        _, need_B, _, need_B_general = need_tensors
+        return self._replace(z=self.z if need_B else None, z_general=self.z_general if need_B_general else None)
 
 
 def usable(x: Tensor, A: Tensor) -> bool:
@@ -128,9 +134,13 @@ class _Function(torch.autograd.Function):
         out, saved = _forward(y, x, weight, bias, tuple(tensors), scaling, dropout)
         if y is not None:
             ctx.mark_dirty(y)
-        needs_bias = bias if bias is not None and ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(x, weight, needs_bias, *tensors, *saved)
-        ctx.scaling, ctx.dropout = scaling, dropout
+        elif out._is_view():  # as of three axes; autograd forbids in-place edits of a view that a Function returns
+            out = _no_view(out, out.shape)
+        _, _, need_weight, need_bias, *need_tensors = ctx.needs_input_grad[:8]
+        # a frozen adapter asks nothing of x, so x may be edited in place, as it may after a frozen layer
+        kept = x if need_weight or any(need_tensors) else None
+        ctx.save_for_backward(kept, weight, bias if need_bias else None, *tensors, *saved.needed(need_tensors))
+        ctx.shape, ctx.dtype, ctx.scaling, ctx.dropout = x.shape, x.dtype, scaling, dropout
         return out
 
     @staticmethod
@@ -180,19 +190,25 @@ def _forward(
 
 
 def _backward(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, tensors: _Tensors, saved: Saved
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tensors: _Tensors,
+    saved: Saved,
 ) -> tuple[Tensor | None, ...]:
     _, need_x, need_weight, need_bias, need_A, need_B, need_A_general, need_B_general = ctx.needs_input_grad[:8]
     A, B, _, B_general = tensors
     keep = 1.0 - ctx.dropout
     scaling = ctx.scaling / keep
-    flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    flat, g = None if x is None else x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     grad_x = grad_z = grad_z_general = grad_A = grad_B = grad_A_general = grad_B_general = None
     # first all that reads the output's gradient, then all that reads x: copies in the adapter's type live briefly
     own = g.to(A.dtype)
     blocks = _blocks(own, len(B))
     if need_B:
-        grad_B = _product(saved.z.mT, blocks, scaling)
+        grad_B = _product(cast(Tensor, saved.z).mT, blocks, scaling)
     if need_A or need_x:
         grad_z = _regroup(_product(blocks, B.mT, scaling))
     if B_general is not None and need_B_general:
@@ -201,7 +217,7 @@ def _backward(
         grad_z_general = _product(own, B_general, scaling)
     del own, blocks
     if need_A or need_A_general:
-        own = flat.to(A.dtype)
+        own = cast(Tensor, flat).to(A.dtype)
         if need_A:
             grad_A = _tall_product(_blocks(_masked(own, saved.mask), len(A)), cast(Tensor, grad_z))
         if need_A_general:
@@ -210,16 +226,16 @@ def _backward(
     if need_x and weight is not None:
         grad_x = g @ weight
     if need_x:
-        grad_x = _add_input_grad(grad_x, flat, tensors, cast(Tensor, grad_z), grad_z_general, saved)
-        grad_x = grad_x.view(x.shape)
-    grad_weight = g.t() @ flat if need_weight else None
+        grad_x = _add_input_grad(grad_x, ctx.dtype, tensors, cast(Tensor, grad_z), grad_z_general, saved)
+        grad_x = grad_x.view(ctx.shape)
+    grad_weight = g.t() @ cast(Tensor, flat) if need_weight else None
     grad_bias = g.sum(0) if need_bias else None
     return grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_A_general, grad_B_general
 
 
 def _add_input_grad(
     grad_x: Tensor | None,
-    flat: Tensor,
+    dtype: torch.dtype,
     tensors: _Tensors,
     grad_z: Tensor,
     grad_z_general: Tensor | None,
@@ -228,7 +244,7 @@ def _add_input_grad(
     """The adapter's part of the input's gradient, into the base's part where the types agree and nothing was dropped."""
     A, _, A_general, _ = tensors
     direct = grad_x is not None and grad_x.dtype == A.dtype and saved.mask is None
-    update = grad_x if direct and grad_x is not None else torch.empty_like(flat, dtype=A.dtype)
+    update = grad_x if direct and grad_x is not None else grad_z.new_empty(grad_z.shape[1], len(A) * A.shape[1])
     _blocks(update, len(A)).baddbmm_(grad_z, A.mT, beta=1 if direct else 0)
     if saved.mask is not None:
         update.mul_(saved.mask)
@@ -239,14 +255,22 @@ def _add_input_grad(
             update.add_((grad_z_general @ A_general).mul_(saved.mask_general))
     if direct:
         return update
-    return update.to(flat.dtype) if grad_x is None else grad_x.add_(update)
+    return update.to(dtype) if grad_x is None else grad_x.add_(update)
 
 
 def _backward_of_plain(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, tensors: _Tensors, saved: Saved
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tensors: _Tensors,
+    saved: Saved,
 ) -> tuple[Tensor | None, ...]:
     """The same gradients through the definition, for a caller who wants to differentiate them again."""
     keep = 1.0 - ctx.dropout
+    if x is None:  # not kept, as the gradient asked for does not depend on it
+        x = grad.new_zeros(ctx.shape, dtype=ctx.dtype).requires_grad_()
     own = x.to(tensors[0].dtype)
     dropped = own if saved.mask is None else own * saved.mask.view(x.shape)
     update = functional.gralora_update(dropped, *tensors[:2], scaling=ctx.scaling / keep)

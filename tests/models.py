@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gralora import GraloraConfig
+from gralora import GraloraConfig, GraloraConv1D, inject, set_adapter
 from gralora.layers import gralora_layers
 
 
@@ -24,6 +24,45 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mixed = torch.softmax(self.q(x) @ self.k(x).mT, dim=-1) @ self.v(x)
         return self.head(self.norm(x + self.mlp(mixed)))
+
+
+class Experts(nn.Module):
+    """Two fused experts, both of which see every token."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, width, width) / width**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("... i, e o i -> ... o", x, self.up)
+
+
+class EveryKind(nn.Module):
+    """One layer of every kind that can be adapted, a bias, and a head to be trained whole."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.conv1d = GraloraConv1D(width, width, config=GraloraConfig(r=2))
+        self.convolution = nn.Conv1d(width, width, 3, padding=1)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.experts = Experts(width)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1d(torch.tanh(self.linear(x)))
+        x = self.convolution(x.mT).mT
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.experts(x))
+
+
+def every_kind() -> nn.Module:
+    """`EveryKind`, whose drop-in layer has an adapter "default", and "other" beside it on all the rest; both act."""
+    config = random_config(r=2, bias="gralora_only", modules_to_save=["head"])
+    model = inject(EveryKind(), ["linear", "convolution", "attention", "experts.up"], config, adapter_name="other")
+    set_adapter(model, ["default", "other"])
+    randomize_(model)
+    return model
 
 
 def mlp(*widths: int, dtype: torch.dtype | None = None, bias: bool = True) -> nn.Sequential:

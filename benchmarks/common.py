@@ -96,7 +96,7 @@ def each(
 
     Runs of small models are faster side by side than one after the other with all threads.
     """
-    if here:
+    if here or len(cases) < 2:
         yield from ((case, function(case)) for case in tqdm(cases, desc=name, mininterval=1))
         return
     os.environ["TQDM_DISABLE"] = "1"  # the bars of those processes

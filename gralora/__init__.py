@@ -7,16 +7,16 @@ gralora.inject(model, "all-linear", gralora.GraloraConfig(r=32, gralora_k=2))
 gralora.save_adapter(model, "adapter.safetensors")
 """
 
-from gralora.checkpoint import (
-    adapter_state_dict,
-    load_adapter,
-    load_adapter_state_dict,
-    save_adapter,
-    to_lora,
-)
-from gralora.combine import combine
 from gralora.config import GraloraConfig
-from gralora.control import (
+from gralora.files import former as former
+from gralora.files.checkpoint import load_adapter, save_adapter, to_lora
+from gralora.files.own import AdapterFileError
+from gralora.layers.base import GraloraLayer, delta_weight
+from gralora.layers.convolution import GraloraConv
+from gralora.layers.kinds import adapted_class
+from gralora.layers.linear import GraloraConv1D, GraloraLinear
+from gralora.model.combine import combine
+from gralora.model.control import (
     adapter_names,
     adapter_parameters,
     count_parameters,
@@ -27,18 +27,14 @@ from gralora.control import (
     print_trainable_parameters,
     set_adapter,
 )
-from gralora.convolution import GraloraConv
-from gralora.extract import extract, reblock
-from gralora.files import AdapterFileError
-from gralora.inject import inject, unload
-from gralora.kinds import adapted_class
-from gralora.layers import GraloraLayer, delta_weight
-from gralora.linear import GraloraConv1D, GraloraLinear
-from gralora.merge import merge, merge_and_unload, unmerge
-from gralora.shared import shared_copy
-from gralora.state import UnknownAdapterError
-from gralora.suggest import suggest_k
-from gralora.summary import summary
+from gralora.model.extract import extract, reblock
+from gralora.model.inject import inject, unload
+from gralora.model.merge import merge, merge_and_unload, unmerge
+from gralora.model.shared import shared_copy
+from gralora.model.state import UnknownAdapterError
+from gralora.model.state_dict import adapter_state_dict, load_adapter_state_dict
+from gralora.model.suggest import suggest_k
+from gralora.model.summary import summary
 from gralora.version import __version__
 
 __all__ = [

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gralora import functional
-from gralora.checkpoint import FORMATS, convertible, read_adapter
 from gralora.config import GraloraConfig
-from gralora.files import AdapterFile, layer_tensors, out_in
-from gralora.ondisk import extract_checkpoint, merge_checkpoint, refuse_existing
-from gralora.summary import table
+from gralora.files.checkpoint import FORMATS, convertible, read_adapter
+from gralora.files.ondisk import extract_checkpoint, merge_checkpoint, refuse_existing
+from gralora.files.own import AdapterFile, layer_tensors, out_in
+from gralora.maths import functional
+from gralora.model.summary import table
 from gralora.version import __version__
 
 LAYER = ("layer", "in", "out", "r", "k", "hybrid_r", "alpha", "parameters", "norm")

@@ -4,12 +4,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import nn
 
+import gralora
+
+from .models import Block, random_config
 from .processes import Processes
 
 settings.register_profile("gralora", deadline=None, print_blob=True, max_examples=60)
@@ -48,3 +53,11 @@ def processes() -> Iterator[Processes]:
     group = Processes()
     yield group
     group.stop(kill=False)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> tuple[nn.Module, Path]:
+    """A model with an adapter whose layers differ, and the file that it is saved in."""
+    model = gralora.inject(Block(), {"q": random_config(), "v": random_config(r=8, gralora_k=4, hybrid_r=2, alpha=3)})
+    gralora.save_adapter(model, tmp_path / "a")
+    return model, tmp_path / "a"

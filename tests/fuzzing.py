@@ -26,8 +26,7 @@ from torch import nn
 import gralora
 from gralora import GraloraConfig
 
-from .models import assert_same, fingerprint
-from .test_experts import Experts
+from .models import Experts, assert_same, fingerprint
 
 SLOWEST, LONGEST = 1.0, 20_000  # second, letters
 
@@ -257,7 +256,7 @@ def coverage_guided(folder: Path, seconds: int) -> None:
     with atheris.instrument_imports(include=["gralora"]):
         for name in [name for name in sys.modules if name.startswith("gralora")]:
             del sys.modules[name]
-        import gralora.files as files
+        from gralora.files import own
     valid = [path for path in seeds(folder) if path.is_file()]
     corpus = folder / "corpus"
     corpus.mkdir()
@@ -267,8 +266,8 @@ def coverage_guided(folder: Path, seconds: int) -> None:
     def one(data: bytes) -> None:
         path = folder / "input"
         path.write_bytes(data)
-        with contextlib.suppress(files.AdapterFileError):
-            files.read_gralora(path)
+        with contextlib.suppress(own.AdapterFileError):
+            own.read_gralora(path)
 
     atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={seconds}"], one)
     atheris.Fuzz()

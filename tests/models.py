@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gralora import GraloraConfig, GraloraConv1D, inject, set_adapter
-from gralora.layers import gralora_layers
+from gralora import GraloraConfig, GraloraConv1D, inject, unload
+from gralora.layers.base import gralora_layers
 
 
 class Block(nn.Module):
@@ -26,42 +26,64 @@ class Block(nn.Module):
         return self.head(self.norm(x + self.mlp(mixed)))
 
 
+class Doubled(nn.Linear):
+    """A subclass with a forward of its own, at module level so that pickle finds it."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
 class Experts(nn.Module):
-    """Two fused experts, both of which see every token."""
+    """Experts in one parameter, all of whose tokens go to all of them."""
 
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, transposed=False, dtype=torch.float64):
         super().__init__()
-        self.up = nn.Parameter(torch.randn(2, width, width) / width**0.5)
+        self.is_transposed = transposed
+        self.up = nn.Parameter(torch.randn(3, 8, 12, dtype=dtype) if transposed else torch.randn(3, 12, 8, dtype=dtype))
+        self.bias = nn.Parameter(torch.randn(1, 1, 12, dtype=dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("... i, e o i -> ... o", x, self.up)
+    def forward(self, x):
+        return sum(x @ (self.up[e] if self.is_transposed else self.up[e].mT) for e in range(3)) + self.bias
 
 
-class EveryKind(nn.Module):
-    """One layer of every kind that can be adapted, a bias, and a head to be trained whole."""
+class Everything(nn.Module):
+    """One of every kind of layer, adapted twice, with a saved head, trained biases."""
 
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(width, width)
-        self.conv1d = GraloraConv1D(width, width, config=GraloraConfig(r=2))
-        self.convolution = nn.Conv1d(width, width, 3, padding=1)
-        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
-        self.experts = Experts(width)
-        self.head = nn.Linear(width, 2)
+        self.block, self.attention = Block(), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.conv, self.conv1d, self.experts = (
+            nn.Conv1d(16, 16, 3, padding=1),
+            GraloraConv1D(16, 16),
+            Experts(dtype=None),
+        )
+        unload(self.conv1d)
+        self.embed, self.head = nn.Linear(16, 8), nn.Linear(12, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv1d(torch.tanh(self.linear(x)))
-        x = self.convolution(x.mT).mT
+    def forward(self, x):
         x = x + self.attention(x, x, x, need_weights=False)[0]
-        return self.head(self.experts(x))
+        x = self.conv1d(x + self.conv(x.mT).mT)
+        return self.head(self.experts(self.embed(x))) + self.block(x)
 
 
-def every_kind() -> nn.Module:
-    """`EveryKind`, whose drop-in layer has an adapter "default", and "other" beside it on all the rest; both act."""
-    config = random_config(r=2, bias="gralora_only", modules_to_save=["head"])
-    model = inject(EveryKind(), ["linear", "convolution", "attention", "experts.up"], config, adapter_name="other")
-    set_adapter(model, ["default", "other"])
-    randomize_(model)
+X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+"""An input of `Everything`."""
+
+
+def everything(bias="gralora_only"):
+    model = Everything().eval()
+    targets = r"block\.(q|mlp\.0)|attention|conv1?d?|experts\.up|embed"
+    config = random_config(alpha=4, bias=bias, modules_to_save=["head"])
+    inject(model, targets, config, adapter_name="a")
+    inject(model, ["block.q", "attention", "conv", "up"], random_config(gralora_k=1), adapter_name="b")
+    assert len(list(gralora_layers(model))) == 2 + 4 + 2 + 1 + 1
+    return model
+
+
+def two_adapters():
+    model = mlp(16, 24, 8)
+    inject(model, ["0", "2"], random_config(), adapter_name="a")
+    inject(model, ["2"], random_config(r=8, gralora_k=4, hybrid_r=2, alpha=3), adapter_name="a_b")
     return model
 
 

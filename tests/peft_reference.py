@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -12,7 +15,7 @@ from peft.tuners.gralora.layer import GraloraLayer as PeftLayer
 from torch import nn
 
 from gralora import GraloraConfig
-from gralora.layers import gralora_layers
+from gralora.layers.base import gralora_layers
 
 
 def peft_config(config: GraloraConfig, targets: list[str] | str) -> peft.GraloraConfig:
@@ -62,3 +65,16 @@ def copy_to_peft(ours: nn.Module, theirs: nn.Module) -> None:
     with torch.no_grad():
         for mine, other in pairs(ours, theirs):
             other.copy_(mine)
+
+
+def quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Without PEFT's warnings, of Conv1D's layout and of tied weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args, **kwargs)
+
+
+def in_peft(base: nn.Module, folder: Path) -> nn.Module:
+    """A copy of `base` with the adapter in `folder`, as PEFT loads it."""
+    model: nn.Module = quietly(peft.PeftModel.from_pretrained, copy.deepcopy(base), folder)
+    return model.eval()

@@ -1,3 +1,5 @@
+"""What a config takes, and what it refuses."""
+
 import dataclasses
 
 import pytest

@@ -11,13 +11,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gralora
-from gralora import GraloraConfig, GraloraConv1D, GraloraLinear
-from gralora.layers import gralora_layers
+from gralora import GraloraConfig, GraloraLinear
 
-from .models import Block, assert_same, fingerprint, mlp, random_config, randomize_, relative, same_bits
-from .test_experts import Experts
-
-X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+from .models import Block, X, assert_same, everything, fingerprint, mlp, random_config, randomize_, relative, same_bits
 
 
 class Mixer(nn.Module):
@@ -30,36 +26,6 @@ class Mixer(nn.Module):
 
     def forward(self, x):
         return x + self.down(torch.relu(self.up(x)))
-
-
-class Everything(nn.Module):
-    """One of every kind of layer, adapted twice, with a saved head, trained biases."""
-
-    def __init__(self):
-        super().__init__()
-        self.block, self.attention = Block(), nn.MultiheadAttention(16, 4, batch_first=True)
-        self.conv, self.conv1d, self.experts = (
-            nn.Conv1d(16, 16, 3, padding=1),
-            GraloraConv1D(16, 16),
-            Experts(dtype=None),
-        )
-        gralora.unload(self.conv1d)
-        self.embed, self.head = nn.Linear(16, 8), nn.Linear(12, 4)
-
-    def forward(self, x):
-        x = x + self.attention(x, x, x, need_weights=False)[0]
-        x = self.conv1d(x + self.conv(x.mT).mT)
-        return self.head(self.experts(self.embed(x))) + self.block(x)
-
-
-def everything(bias="gralora_only"):
-    model = Everything().eval()
-    targets = r"block\.(q|mlp\.0)|attention|conv1?d?|experts\.up|embed"
-    config = random_config(alpha=4, bias=bias, modules_to_save=["head"])
-    gralora.inject(model, targets, config, adapter_name="a")
-    gralora.inject(model, ["block.q", "attention", "conv", "up"], random_config(gralora_k=1), adapter_name="b")
-    assert len(list(gralora_layers(model))) == 2 + 4 + 2 + 1 + 1
-    return model
 
 
 def test_an_architecture_of_drop_in_layers_takes_the_weights_of_a_plain_one():

@@ -1,0 +1,58 @@
+"""Merging an adapter into the weight (ΔW, and the sum), against PEFT.
+
+python -m benchmarks.speed.merge
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import gralora
+from benchmarks import common
+from benchmarks.speed._variants import OURS, PEFT_GRALORA, build
+
+SIZES = ((1024, 1024), (768, 3072), (4096, 4096))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = common.parser(__doc__, quick="small sizes").parse_args(argv)
+    sizes = ((256, 256), (256, 512)) if args.quick else SIZES
+    results = []
+    for n_in, n_out in tqdm(sizes, desc="merge", mininterval=1):
+        for r, k in ((32, 2), (64, 4), (128, 8)):
+            models = build(nn.Sequential(nn.Linear(n_in, n_out)), ["0"], r, k, names=(OURS, PEFT_GRALORA))
+            theirs = models[PEFT_GRALORA][0]
+            times: dict[str, list[float]] = {OURS: [], PEFT_GRALORA: []}
+            for _ in range(7):
+                start = time.perf_counter()
+                gralora.merge(models[OURS])
+                times[OURS].append(time.perf_counter() - start)
+                gralora.unmerge(models[OURS])
+                start = time.perf_counter()
+                with torch.no_grad():
+                    theirs.merge()
+                times[PEFT_GRALORA].append(time.perf_counter() - start)
+                with torch.no_grad():
+                    theirs.unmerge()
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            ratio = common.ratio(times, OURS, PEFT_GRALORA)
+            results.append({"in": n_in, "out": n_out, "r": r, "k": k, "seconds": medians, "ratio": ratio})
+    labels = [f"{v['in']}x{v['out']}, r={v['r']}, k={v['k']}" for v in results]
+    rows = [
+        (label, *(f"{s * 1e3:.2f}" for s in v["seconds"].values()), f"{v['ratio']:.3f}")
+        for label, v in zip(labels, results, strict=True)
+    ]
+    print(common.table(("", f"{OURS}, ms", f"{PEFT_GRALORA}, ms", "ratio"), rows))
+    summary = statistics.median(v["ratio"] for v in results)
+    print(f"\nmedian ratio {summary:.3f}")
+    figure = common.bars("Time to merge, over PEFT's", "ratio", labels, {OURS: [v["ratio"] for v in results]})
+    common.write(args.out, "merge", {"median_ratio": summary, "rows": results}, figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""One linear map and the adapters on it. Stands on `engines` and `maths`.
+
+Read `adapter` (one adapter, and all of one map), `base` (`GraloraLayer`: what is common to every map; `Spot`: a map in a
+model, adapted or not), then `class_change` and `in_place` (a layer that becomes an adapted one), `parts` (maps that are no
+layers of their own), and one kind: `linear`, `convolution`, `attention`, `experts`. `kinds` is their table: a new kind is a
+file here and a row there. `scope` holds what a `with` block switches.
+"""

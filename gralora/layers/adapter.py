@@ -1,0 +1,257 @@
+"""`GraloraAdapter`: everything about one adapter on one linear map; `GraloraAdapters`: those of one map by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from gralora.config import GraloraConfig, divisors
+from gralora.engines.distributed import copy_into, is_spread, spread_like, spread_update, whole
+from gralora.engines.offload import HOOK, bring_back
+from gralora.layers.scope import OFF, Switchable
+from gralora.maths import functional
+
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class GraloraAdapter(nn.Module):
+    """One GraLoRA pair, and with `hybrid_r` the plain LoRA pair beside it, for one linear map.
+
+    Shapes: A (k, in / k, r), B (k, r, out / k), A_general (hybrid_r, in), B_general (out, hybrid_r); with `copies`, that
+    many of each, on a leading axis.
+
+    Args:
+        copies: how many maps of one shape lie in one weight, as a mixture of experts has them; None for a single one.
+        dtype: of the parameters.
+        init_dtype: initial values are rounded to this type first, as PEFT does with a half-precision base.
+        reset: False leaves the values unset and draws no random number, for a caller that loads them.
+
+    Raises:
+        ValueError: `config.gralora_k` does not divide both sizes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: GraloraConfig,
+        *,
+        copies: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        init_dtype: torch.dtype | None = None,
+        reset: bool = True,
+    ) -> None:
+        super().__init__()
+        k, r, hybrid_r = config.gralora_k, config.r, config.hybrid_r
+        if in_features % k or out_features % k:
+            raise ValueError(
+                f"gralora_k={k} does not divide in_features={in_features} and out_features={out_features} (r={r}). "
+                f"Legal here: {legal_k(in_features, out_features, r)}."
+            )
+
+        def empty(*shape: int) -> nn.Parameter:
+            shape = shape if copies is None else (copies, *shape)
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.config = config
+        self.init_dtype = init_dtype
+        self.A = empty(k, in_features // k, r)
+        self.B = empty(k, r, out_features // k)
+        self.A_general: nn.Parameter | None = empty(hybrid_r, in_features) if hybrid_r else None
+        self.B_general: nn.Parameter | None = empty(out_features, hybrid_r) if hybrid_r else None
+        if reset:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A from kaiming_uniform(a=√5), block by block as (r, in / k); B zero, or random if not `init_weights`.
+
+        Drawn on the CPU in the default dtype, whatever the adapter's own: one seed gives the same values on every
+        device, and PEFT's very values where hybrid_r = 0.
+        """
+        if self.A.is_meta:
+            return
+        if is_spread(self.A):
+            plain = [t if t is None else torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in self.tensors]
+            self._reset(*cast(Tensors, tuple(plain)))
+            for own, values in zip(self.tensors, plain):
+                if own is not None and values is not None:
+                    copy_into(own, values)
+            return
+        for tensors in each(self.tensors) if self.A.dim() > 3 else [self.tensors]:
+            self._reset(*tensors)
+
+    def spread_like(self, weight: Tensor, transposed: bool) -> None:
+        """Spread the parameters over processes, as `weight` is that they adapt."""
+        own = {name: p.detach() for name, p in self._parameters.items() if p is not None}
+        for name, tensor in spread_like(weight, transposed, self.config.gralora_k, own).items():
+            self._parameters[name] = nn.Parameter(tensor)
+
+    def _reset(self, A: Tensor, B: Tensor, A_general: Tensor | None, B_general: Tensor | None) -> None:
+        (k, m, r), o = A.shape, B.shape[-1]
+        init = self.config.init_weights
+        if init:
+            down = rearrange(_kaiming(m, k, r, m), "k r m -> k m r")
+            B.zero_()
+        else:
+            pairs = [(_kaiming(m, r, m), _kaiming(r, o, r)) for _ in range(k)]
+            down = rearrange([a for a, _ in pairs], "k r m -> k m r")
+            B.copy_(self._round(rearrange([b for _, b in pairs], "k o r -> k r o")))
+        A.copy_(self._round(down))
+        if A_general is not None and B_general is not None:
+            (h, n), out = A_general.shape, B_general.shape[0]
+            A_general.copy_(self._round(_kaiming(n, h, n)))
+            B_general.zero_() if init else B_general.copy_(self._round(_kaiming(h, out, h)))
+
+    def _round(self, values: Tensor) -> Tensor:
+        return values if self.init_dtype is None else values.to(self.init_dtype)
+
+    @property
+    def tensors(self) -> Tensors:
+        """(A, B, A_general, B_general), as the functions of `gralora.maths.functional` take them."""
+        return self.A, self.B, self.A_general, self.B_general
+
+    def arguments(self, weight: float = 1.0) -> tuple[Tensors, float, float]:
+        """(tensors, scaling, dropout) that hold for a forward now, the scaling times `weight`."""
+        return self.tensors, weight * self.config.scaling, self.config.gralora_dropout if self.training else 0.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and HOOK in self.__dict__:  # accelerate is about to keep the parameters elsewhere
+            bring_back(self)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        """The update for `x` (..., in), times `weight`: (..., out), in the adapter's dtype (or autocast's)."""
+        tensors, scaling, dropout = self.arguments(weight)
+        x = x.to(self.A.dtype)
+        if type(self.A) is not nn.Parameter and is_spread(self.A):
+            return spread_update(x, tensors, scaling, dropout)
+        return functional.gralora_update(x, *tensors, scaling=scaling, dropout=dropout)
+
+    def delta_weight(self) -> Tensor:
+        """ΔW (out, in), whole, in the adapter's dtype. Without gradients it is filled block by block, with no temporary."""
+        scaling, (k, _, o) = self.config.scaling, self.B.shape[-3:]
+        if is_spread(self.A):
+            tensors = cast(Tensors, tuple(t if t is None else whole(t) for t in self.tensors))
+            return functional.delta_weight(*tensors, scaling=scaling)
+        if torch.is_grad_enabled() or self.A.dtype not in (torch.float32, torch.float64) or self.A.dim() > 3:
+            return functional.delta_weight(*self.tensors, scaling=scaling)
+        delta = self.A.new_zeros(k * o, k * self.A.shape[1])
+        for j in range(k):
+            functional.add_delta_rows_(delta[j * o : (j + 1) * o], j * o, *self.tensors, scaling=scaling)
+        return delta
+
+    def extra_repr(self) -> str:
+        c = self.config
+        dropout = f", dropout={c.gralora_dropout}" if c.gralora_dropout else ""
+        return f"r={c.r}, gralora_k={c.gralora_k}, hybrid_r={c.hybrid_r}, alpha={c.alpha}{dropout}"
+
+
+class GraloraAdapters(Switchable):
+    """The adapters of one map by name, and their state.
+
+    Attributes:
+        active: name -> weight of those that act.
+        merged: name -> weight of those now within the map's weight.
+        base_weight: the parameter that holds the weight without them, while any is merged, else None.
+        acting: what a forward must add, with its weights. Compiled code takes it from here and not by name, so that it need
+            not be compiled anew for an adapter of the same shape.
+    """
+
+    active: dict[str, float]
+    merged: dict[str, float]
+    base_weight: nn.Parameter | None
+    acting: tuple[tuple[GraloraAdapter, float], ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = {}
+        self.merged = {}
+        self.__dict__["base_weight"] = None  # not registered: it is no parameter of the model while it is put aside
+
+    def __getitem__(self, name: str) -> GraloraAdapter:
+        return cast(GraloraAdapter, self._modules[name])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def add(self, name: str, adapter: GraloraAdapter) -> None:
+        self._modules[name] = adapter  # not add_module: names such as "forward" are as good as any
+        self._find_acting()
+
+    def remove(self, name: str) -> None:
+        self.active = {other: weight for other, weight in self.active.items() if other != name}
+        del self._modules[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("active", "merged"):
+            self._find_acting()
+
+    def _find_acting(self) -> None:
+        merged = self.__dict__.get("merged", ())
+        self.acting = tuple((self[name], weight) for name, weight in self.active.items() if name not in merged)
+
+    def describe(self) -> str:
+        """r, k and so on of all, and which of them act."""
+        configs = [self[name].config for name in self]
+        parts = []
+        for field in ("r", "gralora_k", "hybrid_r", "alpha"):
+            values = list(dict.fromkeys(str(getattr(c, field)) for c in configs))
+            if values and values != ["0"]:
+                parts.append(f"{field}={' | '.join(values)}")
+        parts.append(f"active={' + '.join(self.active) or None}")
+        if self.merged:
+            parts.append(f"merged={' + '.join(self.merged)}")
+        return ", ".join(parts)
+
+    def applied(self) -> list[tuple[GraloraAdapter, float]]:
+        """The adapters that a forward must add now, with their weights."""
+        if torch.compiler.is_compiling():
+            return [] if self.mode is OFF else list(self.acting)
+        if not self.active or self.mode is OFF:
+            return []
+        return [(self[name], weight) for name, weight in self.active.items() if name not in self.merged]
+
+
+def each(tensors: Tensors) -> list[Tensors]:
+    """Tensors with a leading axis of copies, taken apart along it."""
+    A, B, A_general, B_general = tensors
+    general = (
+        [(None, None)] * len(A) if A_general is None or B_general is None else zip(A_general, B_general, strict=True)
+    )
+    return [(a, b, down, up) for a, b, (down, up) in zip(A, B, general, strict=True)]
+
+
+def check_adapter_name(name: object) -> None:
+    """Raise unless `name` can name an adapter: it becomes part of the parameters' names."""
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name={name!r} is a {type(name).__name__}: it must be a string.")
+    if not name or "." in name:
+        raise ValueError(f"adapter_name={name!r} is not legal: it must be non-empty and hold no dot.")
+
+
+def legal_k(in_features: int, out_features: int, r: int) -> str:
+    """The values of `gralora_k` that fit a layer, as an error message lists them."""
+    return ", ".join(map(str, divisors(math.gcd(in_features, out_features, r))))
+
+
+def suggested(r: int, legal: Collection[int]) -> int:
+    """The k of the paper's rule, 2 up to r = 32 and 4 from r = 64, or the largest legal one below it."""
+    return max(k for k in legal if k <= (2 if r < 64 else 4))
+
+
+def _kaiming(fan_in: int, *shape: int) -> Tensor:
+    """`nn.init.kaiming_uniform_(a=√5)` for a fan-in that the shape need not show; its arithmetic, so its bits."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound)

@@ -1,0 +1,205 @@
+"""`nn.MultiheadAttention`: its q, k and v projections and `out_proj`, each with adapters of its own.
+
+The attention reads the weights of its projections and calls no layer, so it gets a forward of ours, which projects with
+the adapters beside the weights. While none acts, it runs its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gralora.layers.base import PREFIX, GraloraLayer
+from gralora.layers.class_change import change_class
+from gralora.layers.parts import PartHost, PartLayer
+from gralora.layers.scope import OFF
+
+PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class Projection(PartLayer):
+    """One of the four projections of an `nn.MultiheadAttention`, a child of it."""
+
+    what = "attention"
+
+    @classmethod
+    def accepts(cls, original: type[nn.Module]) -> bool:
+        return issubclass(original, nn.MultiheadAttention)
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> tuple[str, ...]:
+        return PARTS
+
+    @classmethod
+    def unfit(cls, module: nn.Module, part: str) -> str | None:
+        own = getattr(type(module), "_base_class", type(module)).forward
+        if own is not nn.MultiheadAttention.forward:
+            return (
+                "is a projection of an nn.MultiheadAttention with a forward of its own, which reads the weight and never "
+                "calls it: no effect"
+            )
+        if "forward" in module.__dict__ and not isinstance(module, GraloraMultiheadAttention):
+            return "is a projection of an attention whose forward was replaced (by accelerate?): inject first"
+        return None
+
+    @classmethod
+    def weight_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
+        if part == "out_proj":
+            return cast(nn.MultiheadAttention, module).out_proj, "weight"
+        return module, "in_proj_weight" if module._qkv_same_embed_dim else f"{part}_weight"
+
+    @classmethod
+    def bias_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
+        if part == "out_proj":
+            return cast(nn.MultiheadAttention, module).out_proj, "bias"
+        return module, "in_proj_bias"
+
+    @classmethod
+    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
+        packed = part != "out_proj" and module._qkv_same_embed_dim
+        return third(weight, part) if packed else weight
+
+    @classmethod
+    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
+        return delta
+
+    @classmethod
+    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
+        attention = cast(nn.MultiheadAttention, module)
+        inputs = {"k_proj": attention.kdim, "v_proj": attention.vdim}
+        return inputs.get(part, attention.embed_dim), attention.embed_dim
+
+    @classmethod
+    def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
+        if not isinstance(module, GraloraMultiheadAttention):
+            change_class(module, GraloraMultiheadAttention)
+            for each in PARTS:
+                module._modules[PREFIX + each] = Projection(module, each)
+        return cast(GraloraLayer, module._modules[PREFIX + part])
+
+    @property
+    def acts(self) -> bool:
+        """Whether some adapter changes what this projection computes now."""
+        adapters = self.gralora_adapters
+        return bool(adapters.applied()) if adapters.mode in (None, OFF) else len(list(adapters)) > 0
+
+    def forward(self, x: Tensor, dim: int | None) -> Tensor:
+        """x (..., in) -> (..., out); the batch is on axis `dim`."""
+        return self.run(x, self._base, (x,), {}, dim=dim)
+
+    def plain(self) -> tuple[Tensor, Tensor | None] | None:
+        weight, bias = self._weight_and_bias()
+        return (weight, bias) if type(weight) in (nn.Parameter, Tensor) else None
+
+    def _base(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self._weight_and_bias())
+
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        owner, name = self.weight_at(self.host, self.part)
+        weight = self.matrix(self.host, self.part, getattr(owner, name))
+        owner, name = self.bias_at(self.host, self.part)
+        bias: Tensor | None = getattr(owner, name)
+        return weight, bias if bias is None or self.part == "out_proj" else third(bias, self.part)
+
+
+class GraloraMultiheadAttention(PartHost):
+    """Mixin of an `nn.MultiheadAttention` whose projections can have adapters."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention.forward`."""
+        projections = [cast(Projection, self._modules[PREFIX + part]) for part in PARTS]
+        if not any(projection.acts for projection in projections):
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return cast(tuple[Tensor, Tensor | None], self.base_forward(query, key, value, *masks))
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal=True is a hint about attn_mask, which must be given with it.")
+        attention = cast(nn.MultiheadAttention, self)
+        batched = query.dim() == 3
+        first = attention.batch_first or not batched
+        dim = 0 if first else 1
+        inputs = (query, key, value) if batched else (query[None], key[None], value[None])
+        q, k, v = (project(x, dim) for project, x in zip(projections, inputs, strict=False))
+        q, k, v = (x if first else x.transpose(0, 1) for x in (q, k, v))
+        padding = key_padding_mask if batched or key_padding_mask is None else key_padding_mask[None]
+        hinted = is_causal and padding is None and not need_weights  # then the hint stands for the mask, as in PyTorch
+        mask = None if hinted else _mask(attention, q, padding, attn_mask)
+        out, weights = _attend(attention, q, k, v, mask, need_weights, hinted)
+        out = projections[3](out if first else out.transpose(0, 1), dim)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            out, weights = out[0], None if weights is None else weights[0]
+        return out, weights
+
+
+def third(packed: Tensor, part: str) -> Tensor:
+    """The part's share of what is packed for q, k and v along the first axis."""
+    return packed.view(3, -1, *packed.shape[1:])[PARTS.index(part)]
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return rearrange(x, "b l (h d) -> b h l d", h=heads)
+
+
+def _mask(attention: nn.MultiheadAttention, q: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Both masks as one that is added to the scores, broadcast to (batch, heads, queries, keys)."""
+    total: Tensor | None = None
+    if mask is not None:
+        mask = _added(mask, q)
+        total = rearrange(mask, "(b h) l s -> b h l s", h=attention.num_heads) if mask.dim() == 3 else mask[None, None]
+    if padding is not None:
+        padding = rearrange(_added(padding, q), "b s -> b 1 1 s")
+        total = padding if total is None else total + padding
+    more = (attention.bias_k is not None) + attention.add_zero_attn  # keys of the attention's own, seen by all
+    return F.pad(total, (0, more)) if total is not None and more else total
+
+
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype is torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
+    return mask.to(like.dtype)
+
+
+def _attend(
+    attention: nn.MultiheadAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    need_weights: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """q, k, v (b, l, embed) -> (b, l, embed), and the weights (b, heads, l, s) if they are needed."""
+    if attention.bias_k is not None and attention.bias_v is not None:
+        k, v = (
+            torch.cat([x, repeat(bias, "1 1 e -> b 1 e", b=len(x)).to(x.dtype)], dim=1)
+            for x, bias in ((k, attention.bias_k), (v, attention.bias_v))
+        )
+    if attention.add_zero_attn:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    q, k, v = (_heads(x, attention.num_heads) for x in (q, k, v))
+    dropout = attention.dropout if attention.training else 0.0
+    weights: Tensor | None = None
+    if need_weights:
+        scores = (q * math.sqrt(1.0 / attention.head_dim)) @ k.mT
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        weights = F.dropout(weights, dropout) if dropout else weights
+        out = weights @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+    return rearrange(out, "b h l d -> b l (h d)"), weights

@@ -1,0 +1,326 @@
+"""`GraloraLayer`: one linear map of a model, and the adapters that hang on it.
+
+An adapted layer *is* the layer it was: a `GraloraLinear` is an `nn.Linear` with one child more, `gralora_adapters`,
+which holds everything about adaptation. Maps that are no layers of their own (the projections within an
+`nn.MultiheadAttention`, fused expert weights) are children of their module, named after the map.
+
+A new kind is a subclass of `GraloraLayer` in a file of its own, and one row of the table in `kinds.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from gralora.config import GraloraConfig
+from gralora.engines.distributed import is_spread
+from gralora.engines.offload import device_of
+from gralora.layers.adapter import GraloraAdapter, GraloraAdapters
+from gralora.layers.class_change import join
+from gralora.layers.scope import Rows
+from gralora.maths import autograd, functional
+
+PREFIX = "gralora_"
+HALF = (torch.float16, torch.bfloat16)
+FULL = (torch.float32, torch.float64)
+
+
+class Spot(NamedTuple):
+    """One linear map of a model, adapted or not: its kind, the module it is in, and which of that module's maps it is."""
+
+    kind: type[GraloraLayer]
+    module: nn.Module
+    part: str = ""
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that holds the map, as it is now; what stands for it where it is parametrised."""
+        owner, name = self.kind.weight_at(self.module, self.part)
+        parameter = owner._parameters.get(name)
+        return cast(Tensor, getattr(owner, name)) if parameter is None else parameter
+
+    @property
+    def adapted(self) -> GraloraLayer | None:
+        """The adapted map, if it is one."""
+        return self.kind.adapted(self.module, self.part)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The parameter that holds the map, without this map's adapters in it, merged or not."""
+        adapted = self.adapted
+        aside = None if adapted is None else adapted.gralora_adapters.base_weight
+        return self.weight if aside is None else aside
+
+    def base_matrix(self) -> Tensor:
+        """The map (..., out, in) without any adapter in it."""
+        return self.kind.matrix(self.module, self.part, self.base_weight)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) of the map, with the axes of a kernel behind, or of copies before."""
+        return self.kind.shape(self.module, self.part)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(in, out) of the map as a matrix."""
+        return self.kind.sizes(self.module, self.part)
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """(in, out) that k must divide."""
+        return self.kind.cut(self.module, self.part)
+
+    @property
+    def copies(self) -> int | None:
+        """How many maps of one shape lie in the weight; None for a single one."""
+        return self.kind.copies(self.module, self.part)
+
+    def new_adapter(
+        self, config: GraloraConfig, dtype: torch.dtype | None = None, *, reset: bool = True
+    ) -> GraloraAdapter:
+        """An adapter that fits: on the weight's device, float32 unless the weight is float64."""
+        weight = self.weight
+        default = weight.dtype if weight.dtype in FULL else torch.float32
+        init_dtype = weight.dtype if weight.dtype in HALF else None
+        adapter = GraloraAdapter(
+            *self.sizes,
+            config,
+            copies=self.copies,
+            device=device_of(self.kind.weight_at(self.module, self.part)[0], weight),
+            dtype=dtype or default,
+            init_dtype=init_dtype,
+            reset=reset,
+        )
+        if is_spread(weight):
+            adapter.spread_like(weight, self.kind.transposed(self.module, self.part))
+        return adapter.train(self.module.training)
+
+
+class GraloraLayer(nn.Module):
+    """Base of every adapted map: y = base(x) + Σ over active adapters of weight * scaling * x @ ΔWᵀ.
+
+    The class methods describe a map, adapted or not, by its module and its name there ("" where the module is the map).
+    """
+
+    gralora_adapters: GraloraAdapters
+    part: str = ""
+    what: ClassVar[str] = "linear"  # as files call it
+    in_all_linear: ClassVar[bool] = True
+    by_row: ClassVar[bool] = True  # whether rows of a batch can have adapters of their own
+    takes_dropout: ClassVar[bool] = True
+
+    @classmethod
+    def accepts(cls, original: type[nn.Module]) -> bool:
+        """Whether modules of class `original` hold maps of this kind."""
+        raise NotImplementedError
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> tuple[str, ...]:
+        """The names of the maps that `module` holds."""
+        return ("",)
+
+    @classmethod
+    def unfit(cls, module: nn.Module, part: str) -> str | None:
+        """Why this map cannot be adapted, whatever the config; None if it can."""
+        return None
+
+    @classmethod
+    def weight_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
+        """(owner, name) of the parameter that holds the map."""
+        return module, "weight"
+
+    @classmethod
+    def bias_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
+        """(owner, name) of the bias that belongs to the map, whether or not there is one."""
+        return module, "bias"
+
+    @classmethod
+    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
+        """The map (out, in), or (copies, out, in), as a view of the parameter that holds it."""
+        raise NotImplementedError
+
+    @classmethod
+    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
+        """A matrix (out, in) in the layout of the parameter: the reverse of `matrix`."""
+        raise NotImplementedError
+
+    @classmethod
+    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
+        """(in, out) of the map as a matrix."""
+        raise NotImplementedError
+
+    @classmethod
+    def cut(cls, module: nn.Module, part: str) -> tuple[int, int]:
+        """(in, out) that k must divide, where they are not those of the matrix."""
+        return cls.sizes(module, part)
+
+    @classmethod
+    def shape(cls, module: nn.Module, part: str) -> tuple[int, ...]:
+        """(out, in) of the map, with the axes of a kernel behind, or of copies before."""
+        (n_in, n_out), copies = cls.sizes(module, part), cls.copies(module, part)
+        return (n_out, n_in) if copies is None else (copies, n_out, n_in)
+
+    @classmethod
+    def copies(cls, module: nn.Module, part: str) -> int | None:
+        """How many maps of one shape lie in the weight; None for a single one."""
+        return None
+
+    @classmethod
+    def transposed(cls, module: nn.Module, part: str) -> bool:
+        """Whether the weight is stored (in, out)."""
+        return False
+
+    @classmethod
+    def adapted(cls, module: nn.Module, part: str) -> GraloraLayer | None:
+        """The map as `attach` has made it, None if it has not."""
+        return module if isinstance(module, GraloraLayer) else None
+
+    @classmethod
+    def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
+        """Make the map an adapted one, in place, without an adapter as yet. No change if it is one."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        raise NotImplementedError
+
+    @property
+    def host(self) -> nn.Module:
+        """The module that holds the map."""
+        return self
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """(owner, name) of the parameter that holds the map."""
+        return self.weight_at(self.host, self.part)
+
+    @property
+    def spot(self) -> Spot:
+        return Spot(type(self), self.host, self.part)
+
+    def run(
+        self,
+        x: Tensor,
+        base: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dim: int | None = None,
+    ) -> Tensor:
+        """base(*args, **kwargs) plus what the adapters add to it for the input `x`, in the dtype of the base.
+
+        Args:
+            dim: the axis of the batch in `x`, where the map knows it.
+        """
+        adapters = self.gralora_adapters
+        mode = adapters.mode
+        if isinstance(mode, Rows):
+            return self._run_rows(x, _tensor(self, base(*args, **kwargs)), mode, dim)
+        applied = adapters.applied()
+        if not applied:
+            return base(*args, **kwargs)
+        if not self.fast(x, applied[0][0].A):
+            y = _tensor(self, base(*args, **kwargs))
+            for adapter, share in applied:
+                y = (y + functional.within(x, partial(self.update, adapter=adapter, share=share))).to(y.dtype)
+            return y
+        plain = self.plain()
+        if plain is not None:
+            adapter, share = applied.pop(0)
+            y = autograd.linear_with_adapter(x, plain[0], plain[1], *adapter.arguments(share))
+        else:
+            y = _tensor(self, base(*args, **kwargs))
+        for adapter, share in applied:
+            y = autograd.add_adapter_(y, x, *adapter.arguments(share))
+        return y
+
+    def fast(self, x: Tensor, A: Tensor) -> bool:
+        """Whether `gralora.maths.autograd` serves here."""
+        return autograd.usable(x, A)
+
+    def plain(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight (out, in), bias), if the base is exactly x @ Wᵀ + b with these; None if it must be called to know."""
+        return None
+
+    def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
+        """What `adapter` adds for the input `x`, times `share`."""
+        return cast(Tensor, adapter(x, share))
+
+    def _run_rows(self, x: Tensor, y: Tensor, rows: Rows, dim: int | None) -> Tensor:
+        if is_spread(x):
+            raise ValueError("mixed_batch does not reach layers whose weights are spread over processes.")
+        adapters = self.gralora_adapters
+        dim = rows.axis(x, dim)
+        order, _, names, counts = rows.sort(x.shape[dim], list(adapters), x.device)
+        adapted = order[: len(order) - counts[-1]]
+        if not len(adapted):
+            return y
+        sorted_x, chosen = x.index_select(dim, adapted), [adapters[cast(str, name)] for name in names[:-1]]
+        groups = [adapter.arguments() for adapter in chosen]
+        plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or dim != 0
+        plain = plain or any(dropout for *_, dropout in groups) or len({adapter.A.dtype for adapter in chosen}) > 1
+        if plain or not self.fast(x, chosen[0].A):
+            parts = torch.split(sorted_x, counts[:-1], dim)
+            update = torch.cat([self.update(part, a, 1.0) for a, part in zip(chosen, parts, strict=True)], dim)
+        else:
+            update = autograd.updates_of_groups(sorted_x, counts[:-1], [group[:2] for group in groups])
+        return y.index_add(dim, adapted, update.to(y.dtype))
+
+    def delta_weight(self, adapter_name: str | None = None) -> Tensor:
+        """ΔW in the layout of the weight: of one adapter, or the weighted sum of the active ones."""
+        adapters = self.gralora_adapters
+        weights = adapters.active if adapter_name is None else {adapter_name: 1.0}
+        if not weights or not all(name in adapters for name in weights):
+            raise KeyError(
+                f"no adapter {adapter_name!r} to read ΔW from; this layer has: {', '.join(adapters) or 'none'}"
+            )
+        return self.weighted_delta([(adapters[name], weight) for name, weight in weights.items()])
+
+    def weighted_delta(self, shares: Iterable[tuple[GraloraAdapter, float]]) -> Tensor:
+        """Σ weight * ΔW of some of the adapters, at least one, in the layout of the weight."""
+        (first, *rest) = (adapter.delta_weight() * weight for adapter, weight in shares)
+        return self.in_layout(self.host, self.part, sum(rest, start=first))
+
+    def _attach_container(self) -> None:
+        self.gralora_adapters = GraloraAdapters()
+
+
+def _tensor(layer: nn.Module, y: object) -> Tensor:
+    if not isinstance(y, Tensor):
+        name = getattr(type(layer), "_base_class", type(layer)).__name__
+        raise TypeError(
+            f"the forward of {name} returns a {type(y).__name__}, so no update can be added to it. Leave the layer out, with "
+            "exclude_modules."
+        )
+    return y
+
+
+def one_line(module: nn.Module, text: str) -> str:
+    return f"{type(module).__name__}({text})"
+
+
+def overwritten(key: str) -> str:
+    """Why a checkpoint may not be loaded into a weight now."""
+    return f"{key} holds a merged adapter, which unmerge would overwrite: unmerge, then load."
+
+
+def gralora_layers(model: nn.Module) -> Iterator[tuple[str, GraloraLayer]]:
+    """Every adapted map of `model` with its name, once each."""
+    for name, module in model.named_modules():
+        if isinstance(module, GraloraLayer):
+            above, _, own = name.rpartition(".")
+            yield join(above, own.removeprefix(PREFIX) if module.part else own), module
+
+
+def delta_weight(layer: nn.Module, adapter_name: str | None = None) -> Tensor:
+    """ΔW of an adapted layer, in the layout of `layer.weight`: of one adapter, or the weighted sum of the active ones.
+
+    Raises:
+        TypeError: `layer` is not adapted. KeyError: it has no such adapter.
+    """
+    if not isinstance(layer, GraloraLayer):
+        raise TypeError(f"delta_weight takes an adapted layer, not a {type(layer).__name__}.")
+    return layer.delta_weight(adapter_name)

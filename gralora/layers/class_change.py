@@ -1,0 +1,153 @@
+"""Giving a module a new class in place, and its old class back.
+
+The object stays: its parameters keep their names, hooks fire, tied weights stay tied, references elsewhere stay
+valid. PyTorch's `fully_shard` and `parametrize` do the same. What a class must do to be handed out this way is in
+`InPlaceModule`.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, ClassVar, cast
+
+from torch import nn
+
+from gralora.engines.distributed import is_spread
+
+FROZEN = "_gralora_frozen"
+
+
+class InPlaceModule(nn.Module):
+    """Base of every class that a module is given in place: it knows the class that was there and runs its forward.
+
+    A `forward` set on the instance (as `accelerate` does) hides the class's own, which would leave an adapter silently
+    dead. One that was there before counts as part of the base's forward; one set later wraps ours.
+    """
+
+    _base_class: ClassVar[type[nn.Module]] = nn.Module
+    _prefix: ClassVar[str]  # of the names of made classes
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the module as it was before its class changed."""
+        instance_forward = self.__dict__.get("_base_instance_forward")
+        if instance_forward is not None:
+            return instance_forward(*args, **kwargs)
+        return self._base_class.forward(self, *args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # accelerate replaces and removes its hooks by setting `forward`, to a wrapper round the bound method that it
+        # once found. If that is the base's, the wrapper belongs under the adapter, not over it.
+        if name == "forward" and _innermost(value) == MethodType(self._base_class.forward, self):
+            self.__dict__.pop("_base_instance_forward", None)
+            if hasattr(value, "__wrapped__"):
+                self.__dict__["_base_instance_forward"] = value
+        elif isinstance(value, nn.Parameter) and name in self._parameters:
+            nn.Module.register_parameter(self, name, value)  # as `fully_shard` sets them
+        else:
+            super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # of all who replace a weight, `parallelize_module` alone calls this; it can't place what it knows nothing of
+        if is_spread(param) and self._parameters.get(name) is not None:
+            raise ValueError(
+                f"{self} is adapted, and parallelize_module cannot spread adapters. First parallelise the plain model, then "
+                "inject (or load_adapter): adapters follow the placement of the weight."
+            )
+        super().register_parameter(name, param)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A made class has no name that pickle could find; its two parents have.
+        reduced = super().__reduce_ex__(protocol)
+        mixin = vars(type(self)).get("_mixin")
+        return reduced if mixin is None else (_new, (mixin, self._base_class), *reduced[2:])
+
+
+class Appendage(nn.Module):
+    """A container of ours that hangs on a module of the user's.
+
+    A checkpoint that holds nothing for it, as one of the base model does, loads strictly and leaves it as it is.
+    """
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_made: dict[tuple[type[nn.Module], type[nn.Module]], type[InPlaceModule]] = {}
+
+
+def made_class(mixin: type[InPlaceModule], original: type[nn.Module]) -> type[InPlaceModule]:
+    """The class `(mixin, original)`, made once; `mixin` itself where it already stands on `original`."""
+    if vars(mixin).get("_base_class") is original:
+        return mixin
+    made = _made.get((mixin, original))
+    if made is None:
+        name = f"{mixin._prefix}{original.__name__}"
+        space = {"_base_class": original, "_mixin": mixin, "__module__": mixin.__module__, "__doc__": original.__doc__}
+        made = _made[mixin, original] = type(name, (mixin, original), space)
+    return made
+
+
+def change_class(module: nn.Module, mixin: type[InPlaceModule]) -> None:
+    """Give `module` the class `(mixin, its class)`."""
+    module.__class__ = made_class(mixin, type(module))
+    if "forward" in module.__dict__:
+        module.__dict__["_base_instance_forward"] = module.__dict__.pop("forward")
+
+
+def is_restorable(module: InPlaceModule) -> bool:
+    """Whether the class of `module` is one that `change_class` gives, and not one derived from it or put over it."""
+    return "_base_class" in vars(type(module))
+
+
+def restore_class(module: InPlaceModule) -> None:
+    """Give `module` back the class, and the instance-level forward, that it had before `change_class`.
+
+    A class that somebody derived from ours, or put over ours (`parametrize`), is left: without adapters it is the base.
+    """
+    ours = type(module)
+    if not is_restorable(module):
+        return
+    base_forward = MethodType(ours._base_class.forward, module)
+    for name, value in list(module.__dict__.items()):
+        # kept by a tool that wrapped the adapted forward
+        if isinstance(value, MethodType) and value == MethodType(ours.forward, module):
+            module.__dict__[name] = base_forward
+    instance_forward = module.__dict__.pop("_base_instance_forward", None)
+    cast(nn.Module, module).__class__ = ours._base_class
+    if instance_forward is not None:
+        module.__dict__.setdefault("forward", instance_forward)
+
+
+def freeze_own(module: nn.Module) -> None:
+    """Stop training the parameters that hang on `module` itself, and remember which were trained."""
+    trained = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
+    for name in trained:
+        cast(nn.Parameter, module._parameters[name]).requires_grad_(False)
+    if trained:
+        module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), *trained)
+
+
+def thaw_own(module: nn.Module) -> None:
+    """Undo every `freeze_own` of `module`."""
+    for name in module.__dict__.pop(FROZEN, ()):
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            parameter.requires_grad_(True)
+
+
+def join(path: str, key: str) -> str:
+    """A qualified name; `path` is empty for the model itself."""
+    return f"{path}.{key}" if path else key
+
+
+def _innermost(forward: Any) -> Any:
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return forward
+
+
+def _new(mixin: type[InPlaceModule], original: type[nn.Module]) -> InPlaceModule:
+    cls = made_class(mixin, original)
+    return cls.__new__(cls)

@@ -1,0 +1,97 @@
+"""Layers that are their own map: they keep their place in the model and change their class.
+
+The other kind, maps that are parts of a module, is in `parts.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from gralora.config import GraloraConfig
+from gralora.layers.adapter import check_adapter_name
+from gralora.layers.base import GraloraLayer, one_line, overwritten
+from gralora.layers.class_change import InPlaceModule, change_class, freeze_own, is_restorable, restore_class
+
+CHILD = "gralora_adapters"
+
+Layer = TypeVar("Layer", bound="InPlaceLayer")
+
+
+class InPlaceLayer(GraloraLayer, InPlaceModule):
+    """A layer that is the map."""
+
+    _prefix = "Gralora"
+    batch_axis: ClassVar[int | None] = None  # of inputs; None where the layer takes any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's dtype."""
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        return self.run(x, self.base_forward, args, kwargs, dim=self.batch_axis)
+
+    @classmethod
+    def is_plain(cls) -> bool:
+        """Whether the base class computes what its kind does, and nothing else."""
+        raise NotImplementedError
+
+    def probe(self, generator: torch.Generator) -> Tensor:
+        """A small input that the layer takes."""
+        return torch.randn(4, self.sizes(self, "")[0], generator=generator)
+
+    @classmethod
+    def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
+        if not isinstance(module, GraloraLayer):
+            change_class(module, cls)
+            cast(GraloraLayer, module)._attach_container()
+        return cast(GraloraLayer, module)
+
+    def detach(self) -> None:
+        if is_restorable(self):
+            del self._modules[CHILD]
+        else:
+            self._attach_container()
+        restore_class(self)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.gralora_adapters.merged and f"{prefix}weight" in state_dict:
+            args[-1].append(overwritten(f"{prefix}weight"))
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        base = self._base_class.extra_repr(self)
+        if CHILD not in self._modules:
+            return base
+        return ", ".join(part for part in (base, self.gralora_adapters.describe()) if part)
+
+    def __repr__(self) -> str:
+        return one_line(self, self.extra_repr()) if set(self._modules) <= {CHILD} else nn.Module.__repr__(self)
+
+    def _drop_in(self, config: GraloraConfig | None, adapter_name: str) -> None:
+        """Finish a layer that was built, not injected: freeze the base, add a trainable adapter."""
+        check_adapter_name(adapter_name)
+        freeze_own(self)
+        self._attach_container()
+        self.gralora_adapters.add(adapter_name, self.spot.new_adapter(config or GraloraConfig()))
+        self.gralora_adapters.active = {adapter_name: 1.0}
+
+    @classmethod
+    def _adapting(cls: type[Layer], module: nn.Module, config: GraloraConfig | None, adapter_name: str) -> Layer:
+        if not cls.accepts(type(module)):
+            raise TypeError(f"{cls.__name__} cannot stand in for a {type(module).__name__}.")
+        if isinstance(module, GraloraLayer):
+            raise TypeError(f"this {type(module).__name__} is adapted already; use inject for a further adapter.")
+        reason = cls.unfit(module, "")
+        if reason is not None:
+            raise ValueError(f"this {type(module).__name__} {reason}.")
+        layer = module.__new__(type(module))
+        layer.__dict__.update(module.__dict__)
+        for name, value in module.__dict__.items():
+            if isinstance(value, (dict, set)):  # parameters, buffers, children, hooks: same entries, own registers
+                layer.__dict__[name] = value.copy()
+        change_class(layer, cls)
+        adapted = cast(Layer, layer)
+        adapted._drop_in(config, adapter_name)
+        return adapted

@@ -1,0 +1,174 @@
+"""Linear layers: `GraloraLinear` for `nn.Linear` and its subclasses, `GraloraConv1D` for the transposed one of GPT-2."""
+
+from __future__ import annotations
+
+from typing import ClassVar, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from gralora.config import GraloraConfig
+from gralora.layers.in_place import InPlaceLayer
+
+
+class LinearLayer(InPlaceLayer):
+    """A layer whose weight is a matrix: (out, in), or (in, out) if `stored_transposed`."""
+
+    stored_transposed: ClassVar[bool] = False
+
+    def plain(self) -> tuple[Tensor, Tensor | None] | None:
+        weight = cast(Tensor, self.weight)
+        if type(weight) not in (nn.Parameter, Tensor) or "_base_instance_forward" in self.__dict__:
+            return None
+        if not self.is_plain():
+            return None
+        return weight.t() if self.stored_transposed else weight, cast(Tensor | None, self.bias)
+
+    @classmethod
+    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
+        return rearrange(weight, "i o -> o i") if cls.stored_transposed else weight
+
+    @classmethod
+    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
+        return rearrange(delta, "o i -> i o") if cls.stored_transposed else delta
+
+    @classmethod
+    def transposed(cls, module: nn.Module, part: str) -> bool:
+        return cls.stored_transposed
+
+
+class GraloraLinear(LinearLayer, nn.Linear):
+    """`nn.Linear` with GraLoRA adapters: y = x @ Wᵀ + b + scaling * x @ ΔWᵀ.
+
+    Built directly, it has a frozen base that initialises and loads as `nn.Linear` does, and one trainable adapter.
+
+    Args:
+        in_features, out_features, bias, device: as for `nn.Linear`.
+        config: of the adapter; `GraloraConfig()` if None.
+        adapter_name: of the adapter.
+        dtype: of the base. The adapter's is the same, but float32 where the base is half precision.
+
+    Raises:
+        ValueError: `config.gralora_k` does not divide both sizes.
+    """
+
+    _base_class = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: GraloraConfig | None = None,
+        adapter_name: str = "default",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._drop_in(config, adapter_name)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, config: GraloraConfig | None = None, *, adapter_name: str = "default"
+    ) -> GraloraLinear:
+        """A `GraloraLinear` over the very weight and bias of `linear` (shared, and frozen); `linear` keeps its class."""
+        return cls._adapting(linear, config, adapter_name)
+
+    @classmethod
+    def accepts(cls, original: type[nn.Module]) -> bool:
+        return issubclass(original, nn.Linear)
+
+    @classmethod
+    def is_plain(cls) -> bool:
+        return cls._base_class.forward is nn.Linear.forward
+
+    @classmethod
+    def unfit(cls, module: nn.Module, part: str) -> str | None:
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return (
+                "is the out_proj of an nn.MultiheadAttention, which reads its weight and never calls it: no effect. "
+                "Inject into the attention, or a module that holds it"
+            )
+        return None
+
+    @classmethod
+    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
+        return cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
+
+
+class Conv1D(nn.Module):
+    """The transposed linear layer of GPT-2: y = x @ W + b with W of shape (nx, nf)."""
+
+    def __init__(
+        self, nf: int, nx: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(nf, device=device, dtype=dtype))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, rearrange(self.weight, "i o -> o i"), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}"
+
+
+class GraloraConv1D(LinearLayer, Conv1D):
+    """GPT-2's `Conv1D` with GraLoRA adapters: y = x @ W + b + scaling * x @ ΔW, W and ΔW of shape (nx, nf).
+
+    Built directly, it has a frozen base that initialises and loads as `transformers`' `Conv1D` does, and one
+    trainable adapter. Arguments as for `GraloraLinear`.
+    """
+
+    _base_class = Conv1D
+    stored_transposed = True
+
+    def __init__(
+        self,
+        nf: int,
+        nx: int,
+        *,
+        config: GraloraConfig | None = None,
+        adapter_name: str = "default",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(nf, nx, device, dtype)
+        self._drop_in(config, adapter_name)
+
+    @classmethod
+    def from_conv1d(
+        cls, conv: nn.Module, config: GraloraConfig | None = None, *, adapter_name: str = "default"
+    ) -> GraloraConv1D:
+        """A `GraloraConv1D` over the very weight and bias of `conv` (shared, and frozen); `conv` keeps its class."""
+        return cls._adapting(conv, config, adapter_name)
+
+    @classmethod
+    def accepts(cls, original: type[nn.Module]) -> bool:
+        # transformers' own is known by its name, so that transformers need not be imported
+        return any(base is Conv1D or base.__name__ == "Conv1D" for base in original.__mro__)
+
+    @classmethod
+    def is_plain(cls) -> bool:
+        owner = next(base for base in cls._base_class.__mro__ if "forward" in vars(base))
+        return owner is Conv1D or f"{owner.__module__}.{owner.__name__}" == "transformers.pytorch_utils.Conv1D"
+
+    @classmethod
+    def unfit(cls, module: nn.Module, part: str) -> str | None:
+        shape = tuple(cast(Tensor, module.weight).shape)
+        return f"has a weight of shape {shape}, where a Conv1D has (nx, nf)" if len(shape) != 2 else None
+
+    @classmethod
+    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
+        nx, nf = cast(Tensor, module.weight).shape
+        return nx, nf
+
+    def extra_repr(self) -> str:
+        nx, nf = self.sizes(self, "")
+        return super().extra_repr() if self._base_class is Conv1D else f"nf={nf}, nx={nx}, {super().extra_repr()}"

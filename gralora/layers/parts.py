@@ -1,0 +1,62 @@
+"""Maps that are no layers of their own, but parts of a module: the projections of an attention, fused expert weights.
+
+Each is a child of its module, named `gralora_` and the part; the module changes class, so that it uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import nn
+
+from gralora.layers.base import PREFIX, GraloraLayer, one_line, overwritten
+from gralora.layers.class_change import InPlaceModule, join, restore_class
+
+
+class PartLayer(GraloraLayer):
+    """One map of a module that holds several."""
+
+    def __init__(self, module: nn.Module, part: str) -> None:
+        super().__init__()
+        self.__dict__["_host"] = module  # above us in the tree, so no child
+        self.part = part
+        self._attach_container()
+
+    @classmethod
+    def adapted(cls, module: nn.Module, part: str) -> GraloraLayer | None:
+        return cast(GraloraLayer | None, module._modules.get(PREFIX + part))
+
+    @property
+    def host(self) -> nn.Module:
+        return cast(nn.Module, self.__dict__["_host"])
+
+    def detach(self) -> None:
+        del self.host._modules[PREFIX + self.part]
+        if isinstance(self.host, PartHost) and not list(self.host.part_layers()):
+            restore_class(self.host)
+
+    def __repr__(self) -> str:
+        copies, (n_in, n_out) = self.copies(self.host, self.part), self.sizes(self.host, self.part)
+        many = "" if copies is None else f"experts={copies}, "
+        return one_line(self, f"{many}in_features={n_in}, out_features={n_out}, {self.gralora_adapters.describe()}")
+
+
+class PartHost(InPlaceModule):
+    """Mixin of a module whose parts can have adapters."""
+
+    _prefix = "Gralora"
+
+    def part_layers(self) -> Iterator[PartLayer]:
+        return (child for child in self._modules.values() if isinstance(child, PartLayer))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for layer in self.part_layers():
+            if not layer.gralora_adapters.merged:
+                continue
+            owner, name = layer.place
+            key = prefix + join(next(path for path, module in self.named_modules() if module is owner), name)
+            if key in state_dict:
+                args[-1].append(overwritten(key))
+                state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)

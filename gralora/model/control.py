@@ -1,0 +1,222 @@
+"""What a user does to an adapted model: activate, disable, delete, count."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from gralora.config import LARGEST_WEIGHT
+from gralora.engines.distributed import no_more_trained, reshard
+from gralora.layers.adapter import GraloraAdapters
+from gralora.layers.base import GraloraLayer, gralora_layers
+from gralora.layers.class_change import freeze_own
+from gralora.layers.scope import OFF, Rows, Switchable, switched
+from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
+from gralora.model.state import (
+    activate,
+    all_or_nothing,
+    check_known,
+    check_unmerged,
+    known_adapters,
+    named_adapter_parameters,
+    put_back_weight,
+)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters of `model`, active or not."""
+    return known_adapters(model)
+
+
+def set_adapter(model: nn.Module, names: str | Collection[str] | Mapping[str, float]) -> None:
+    """Make exactly these adapters active, and trainable: one name, several, or {name: weight}.
+
+    The updates of several add up. Merged adapters are unmerged first, exactly. An empty list leaves the base model.
+
+    Raises:
+        KeyError: an unknown name; those there are, are listed. ValueError: two of them train the same bias or saved
+            module; or the model is under `DistributedDataParallel`, and would train what it did not when it was wrapped.
+            The model is then unchanged.
+    """
+    weights = weights_of(names)
+    check_known(model, *weights)
+    _refuse_shared(model, weights)
+    with all_or_nothing(model), no_more_trained(model):
+        for _, layer in gralora_layers(model):
+            put_back_weight(layer)
+        activate(model, weights)
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is the base model, bit for bit; afterwards it is as it was. May be nested.
+
+    Other threads are not affected, save by two things that are changed in the model itself for the time of the block:
+    merged weights, and biases that an adapter trains.
+    """
+    with ExitStack() as stack:
+        for _, layer in gralora_layers(model):
+            base = layer.gralora_adapters.base_weight
+            if base is not None:
+                owner, name = layer.place
+                # undone in reverse: where maps share a parameter, the first of them puts the merged one back
+                stack.callback(_merge_again, layer, owner._parameters[name], base, dict(layer.gralora_adapters.merged))
+                put_back_weight(layer)
+        _put_base_biases(model, stack)
+        stack.enter_context(switched(_containers(model), OFF))
+        yield
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, names_per_sample: Sequence[str | None], *, dim: int = 0) -> Iterator[None]:
+    """Within the block every row of a batch goes through its own adapter: one name per row, None for the base.
+
+    Which adapters are active does not matter; each acts with weight 1. Rows are grouped by adapter, so the base runs once
+    for all. Where a layer gets a multiple of the rows, as with beams or with tokens laid out row by row, each name holds
+    for that many in a row. Other threads are not affected.
+
+    Args:
+        dim: the axis of the batch in what the layers get; 1 for models that put the sequence first.
+
+    Raises:
+        KeyError: an unknown name. ValueError: an adapter is merged, trains biases, or is one of fused experts, whose rows
+            can't be told apart; or, in a forward, a batch that does not fit.
+    """
+    if isinstance(names_per_sample, str) or not names_per_sample:
+        raise ValueError(
+            f"names_per_sample={names_per_sample!r} must hold one name, or None, for every row of the batch."
+        )
+    wanted = dict.fromkeys(name for name in names_per_sample if name is not None)
+    check_known(model, *wanted)
+    _refuse_mixing(model, wanted)
+    with ExitStack() as stack:
+        _put_base_biases(model, stack)
+        stack.enter_context(switched(_containers(model), Rows(names_per_sample, dim)))
+        yield
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove one adapter, with its biases and saved modules. Layers left without an adapter are as their base.
+
+    Raises:
+        KeyError: no such adapter. ValueError: it is merged; unmerge first. The model is then unchanged.
+    """
+    check_known(model, name)
+    check_unmerged(model, name)
+    with all_or_nothing(model):
+        for _, layer in gralora_layers(model):
+            if name in layer.gralora_adapters:
+                layer.gralora_adapters.remove(name)
+        for _, saved in saved_modules(model):
+            if name in saved.gralora_saved:
+                saved.gralora_saved.active = None if saved.gralora_saved.active == name else saved.gralora_saved.active
+                del saved.gralora_saved._modules[name]
+        for _, owner, swap in bias_swaps(model):
+            if name in swap.names:
+                if swap.in_place == name:
+                    swap.put(owner, BiasSwap.BASE)
+                del swap._parameters[name]
+                swap.names.remove(name)
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """The parameters of one adapter, or of all, saved modules and trained biases included: what an optimizer takes."""
+    if adapter_name is not None:
+        check_known(model, adapter_name)
+    names = known_adapters(model) if adapter_name is None else [adapter_name]
+    found = [p for name in names for p in named_adapter_parameters(model, name).values()]
+    return list({id(p): p for p in found}.values())
+
+
+def mark_only_adapters_trainable(model: nn.Module) -> None:
+    """Freeze everything but the active adapters and what is trained with them. `unload` undoes it."""
+    ours = (GraloraAdapters, SavedCopies, BiasSwap)
+    mine = {id(m) for module in model.modules() if isinstance(module, ours) for m in module.modules()}
+    active: set[str] = set()
+    reshard(model)
+    for _, layer in gralora_layers(model):
+        active.update(layer.gralora_adapters.active)
+    for _, saved in saved_modules(model):
+        active.update([saved.gralora_saved.active] if saved.gralora_saved.active else [])
+    for _, owner, swap in bias_swaps(model):
+        active.add(swap.in_place)
+        swap.get(owner, BiasSwap.BASE).requires_grad_(False)
+    for parameter in adapter_parameters(model):
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if id(module) not in mine:
+            freeze_own(module)
+    for name in known_adapters(model):
+        for parameter in named_adapter_parameters(model, name).values():
+            parameter.requires_grad_(name in active)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) numbers of parameters, tied ones once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the counts in PEFT's line."""
+    trainable, total = count_parameters(model)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+def _containers(model: nn.Module) -> Iterator[Switchable]:
+    return (module for module in model.modules() if isinstance(module, Switchable))
+
+
+def _put_base_biases(model: nn.Module, stack: ExitStack) -> None:
+    for _, owner, swap in bias_swaps(model):
+        stack.callback(swap.put, owner, swap.in_place)
+        swap.put(owner, BiasSwap.BASE)
+
+
+def _refuse_mixing(model: nn.Module, names: Collection[str]) -> None:
+    for path, layer in gralora_layers(model):
+        if layer.gralora_adapters.merged:
+            raise ValueError(f"{path!r} has an adapter merged into it, for every row alike: unmerge first.")
+        if not layer.by_row and any(name in layer.gralora_adapters for name in names):
+            raise ValueError(
+                f"{path!r} holds adapters of fused experts, whose module mixes the rows: they can't be chosen per row."
+            )
+    for key, _, swap in bias_swaps(model):
+        both = [name for name in names if name in swap.names]
+        if both:
+            raise ValueError(f"adapter {both[0]!r} trains {key!r}, a bias, which can't be chosen per row.")
+
+
+def weights_of(names: Any) -> dict[str, float]:
+    """The forms in which adapters are named, as name -> weight."""
+    if isinstance(names, str):
+        return {names: 1.0}
+    if isinstance(names, Mapping):
+        for name, weight in names.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= LARGEST_WEIGHT:
+                rule = f"it must be a finite number, of at most {LARGEST_WEIGHT:g}"
+                raise ValueError(f"the weight of adapter {name!r} is {weight!r}: {rule}.")
+        return {name: float(weight) for name, weight in names.items()}
+    if isinstance(names, Collection):
+        return dict.fromkeys(names, 1.0)
+    raise TypeError(f"names={names!r} is not legal: it must be a name, a list of names, or a mapping name -> weight.")
+
+
+def _refuse_shared(model: nn.Module, names: Collection[str]) -> None:
+    places: list[tuple[str, list[str]]] = [(key, swap.names) for key, _, swap in bias_swaps(model)]
+    places += [(path, list(saved.gralora_saved)) for path, saved in saved_modules(model)]
+    for place, users in places:
+        both = [name for name in names if name in users]
+        if len(both) > 1:
+            raise ValueError(f"adapters {' and '.join(map(repr, both))} both train {place!r}: only one can be active.")
+
+
+def _merge_again(layer: GraloraLayer, merged: nn.Parameter | None, base: nn.Parameter, state: dict[str, float]) -> None:
+    owner, name = layer.place
+    owner._parameters[name] = merged
+    layer.gralora_adapters.__dict__["base_weight"] = base
+    layer.gralora_adapters.merged = state

@@ -1,0 +1,194 @@
+"""`inject` and `unload`: adapters into any model, and out of it without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from gralora.config import GraloraConfig
+from gralora.engines.distributed import check_unwrapped
+from gralora.engines.offload import is_offloaded
+from gralora.layers.base import GraloraLayer, gralora_layers
+from gralora.layers.class_change import freeze_own, join, restore_class, thaw_own
+from gralora.model.saved import (
+    SAVED_CHILD,
+    BiasSwap,
+    add_bias,
+    add_copy,
+    base_bias,
+    bias_swaps,
+    check_units,
+    copies_of,
+    is_bias,
+    remove_swap,
+    saved_modules,
+    units,
+)
+from gralora.model.state import (
+    activate,
+    all_or_nothing,
+    check_new,
+    known_adapters,
+    named_adapter_parameters,
+    put_back_weight,
+)
+from gralora.model.targets import Names, Target, Targets, nearest, resolve
+
+NESTED = "_gralora_use_nested_tensor"
+
+
+@dataclass
+class Plan:
+    """What one adapter puts where; everything in it has been checked."""
+
+    targets: list[Target]
+    saved: dict[str, nn.Module] = field(default_factory=dict)
+    biases: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    reset: bool = True
+    tied: bool = True
+
+
+def inject(
+    model: nn.Module,
+    targets: Targets = None,
+    config: GraloraConfig | None = None,
+    *,
+    adapter_name: str = "default",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Give layers of `model` a GraLoRA adapter, in place, and return `model`.
+
+    Every target becomes a `GraloraLinear` or `GraloraConv1D` in place. The model's output is unchanged until the adapter
+    is trained. The first adapter is active, and then only it (plus what `bias` and `modules_to_save` name) requires
+    gradients; a further one is inactive and frozen until `set_adapter`.
+
+    Args:
+        targets: which layers. A regular expression for the whole qualified name; a list of names or dotted suffixes;
+            "all-linear" (every layer but the output head); a function (name, module) -> bool; a mapping from any of
+            these to its own config (the first match wins); None for `config.target_modules`, then a default by
+            `model.config.model_type`.
+        config: `GraloraConfig()` if None.
+        dtype: of the adapter's parameters. By default the base weight's, but float32 for half precision and quantised.
+
+    Raises:
+        ValueError: a target cannot be adapted, nothing matches, or the name is in use. The model is then unchanged.
+    """
+    check_new(model, adapter_name)
+    names = Names(model)
+    found = resolve(model, targets, config, names)
+    configs = list(dict.fromkeys([*(t.config for t in found), *([config] if config else [])]))
+    plan = Plan(found, _saved_units(model, configs, names))
+    plan.biases = _biases(plan, configs, names)
+    if dtype is not None:
+        plan.dtypes = {t.name: dtype for t in found}
+    install(model, plan, adapter_name)
+    return model
+
+
+def install(
+    model: nn.Module,
+    plan: Plan,
+    adapter_name: str,
+    *,
+    trainable: bool | None = None,
+) -> None:
+    """Carry out a plan, or on any exception leave the model as it was.
+
+    The model's first adapter becomes active and, unless `trainable` says otherwise, is trained; a further one is neither.
+    """
+    check_unwrapped(model)
+    first = not known_adapters(model)
+    trainable = first if trainable is None else trainable
+    check_units(model, plan.saved, [t.spot.module for t in plan.targets])
+    adapters = [t.spot.new_adapter(t.config, plan.dtypes.get(t.name), reset=plan.reset) for t in plan.targets]
+    copies = copies_of(plan.saved.values(), tied=plan.tied)
+    shared: dict[int, nn.Parameter] = {}
+    bases = [base_bias(owner, parameter) for owner, parameter in plan.biases.values()]
+    biases = [shared.setdefault(id(base), nn.Parameter(base.detach().clone())) for base in bases]
+    with all_or_nothing(model):
+        if first:
+            for module in model.modules():
+                freeze_own(module)
+        for target, adapter in zip(plan.targets, adapters, strict=True):
+            spot = target.spot
+            spot.kind.attach(spot.module, spot.part).gralora_adapters.add(adapter_name, adapter)
+        for unit, replica in zip(plan.saved.values(), copies, strict=True):
+            add_copy(unit, adapter_name, replica)
+        for (owner, parameter), bias in zip(plan.biases.values(), biases, strict=True):
+            add_bias(owner, parameter, adapter_name, bias)
+        _keep_nested_tensors_out(model)
+        if first:
+            activate(model, {adapter_name: 1.0}, trainable=trainable)
+        else:
+            for trained in named_adapter_parameters(model, adapter_name).values():
+                trained.requires_grad_(trainable)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take every adapter out: classes, parameters, `requires_grad` and outputs are again those before `inject`.
+
+    Merged adapters are unmerged, saved modules and biases are the base's own. Use `merge_and_unload` to keep the effect.
+    """
+    with all_or_nothing(model):
+        for _, owner, swap in list(bias_swaps(model)):
+            swap.put(owner, BiasSwap.BASE)
+            remove_swap(owner, swap)
+        for _, saved in list(saved_modules(model)):
+            del saved._modules[SAVED_CHILD]
+            restore_class(saved)
+        layers = [layer for _, layer in gralora_layers(model)]
+        for layer in layers:
+            put_back_weight(layer)
+        for layer in layers:
+            layer.detach()
+        for module in model.modules():
+            thaw_own(module)
+            if NESTED in module.__dict__:
+                module.use_nested_tensor = module.__dict__.pop(NESTED)
+    return model
+
+
+def _keep_nested_tensors_out(model: nn.Module) -> None:
+    # Nested tensors can be read by the fused path alone, and an adapted layer switches that off.
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+            if any(isinstance(m, GraloraLayer) or SAVED_CHILD in m._modules for m in module.modules()):
+                module.__dict__[NESTED] = module.use_nested_tensor
+                module.use_nested_tensor = False
+
+
+def _saved_units(model: nn.Module, configs: list[GraloraConfig], names: Names) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for wanted in dict.fromkeys(name for config in configs for name in config.modules_to_save or ()):
+        modules = names.find([wanted])
+        if not modules:
+            known = [its[0] for _, its, _ in names]
+            raise ValueError(
+                f"modules_to_save names {wanted!r}, which this model lacks. Nearest: {nearest(wanted, known)}."
+            )
+        for name, module in modules:
+            found.update(units(module, name))
+    unique = {id(unit): name for name, unit in reversed(found.items())}
+    return {name: unit for name, unit in found.items() if unique[id(unit)] == name}
+
+
+def _biases(plan: Plan, configs: list[GraloraConfig], names: Names) -> dict[str, tuple[nn.Module, str]]:
+    """The (owner, parameter) of every bias that is trained. "all" in one config means all; saved modules are whole."""
+    if any(config.bias == "all" for config in configs):
+        candidates = [(module, name) for _, _, module in names for name in module._parameters if is_bias(name)]
+    else:
+        spots = [t.spot for t in plan.targets if t.config.bias == "gralora_only"]
+        candidates = [spot.kind.bias_at(spot.module, spot.part) for spot in spots]
+    saved = {id(m) for unit in plan.saved.values() for m in unit.modules()}
+    away = [names.names[id(owner)][0] for owner, name in candidates if is_offloaded(owner, name)]
+    if away:
+        raise ValueError(f"the bias of {away[0]!r} is offloaded, and can't be trained. First inject, then offload.")
+    return {
+        join(names.names[id(owner)][0], name): (owner, name)
+        for owner, name in candidates
+        if owner._parameters.get(name) is not None and id(owner) not in saved
+    }

@@ -1,0 +1,232 @@
+"""What is trained with an adapter but is no adapter: whole modules (`modules_to_save`) and biases.
+
+A saved module keeps its own weights and has one copy per adapter, to which its forward is routed. A trained bias has
+one parameter per adapter, which takes the place of the base's while that adapter is active.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gralora.engines.distributed import is_spread, layout
+from gralora.engines.offload import is_offloaded
+from gralora.layers.base import PREFIX, GraloraLayer
+from gralora.layers.class_change import Appendage, InPlaceModule, change_class, join
+from gralora.layers.scope import OFF, Rows, Switchable
+
+SAVED_CHILD = "gralora_saved"
+
+
+class SavedCopies(Switchable):
+    """The copies of one saved module by adapter name; `active` names the one that stands in for it, if any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: str | None = None
+        self.layouts: dict[str, object] = {}  # of the module's own parameters when it was changed
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return cast(nn.Module, self._modules[name])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def is_as_it_was(self, name: str, parameter: nn.Parameter | None) -> bool:
+        """Whether a parameter is not kept elsewhere, by an engine that reads it outside of a forward."""
+        return parameter is None or (not parameter.is_meta and layout(parameter) == self.layouts.get(name))
+
+
+class SavedModule(InPlaceModule):
+    """Mixin of a module in `modules_to_save`: calls go to the active adapter's copy, else to the module itself."""
+
+    _prefix = "Saved"
+    gralora_saved: SavedCopies
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        copies = self.gralora_saved
+        mode = copies.mode
+        if isinstance(mode, Rows):
+            return self._by_row(mode, *args, **kwargs)
+        if copies.active is None or mode is OFF:
+            return self.base_forward(*args, **kwargs)
+        return copies[copies.active](*args, **kwargs)
+
+    def _by_row(self, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise TypeError(
+                f"mixed_batch cannot take apart the rows of what {self._base_class.__name__} gets: a saved module must be "
+                "called with one tensor."
+            )
+        x, copies = args[0], self.gralora_saved
+        dim = rows.axis(x)
+        order, back, names, counts = rows.sort(x.shape[dim], list(copies), x.device)
+        parts = torch.split(x.index_select(dim, order), counts, dim)
+        runs = [self.base_forward if name is None else copies[name] for name in names]
+        done = [run(part) for run, part in zip(runs, parts, strict=True) if part.shape[dim]]
+        return torch.cat(done, dim).index_select(dim, back)
+
+    def __getattr__(self, name: str) -> Any:
+        # a parent that reads our weight, as a head tied to an embedding does, must get the copy's that acts
+        children = self.__dict__.get("_modules", {})
+        copies = children.get(SAVED_CHILD)
+        own = self.__dict__.get("_parameters", {}).get(name)
+        if copies is not None and copies.active is not None and copies.mode is None and copies.is_as_it_was(name, own):
+            replica = copies[copies.active]
+            if name in replica._parameters or name in replica._buffers:
+                return getattr(replica, name)
+        return super().__getattr__(name)
+
+
+class BiasSwap(Appendage):
+    """The values of one bias of a module that are not in place now: the adapters' by name, and the base's under `BASE`."""
+
+    BASE = "base bias"
+
+    def __init__(self, parameter: str) -> None:
+        super().__init__()
+        self.parameter = parameter
+        self.in_place: str = self.BASE
+        self.names: list[str] = []
+        self.layout: object = None  # of the bias when the first of these came
+
+    def put(self, owner: nn.Module, name: str) -> None:
+        """Make `name`'s bias the bias of `owner`; the base's where this adapter trains none."""
+        name = name if name in self.names else self.BASE
+        if name != self.in_place:
+            if layout(owner._parameters[self.parameter]) != self.layout or is_offloaded(owner, self.parameter):
+                raise ValueError(
+                    "a trained bias can't be exchanged for another under fully_shard, or where weights are offloaded: both "
+                    'keep each parameter where they found it. Adapters that are to be switched there must have bias="none".'
+                )
+            # assignments alone, so that no failure comes between
+            new = self._parameters[name]
+            self._parameters[self.in_place] = owner._parameters[self.parameter]
+            owner._parameters[self.parameter] = new
+            del self._parameters[name]
+            self.in_place = name
+
+    def get(self, owner: nn.Module, name: str) -> nn.Parameter:
+        source = owner._parameters[self.parameter] if name == self.in_place else self._parameters[name]
+        return cast(nn.Parameter, source)
+
+
+def units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The topmost modules at or below `module` that own parameters or buffers.
+
+    Routing these, and not a container above them, works however the container is used: called, iterated, indexed.
+    """
+    if module._parameters or module._buffers or isinstance(module, SavedModule):
+        yield name, module
+    else:
+        for child_name, child in module.named_children():
+            yield from units(child, join(name, child_name))
+
+
+def check_units(model: nn.Module, found: dict[str, nn.Module], targets: Iterable[nn.Module]) -> None:
+    """Raise ValueError if a unit is adapted itself, or is tied to a module that would keep the old weight."""
+    if not found:
+        return
+    adapted = {id(module) for module in targets}
+    inside = {id(m): name for name, unit in found.items() for m in unit.modules()}
+    for name, unit in found.items():
+        if any(is_offloaded(m, parameter) for m in unit.modules() for parameter in m._parameters):
+            raise ValueError(
+                f"modules_to_save names {name!r}, whose weights are offloaded: nothing to copy. First inject."
+            )
+        if any(isinstance(m, GraloraLayer) or id(m) in adapted for m in unit.modules()):
+            raise ValueError(
+                f"modules_to_save names {name!r}, which is adapted: a layer is adapted or saved, not both."
+            )
+    owned = {id(p): name for name, unit in found.items() for p in unit.parameters()}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) in owned and id(module) not in inside:
+                raise ValueError(
+                    f"modules_to_save names {owned[id(parameter)]!r}, whose weight is tied to {name!r}: training one "
+                    "copy would break the tie. Name both, or neither."
+                )
+
+
+def copies_of(found: Iterable[nn.Module], *, tied: bool = True) -> list[nn.Module]:
+    """A trainable copy of each unit's base; weights tied among them stay tied among the copies, if `tied`."""
+    memo: dict[int, Any] = {}
+    return [_base_copy(unit, memo if tied else {}) for unit in found]
+
+
+def add_copy(unit: nn.Module, name: str, replica: nn.Module) -> SavedModule:
+    """Make `unit` a saved module, in place, and add an inactive copy."""
+    if not isinstance(unit, SavedModule):
+        change_class(unit, SavedModule)
+        unit.add_module(SAVED_CHILD, SavedCopies())
+        cast(SavedModule, unit).gralora_saved.layouts = {
+            name: layout(p) for name, p in unit._parameters.items() if is_spread(p)
+        }
+    saved = cast(SavedModule, unit)
+    saved.gralora_saved._modules[name] = replica
+    return saved
+
+
+def is_bias(parameter: str) -> bool:
+    """Whether a parameter of this name is a bias: `bias`, `in_proj_bias`, `bias_k`."""
+    return "bias" in parameter.split("_")
+
+
+def add_bias(owner: nn.Module, parameter: str, name: str, bias: nn.Parameter) -> None:
+    """Give `owner` an inactive value of its bias `parameter` for the adapter `name`."""
+    if PREFIX + parameter not in owner._modules:
+        owner._modules[PREFIX + parameter] = BiasSwap(parameter)
+        cast(BiasSwap, owner._modules[PREFIX + parameter]).layout = layout(owner._parameters[parameter])
+    swap = cast(BiasSwap, owner._modules[PREFIX + parameter])
+    swap._parameters[name] = bias
+    swap.names.append(name)
+
+
+def base_bias(owner: nn.Module, parameter: str) -> nn.Parameter:
+    """The base's own bias `parameter` of `owner`, whichever adapter's is in place."""
+    swap = owner._modules.get(PREFIX + parameter)
+    base = swap.get(owner, BiasSwap.BASE) if isinstance(swap, BiasSwap) else owner._parameters[parameter]
+    return cast(nn.Parameter, base)
+
+
+def remove_swap(owner: nn.Module, swap: BiasSwap) -> None:
+    """Leave the bias that is in place for good."""
+    del owner._modules[PREFIX + swap.parameter]
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
+    for name, module in model.named_modules():
+        if isinstance(module, SavedModule):
+            yield name, module
+
+
+def bias_swaps(model: nn.Module) -> Iterator[tuple[str, nn.Module, BiasSwap]]:
+    """(name of the bias, the module that owns it, its store) of every bias that some adapter trains."""
+    for name, module in model.named_modules():
+        for swap in module._modules.values():
+            if isinstance(swap, BiasSwap):
+                yield join(name, swap.parameter), module, swap
+
+
+def _base_copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    cls: type[nn.Module] = unit.__class__
+    child = unit._modules.pop(SAVED_CHILD, None)
+    try:
+        unit.__class__ = getattr(unit, "_base_class", cls)
+        replica = copy.deepcopy(unit, memo)
+    finally:
+        unit.__class__ = cls
+        if child is not None:
+            unit._modules[SAVED_CHILD] = child
+    for register in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(replica, register).clear()  # the module's own hooks fire; the copy's would be a second time
+    for parameter in replica.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return replica

@@ -1,0 +1,341 @@
+"""Which modules an adapter goes on: every form of `targets`, and the checks before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from gralora.config import GraloraConfig, divisors
+from gralora.engines.distributed import is_spread
+from gralora.layers.adapter import legal_k, suggested
+from gralora.layers.base import PREFIX, Spot
+from gralora.layers.class_change import join
+from gralora.layers.kinds import ADAPTABLE, spots
+from gralora.model.bypass import reader_of
+from gralora.model.saved import SavedModule
+
+Predicate = Callable[[str, nn.Module], bool]
+Pattern = str | Collection[str] | Predicate
+Targets = Pattern | Mapping[Any, GraloraConfig | None] | None
+
+ALL_LINEAR = "all-linear"
+HIDDEN = re.compile(rf"(?:^|\.)(?:{PREFIX}|parametrizations(?:\.|$))")
+"""In a qualified name: what is ours, or `torch.nn.utils.parametrize`'s."""
+
+# The attention projections that are adapted where the user names nothing, by `model.config.model_type`; the choices
+# are those that PEFT makes for LoRA, so that a user who moves here adapts the same layers.
+_Q_V_PROJ = (
+    *("bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral"),
+    *("mixtral", "opt", "qwen2", "qwen3", "stablelm"),
+)
+_QUERY_VALUE = ["bert", "electra", "layoutlm", "roberta", "xlm-roberta"]
+_QUERY_KEY_VALUE = ["RefinedWeb", "RefinedWebModel", "bloom", "chatglm", "falcon", "gpt_neox"]
+DEFAULT_TARGETS: dict[str, str | tuple[str, ...]] = {
+    **dict.fromkeys(_Q_V_PROJ, ("q_proj", "v_proj")),
+    **dict.fromkeys(_QUERY_VALUE, ("query", "value")),
+    **dict.fromkeys(_QUERY_KEY_VALUE, ("query_key_value",)),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "mpt": ("Wqkv",),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear map to adapt, and how."""
+
+    name: str
+    spot: Spot
+    config: GraloraConfig
+
+
+class Names:
+    """The modules of a model and the linear maps in them, with every name that leads there; adapters are left out,
+    and what `torch.nn.utils.parametrize` keeps.
+
+    A map that is a part of its module bears the module's names with its own behind a dot.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: dict[int, list[str]] = {}
+        self.modules: dict[int, nn.Module] = {}
+        self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if HIDDEN.search(name):
+                continue
+            self.names.setdefault(id(module), []).append(name)
+            self.modules[id(module)] = module
+            for child_name, child in module._modules.items():
+                self.parents.setdefault(id(child), []).append((module, child_name))
+        self.spots: list[tuple[list[str], Spot]] = []
+        for _, its_names, module in self:
+            for spot in spots(module):
+                self.spots.append(([(join(name, spot.part) if spot.part else name) for name in its_names], spot))
+        # a module may hold its map in a child, as nn.MultiheadAttention does in out_proj: the child is no map of its own
+        held = {id(_owner(spot)) for _, spot in self.spots if _owner(spot) is not spot.module}
+        self.spots = [(its, spot) for its, spot in self.spots if id(spot.module) not in held]
+        self.held = held
+
+    def __iter__(self) -> Iterator[tuple[int, list[str], nn.Module]]:
+        return ((key, self.names[key], module) for key, module in self.modules.items())
+
+    def find(self, pattern: str | Collection[str]) -> list[tuple[str, nn.Module]]:
+        """(first name, module) of each that `pattern`, a regular expression or list of names, matches."""
+        match = _matcher(pattern)
+        return [(names[0], module) for _, names, module in self if any(match(name, module) for name in names)]
+
+
+class _Rule(NamedTuple):
+    """What one pattern takes, and what is excluded from it."""
+
+    match: Predicate
+    excluded: Predicate
+
+    def takes(self, its_names: list[str], module: nn.Module) -> bool:
+        return any(self.match(name, module) and not self.excluded(name, module) for name in its_names)
+
+    def leaves(self, its_names: list[str], module: nn.Module) -> bool:
+        return all(self.excluded(name, module) for name in its_names)
+
+
+def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, names: Names) -> list[Target]:
+    """The layers that `targets` means, in module order, each with its config.
+
+    Raises:
+        ValueError: nothing matches (the text shows the nearest names), or some match cannot be adapted (the text names
+            every one, and the legal values of k). TypeError: `targets` has no form that is known.
+    """
+    default = config or GraloraConfig()
+    rules = _rules(model, targets, default)
+    saved = _inside(names, [c.modules_to_save for _, c in rules])
+    found: dict[int, Target] = {}
+    strangers: dict[int, str] = {}
+    hosts = {id(spot.module) for _, spot in names.spots}
+    for pattern, rule_config in rules:
+        rule = _Rule(_matcher_for(model, pattern, names), _matcher(rule_config.exclude_modules or ()))
+        whole = {key for key, its_names, module in names if key not in saved and rule.takes(its_names, module)}
+        for index, (its_names, spot) in enumerate(names.spots):
+            key, owner = id(spot.module), _owner(spot)
+            if index in found or key in saved:
+                continue
+            if spot.part and (rule.leaves(names.names[key], spot.module) or rule.leaves(its_names, owner)):
+                continue
+            if key in whole or (spot.part and rule.takes(its_names, owner)):
+                found[index] = Target(its_names[0], spot, rule_config)
+        strangers.update({key: names.names[key][0] for key in whole - hosts - names.held})
+        if not isinstance(pattern, (str, Mapping)) and isinstance(pattern, Collection):
+            _warn_of_absent(pattern, names)
+    ordered = [found[index] for index in range(len(names.spots)) if index in found]
+    if not ordered and not strangers:
+        raise ValueError(_nothing_matches(rules, names))
+    others = [
+        f"{name!r} is a {type(names.modules[key]).__name__}; adaptable are {ADAPTABLE}."
+        for key, name in strangers.items()
+    ]
+    problems = [*_problems(ordered, names), *others]
+    if problems:
+        raise ValueError("\n".join(problems))
+    _warn_of_layout(ordered)
+    return ordered
+
+
+def default_targets(model: nn.Module) -> str | tuple[str, ...]:
+    """What is adapted in a `transformers` model when nothing is named, by its `config.model_type`."""
+    config = getattr(model, "config", None)
+    model_type = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    if model_type not in DEFAULT_TARGETS:
+        known = f"model_type={model_type!r} has no default" if model_type else "this model has no config.model_type"
+        raise ValueError(
+            f"no targets given, and {known}. Name the layers: a regular expression, a list of names, or "
+            f'"{ALL_LINEAR}". Defaults exist for: {", ".join(sorted(DEFAULT_TARGETS))}.'
+        )
+    return DEFAULT_TARGETS[model_type]
+
+
+def nearest(name: str, known: Collection[str], count: int = 3) -> str:
+    """The known names that look most like `name`, as an error message lists them."""
+    short = {n.rsplit(".", 1)[-1]: n for n in reversed(list(known)) if n}
+    close = difflib.get_close_matches(name, list(known), count, 0.3)
+    close += [short[s] for s in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(short), count, 0.3)]
+    return ", ".join(repr(n) for n in dict.fromkeys(close or list(known)[:count]))
+
+
+def shorten(items: Iterable[str], count: int = 5) -> str:
+    """The first of `items`, and how many more there are."""
+    items = list(items)
+    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")
+
+
+def _rules(model: nn.Module, targets: Targets, default: GraloraConfig) -> list[tuple[Pattern, GraloraConfig]]:
+    if isinstance(targets, GraloraConfig):
+        raise TypeError(
+            "targets is a GraloraConfig: call inject(model, targets, config), or inject(model, config=config)."
+        )
+    if targets is None:
+        targets = default.target_modules if default.target_modules is not None else default_targets(model)
+    if isinstance(targets, Mapping):
+        if not targets:
+            raise ValueError("targets is an empty mapping: nothing would be adapted.")
+        return [(pattern, _config_of(pattern, value, default)) for pattern, value in targets.items()]
+    return [(cast(Pattern, targets), default)]
+
+
+def _config_of(pattern: object, value: object, default: GraloraConfig) -> GraloraConfig:
+    if value is not None and not isinstance(value, GraloraConfig):
+        raise TypeError(f"targets[{pattern!r}] is a {type(value).__name__}: it must be a GraloraConfig, or None.")
+    return value or default
+
+
+def _matcher_for(model: nn.Module, pattern: Pattern, names: Names) -> Predicate:
+    if pattern == ALL_LINEAR:
+        heads = {id(head) for head in _output_heads(model)}
+        linear = {
+            id(_owner(spot))
+            for _, spot in names.spots
+            if spot.kind.in_all_linear and unfit(spot, names) is None and id(spot.module) not in heads
+        }
+        return lambda name, module: id(module) in linear
+    return _matcher(pattern)
+
+
+def _matcher(pattern: object) -> Predicate:
+    if isinstance(pattern, str):
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"targets={pattern!r} is no regular expression: {error}.") from None
+        return lambda name, module: regex.fullmatch(name) is not None
+    if callable(pattern):
+        return lambda name, module: bool(cast(Predicate, pattern)(name, module))
+    if isinstance(pattern, Collection) and all(isinstance(item, str) for item in pattern):
+        wanted = tuple(cast(Collection[str], pattern))
+        return lambda name, module: _listed(name, wanted) is not None
+    raise TypeError(
+        f"targets={pattern!r} is a {type(pattern).__name__}: it must be a regular expression, a list of names, "
+        f'"{ALL_LINEAR}", a function (name, module) -> bool, a mapping from these to configs, or None.'
+    )
+
+
+def _listed(name: str, wanted: Collection[str]) -> str | None:
+    return next((item for item in wanted if name == item or (item and name.endswith(f".{item}"))), None)
+
+
+def _output_heads(model: nn.Module) -> list[nn.Module]:
+    """Output layers: what `get_output_embeddings()` returns, and every linear layer tied to an embedding."""
+    heads = []
+    for module in model.modules():
+        try:
+            head = cast(Any, module).get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        except (NotImplementedError, AttributeError):
+            head = None
+        if isinstance(head, nn.Module):
+            heads.append(head)
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return heads + [m for m in model.modules() if id(m._parameters.get("weight")) in embedded]
+
+
+def unfit(spot: Spot, names: Names) -> str | None:
+    """Why a map can't be adapted, whatever the config; None if it can."""
+    if isinstance(spot.module, SavedModule):
+        return "is in another adapter's modules_to_save; a layer is adapted or saved, not both"
+    owner, name = spot.kind.weight_at(spot.module, spot.part)
+    weight: object = owner._parameters.get(name)  # as it lies: where experts have adapters, its name reads W + ΔW
+    if weight is None:
+        weight = getattr(owner, name, None)
+    if isinstance(weight, UninitializedParameter):
+        return "has no shape yet (a lazy module); run one forward pass first"
+    if not isinstance(weight, Tensor) or weight.is_complex():
+        return "has a complex weight" if isinstance(weight, Tensor) else "has no weight"
+    if is_spread(weight) and spot.kind.what != "linear" and spot.adapted is None:
+        return "has its weight spread over processes, which only linear layers can have"
+    parents = () if spot.part else names.parents.get(id(spot.module), ())
+    readers = [(reader_of(parent, child), child) for parent, child in parents]
+    if readers and all(reader for reader, _ in readers):
+        reader, child = readers[0]
+        return (
+            f"has its weight read by the forward of {reader}, which never calls it: an adapter would have no effect. Call "
+            f"self.{child}(x) there"
+        )
+    return spot.kind.unfit(spot.module, spot.part)
+
+
+def _owner(spot: Spot) -> nn.Module:
+    return spot.kind.weight_at(spot.module, spot.part)[0]
+
+
+def _problems(targets: list[Target], names: Names) -> list[str]:
+    problems = []
+    for target in targets:
+        reason = unfit(target.spot, names)
+        if reason is not None:
+            problems.append(f"{target.name!r} {reason}.")
+            continue
+        if target.config.gralora_dropout and not target.spot.kind.takes_dropout:
+            problems.append(
+                f"{target.name!r} takes no gralora_dropout ({target.config.gralora_dropout} is given): its input is seen by "
+                "its own module alone. Legal here: 0."
+            )
+        sizes = target.spot.cut
+        k, r = target.config.gralora_k, target.config.r
+        bad = [f"{side}={size}" for side, size in zip(("in_features", "out_features"), sizes, strict=True) if size % k]
+        if bad:
+            best = suggested(r, divisors(math.gcd(*sizes, r)))
+            problems.append(
+                f"gralora_k={k} does not divide {' and '.join(bad)} of {target.name!r} (r={r}). "
+                f"Legal here: {legal_k(*sizes, r)}. suggest_k gives {best}."
+            )
+    return problems
+
+
+def _inside(names: Names, patterns: list[tuple[str, ...] | None]) -> set[int]:
+    wanted = [item for pattern in patterns for item in pattern or ()]
+    return {id(m) for _, module in (names.find(wanted) if wanted else ()) for m in module.modules()}
+
+
+def _warn_of_absent(pattern: Collection[str], names: Names) -> None:
+    known = [name for its in (*names.names.values(), *(its for its, _ in names.spots)) for name in its]
+    present = {_listed(name, [item]) for item in pattern for name in known}
+    absent = [item for item in pattern if item not in present]
+    if absent and len(absent) < len(pattern):
+        warnings.warn(f"targets not found in this model, passed over: {', '.join(absent)}", UserWarning, stacklevel=4)
+
+
+def _warn_of_layout(targets: list[Target]) -> None:
+    wrong = [
+        t.name
+        for t in targets
+        if t.config.fan_in_fan_out is not None
+        and t.config.fan_in_fan_out is not t.spot.kind.transposed(t.spot.module, t.spot.part)
+    ]
+    if wrong:
+        message = f"fan_in_fan_out contradicts the layout of {shorten(wrong, 3)}; the layout is read off the layer."
+        warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _nothing_matches(rules: list[tuple[Pattern, GraloraConfig]], names: Names) -> str:
+    linear = [its[0] for its, _ in names.spots]
+    if not linear:
+        return f"nothing to adapt: this model has none of {ADAPTABLE}."
+    given = [p for p, _ in rules]
+    texts = [text for p in given for text in ([p] if isinstance(p, str) else p if isinstance(p, Collection) else [])]
+    close = "; ".join(nearest(text, linear) for text in texts) or nearest("", linear)
+    shown = given[0] if len(given) == 1 else given
+    return f"targets={shown!r} match no module of this model. Nearest names: {close}."

@@ -1,0 +1,29 @@
+"""A benchmark run in this process with --quick, as its command runs it."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def names(folder: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "benchmarks" / folder).glob("[!_]*.py"))
+
+
+def run(name: str, out: Path, *options: str) -> dict[str, Any]:
+    """Run `benchmarks.NAME`; what it wrote."""
+    importlib.import_module(f"benchmarks.{name}").main(["--out", str(out), *options])
+    return json.loads((out / f"{name.rpartition('.')[2]}.json").read_text())
+
+
+def check(name: str, out: Path, printed: str) -> dict[str, Any]:
+    """What every benchmark leaves: a table, a picture, and JSON that says on what it was measured."""
+    own = name.rpartition(".")[2]
+    result: dict[str, Any] = json.loads((out / f"{own}.json").read_text())
+    assert "| ---" in printed
+    assert {"cpu", "threads", "versions"} <= set(result["machine"])
+    assert (out / f"{own}.png").stat().st_size > 5_000
+    return result

@@ -1,0 +1,49 @@
+"""Every experiment runs, with --quick, and writes what it says; one that was interrupted goes on."""
+
+import json
+
+import pytest
+from torch import nn
+
+from benchmarks.evidence import _methods as methods
+from benchmarks.evidence import quality
+
+from .quick import RESULTS, check, names, run
+
+
+@pytest.mark.parametrize("name", names("evidence"))
+def test_experiment_prints_a_table_and_writes_json_and_picture(name, tmp_path, capsys):
+    run(f"evidence.{name}", tmp_path, "--quick")
+    check(name, tmp_path, capsys.readouterr().out)
+
+
+def test_quality_goes_on_where_it_was_interrupted(tmp_path):
+    committed = json.loads((RESULTS / "quality.json").read_text())
+    key = "LoRA, r=8, lr=0.001, seed=2"
+    lost = committed["runs"].pop(key)
+    (tmp_path / "quality.json").write_text(json.dumps(committed))
+    result = run("evidence.quality", tmp_path)
+    again = result["runs"].pop(key)
+    assert result["runs"] == committed["runs"]
+    assert again["trainable"] == lost["trainable"]
+    assert again["validation"]["mse"] == pytest.approx(lost["validation"]["mse"], rel=0.1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_quality_draws_what_it_has(count, tmp_path):
+    committed = json.loads((RESULTS / "quality.json").read_text())["runs"]
+    runs = quality.plan(quick=False)
+    quality.write(tmp_path, runs, {run.key: committed[run.key] for run in runs[:count]}, quiet=True)
+    cases = {(run.name, run.rank) for run in runs[:count]}
+    assert len(json.loads((tmp_path / "quality.json").read_text())["chosen"]) == len(cases)
+
+
+def test_what_the_evidence_compares_trains_equally_many_parameters_and_the_rate_is_chosen_by_the_mean_error():
+    names = [methods.LORA, "GraLoRA k=2", "GraLoRA k=4", "GraLoRA k=8", "hybrid k=2"]
+    models = (nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8), nn.Linear(8, 2)) for _ in names)
+    prepared = [methods.prepared(model, name, 8, ["0", "1"], "2") for model, name in zip(models, names, strict=True)]
+    assert [methods.trained(model) for model in prepared] == [8 * (16 + 32 + 32 + 8) + 18] * len(names)
+    runs = [(0.1, {"error": 1.0}), (0.2, {"error": 0.0}), (0.1, {"error": 3.0}), (0.2, {"error": 3.9})]
+    [(case, by_rate, best)] = methods.by_case((("a", *run) for run in runs), lambda run: run["error"])
+    assert (best, by_rate[best]) == (0.2, [{"error": 0.0}, {"error": 3.9}])
+    assert (case, by_rate[0.1]) == ("a", [{"error": 1.0}, {"error": 3.0}])

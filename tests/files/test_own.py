@@ -1,0 +1,93 @@
+"""The library's own file."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import gralora
+from gralora import AdapterFileError
+
+from ..models import Block, assert_same, fingerprint, random_config
+
+X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
+
+
+MIXED = {
+    "q": random_config(r=2, gralora_k=1, alpha=3.5),
+    "k|v": random_config(r=8, gralora_k=4, gralora_dropout=0.25),
+    "mlp.*[02]": random_config(r=6, gralora_k=2, hybrid_r=3),
+}
+
+
+def pair():
+    """Two models of the same base weights."""
+    torch.manual_seed(5)
+    one = Block()
+    two = Block()
+    two.load_state_dict(one.state_dict())
+    return one, two
+
+
+def test_the_file_describes_itself(tmp_path):
+    one, _ = pair()
+    gralora.inject(one, MIXED)
+    gralora.save_adapter(one, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata, keys = file.metadata(), set(file.keys())
+    assert metadata["format"] == "gralora"
+    assert metadata["format_version"] == "1"
+    assert metadata["gralora_version"] == gralora.__version__
+    assert json.loads(metadata["modules"])["q"] == {
+        "r": 2,
+        "hybrid_r": 0,
+        "alpha": 3.5,
+        "gralora_k": 1,
+        "gralora_dropout": 0.0,
+    }
+    assert {"q.gralora_A", "q.gralora_B", "mlp.0.gralora_A_general.weight", "mlp.2.gralora_B_general.weight"} <= keys
+    assert keys == set(gralora.adapter_state_dict(one))
+
+
+GOOD = {"r": 4, "hybrid_r": 0, "alpha": 8, "gralora_k": 2, "gralora_dropout": 0.0}
+
+
+def write(path, modules=None, tensors=None, **metadata):
+    if tensors is None:
+        tensors = {"q.gralora_A": torch.randn(2, 8, 4), "q.gralora_B": torch.randn(2, 4, 8)}
+    modules = modules if isinstance(modules, str) else json.dumps({"q": GOOD} if modules is None else modules)
+    save_file(tensors, path, {"format": "gralora", "format_version": "1", "modules": modules, **metadata})
+    return path
+
+
+def test_a_file_written_by_hand_loads(tmp_path):
+    _, two = pair()
+    y = two(X)
+    assert not torch.allclose(gralora.load_adapter(two, write(tmp_path / "a"))(X), y)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"r": 4.0}, "r=4.0 is a float"),
+        ({"r": True}, "r=True is a bool"),
+        ({"r": 0}, "r=0 is not legal"),
+        ({"r": 10**18, "gralora_k": 1}, "at most"),
+        ({"gralora_k": 3}, "gralora_k=3 does not divide r=4"),
+        ({"alpha": -1}, "alpha=-1"),
+        ({"alpha": "8"}, "alpha='8'"),
+        ({"gralora_dropout": -1}, "gralora_dropout=-1"),
+        ({"hybrid_r": 1}, "gralora_A_general"),
+        ({"r": 8}, "has shape"),
+        ({"gralora_k": 1}, "has shape"),
+        ({"extra": 1}, "must hold exactly"),
+    ],
+)
+def test_illegal_metadata_is_refused_before_the_model_is_touched(tmp_path, fields, text):
+    _, two = pair()
+    before = fingerprint(two)
+    with pytest.raises(AdapterFileError, match=text):
+        gralora.load_adapter(two, write(tmp_path / "a", {"q": {**GOOD, **fields}}))
+    assert_same(fingerprint(two), before)

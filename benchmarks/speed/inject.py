@@ -9,6 +9,7 @@ layers on the meta device, "all-linear" (224 layers of it).
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import time
 import warnings
@@ -73,6 +74,17 @@ def measure(model: nn.Module, rounds: int) -> dict[str, list[float]]:
     return {name: values[1:] for name, values in times.items()}
 
 
+def grown(count: int, rounds: int) -> dict[str, float]:
+    """Medians of the seconds of inject and of unload, each on a model that was just built."""
+    found: dict[str, list[float]] = {"inject": [], "unload": []}
+    for _ in range(rounds):
+        model = nested(count)
+        gc.collect()  # what the rounds before have left is not this one's
+        found["inject"].append(timed(gralora.inject, model, "all-linear", gralora.GraloraConfig(r=8))[0])
+        found["unload"].append(timed(gralora.unload, model)[0])
+    return {what: statistics.median(values) for what, values in found.items()}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = common.parser(__doc__, quick="50 layers, a Llama of 2, one round").parse_args(argv)
     rounds, count, depth = (1, 50, 2) if args.quick else (7, 1000, 32)
@@ -94,11 +106,9 @@ def main(argv: list[str] | None = None) -> None:
         result[name] = {"seconds": medians, "ratio": ratios}
     head = ("", *(f"{key}, ms" for key in next(iter(times.values()))), "inject, over PEFT's", "unload, over PEFT's")
     print("\n" + common.table(head, rows))
-    growth = {}
-    for many in (10, 20, 40) if args.quick else (100, 1000, 10_000):
-        own = nested(many)
-        inject, _ = timed(gralora.inject, own, "all-linear", gralora.GraloraConfig(r=8))
-        growth[many] = {"inject": inject, "unload": timed(gralora.unload, own)[0]}
+    growth = {
+        many: grown(many, 1 if args.quick else 5) for many in ((10, 20, 40) if args.quick else (100, 1000, 10_000))
+    }
     head = ("nested layers", "inject, µs a layer", "unload, µs a layer")
     rows = [(f"{n:,}", *(f"{t / n * 1e6:.0f}" for t in own.values())) for n, own in growth.items()]
     print("\n" + common.table(head, rows))

@@ -1,4 +1,5 @@
 """What PyTorch's own engines need of an adapter: weights spread over processes, or kept elsewhere. Stands on `maths`.
 
-`distributed` (DDP, FSDP2, tensor parallelism), `offload` (accelerate's hooks); each can be read alone.
+`walk` goes through a model whatever holds it, `distributed` is for DDP, FSDP2 and tensor parallelism, `offload` for accelerate's
+hooks; each can be read alone.
 """

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from gralora.engines.walk import modules, named_modules
 from gralora.maths import functional
 
 
@@ -121,7 +122,7 @@ def spread_update(x: Tensor, tensors: Sequence[Tensor | None], scaling: float, d
 
 def check_unwrapped(model: nn.Module) -> None:
     """Raise ValueError if an engine has taken the parameters of `model` already: it would pass over new ones."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         engine = _engine(module)
         if engine is not None:
             raise ValueError(
@@ -137,7 +138,7 @@ def reshard(model: nn.Module) -> None:
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
-        for module in model.modules():
+        for module in modules(model):
             if isinstance(module, fsdp.FSDPModule):
                 cast(Any, module).reshard()
 
@@ -145,7 +146,7 @@ def reshard(model: nn.Module) -> None:
 @contextmanager
 def no_more_trained(model: nn.Module) -> Iterator[None]:
     """Raise ValueError if within the block a parameter begins to be trained whose gradients an engine would not see."""
-    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in modules(model))
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad] if wrapped else []
     yield
     if any(parameter.requires_grad for parameter in frozen):

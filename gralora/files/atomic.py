@@ -1,4 +1,7 @@
-"""Files and folders put in place whole: whatever happens, the old one or the new one is there, and on the disk."""
+"""Files and folders put in place whole: whatever happens, the old one or the new one is there, and on the disk.
+
+They have the mode that the umask gives, as every program's files have; what is replaced keeps the mode that it had.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import ctypes
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +22,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         _sync(temporary)
+        _keep_mode(path, temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -40,6 +45,8 @@ def write_folder(path: Path, write: Callable[[Path], object], *, keep_others: bo
         write(new)
         for each in sorted(new.rglob("*"), reverse=True):
             _sync(each)
+            _keep_mode(path / each.relative_to(new), each)
+        _keep_mode(path, new)
         others = (
             [each for each in path.iterdir() if not (new / each.name).exists()] if keep_others and path.is_dir() else []
         )
@@ -91,6 +98,12 @@ def _exchange(one: Path, other: Path) -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+
+
+def _keep_mode(old: Path, new: Path) -> None:
+    """What is replaced keeps the mode that it had: a server that could read it still can."""
+    if old.exists() and old.is_dir() == new.is_dir():
+        new.chmod(stat.S_IMODE(old.stat().st_mode))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gralora.config import GraloraConfig
 from gralora.engines.distributed import is_spread, write_once
+from gralora.engines.walk import named_modules
 from gralora.files.lora import as_lora, lora_pairs
 from gralora.files.own import (
     GRALORA,
@@ -102,7 +103,7 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
         modules_to_save=[name for name, saved in saved_modules(model) if adapter_name in saved.gralora_saved],
         biases=[key for key, _, swap in bias_swaps(model) if adapter_name in swap.names],
         base={name: _base_of(layer.spot) for name, layer in layers},
-        module_names=[name for name, _ in model.named_modules() if "gralora_" not in name],
+        module_names=[name for name, _ in named_modules(model) if "gralora_" not in name],
         base_name=origin if isinstance(origin, str) and origin else None,
     )
 

@@ -162,9 +162,12 @@ def write_gralora(file: AdapterFile, path: Path) -> None:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """A safetensors file; what the disk refuses is an OSError, as with any other file."""
+    """A safetensors file; what the disk refuses is an OSError, and its mode is the umask's, as with any other file."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path, dict(metadata))
+        path.chmod(mode)  # safetensors gives its files to the user alone
     except SafetensorError as error:
         raise OSError(f"{path} can't be written: {error}") from error
 

@@ -35,6 +35,13 @@ class GraloraAdapter(nn.Module):
         ValueError: `config.gralora_k` does not divide both sizes.
     """
 
+    A: nn.Parameter
+    B: nn.Parameter
+    A_general: nn.Parameter | None
+    B_general: nn.Parameter | None
+    config: GraloraConfig
+    init_dtype: torch.dtype | None
+
     def __init__(
         self,
         in_features: int,
@@ -59,12 +66,11 @@ class GraloraAdapter(nn.Module):
             shape = shape if copies is None else (copies, *shape)
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        self.config = config
-        self.init_dtype = init_dtype
-        self.A = empty(k, in_features // k, r)
-        self.B = empty(k, r, out_features // k)
-        self.A_general: nn.Parameter | None = empty(hybrid_r, in_features) if hybrid_r else None
-        self.B_general: nn.Parameter | None = empty(out_features, hybrid_r) if hybrid_r else None
+        self.__dict__.update(config=config, init_dtype=init_dtype)  # past nn.Module's __setattr__, which is slow
+        self._parameters["A"] = empty(k, in_features // k, r)
+        self._parameters["B"] = empty(k, r, out_features // k)
+        self._parameters["A_general"] = empty(hybrid_r, in_features) if hybrid_r else None
+        self._parameters["B_general"] = empty(out_features, hybrid_r) if hybrid_r else None
         if reset:
             self.reset_parameters()
 
@@ -172,9 +178,8 @@ class GraloraAdapters(Switchable):
 
     def __init__(self) -> None:
         super().__init__()
-        self.active = {}
-        self.merged = {}
-        self.__dict__["base_weight"] = None  # not registered: it is no parameter of the model while it is put aside
+        # the base weight is not registered: it is no parameter of the model while it is put aside
+        self.__dict__.update(active={}, merged={}, base_weight=None, acting=())
 
     def __getitem__(self, name: str) -> GraloraAdapter:
         return cast(GraloraAdapter, self._modules[name])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gralora.config import GraloraConfig
 from gralora.engines.distributed import is_spread
 from gralora.engines.offload import device_of
+from gralora.engines.walk import named_modules
 from gralora.layers.adapter import GraloraAdapter, GraloraAdapters
 from gralora.layers.class_change import join
 from gralora.layers.scope import Rows
@@ -97,7 +98,7 @@ class Spot(NamedTuple):
         )
         if is_spread(weight):
             adapter.spread_like(weight, self.kind.transposed(self.module, self.part))
-        return adapter.train(self.module.training)
+        return adapter if self.module.training else adapter.eval()
 
 
 class GraloraLayer(nn.Module):
@@ -309,7 +310,7 @@ def overwritten(key: str) -> str:
 
 def gralora_layers(model: nn.Module) -> Iterator[tuple[str, GraloraLayer]]:
     """Every adapted map of `model` with its name, once each."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, GraloraLayer):
             above, _, own = name.rpartition(".")
             yield join(above, own.removeprefix(PREFIX) if module.part else own), module

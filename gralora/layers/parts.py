@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from gralora.engines.walk import named_modules
 from gralora.layers.base import PREFIX, GraloraLayer, one_line, overwritten
 from gralora.layers.class_change import InPlaceModule, join, restore_class
 
@@ -55,7 +56,7 @@ class PartHost(InPlaceModule):
             if not layer.gralora_adapters.merged:
                 continue
             owner, name = layer.place
-            key = prefix + join(next(path for path, module in self.named_modules() if module is owner), name)
+            key = prefix + join(next(path for path, module in named_modules(self) if module is owner), name)
             if key in state_dict:
                 args[-1].append(overwritten(key))
                 state_dict.pop(key)

@@ -82,10 +82,12 @@ class Switchable(Appendage):
     counts.
     """
 
+    scopes: int
+    latest: Mode | None
+
     def __init__(self) -> None:
         super().__init__()
-        self.scopes = 0
-        self.latest: Mode | None = None
+        self.__dict__.update(scopes=0, latest=None)  # past nn.Module's __setattr__, which costs more than all the rest
         # nn.TransformerEncoderLayer, in eval, reads its children's weights and skips their forwards, unless any module
         # below it has a hook. This module is never called, so the hook costs nothing.
         self.register_forward_pre_hook(_keep_fused_paths_off)

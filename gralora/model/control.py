@@ -10,6 +10,7 @@ from torch import nn
 
 from gralora.config import LARGEST_WEIGHT
 from gralora.engines.distributed import no_more_trained, reshard
+from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapters
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own
@@ -134,7 +135,7 @@ def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> lis
 def mark_only_adapters_trainable(model: nn.Module) -> None:
     """Freeze everything but the active adapters and what is trained with them. `unload` undoes it."""
     ours = (GraloraAdapters, SavedCopies, BiasSwap)
-    mine = {id(m) for module in model.modules() if isinstance(module, ours) for m in module.modules()}
+    mine = {id(m) for module in modules(model) if isinstance(module, ours) for m in modules(module)}
     active: set[str] = set()
     reshard(model)
     for _, layer in gralora_layers(model):
@@ -146,7 +147,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
         swap.get(owner, BiasSwap.BASE).requires_grad_(False)
     for parameter in adapter_parameters(model):
         parameter.requires_grad_(False)
-    for module in model.modules():
+    for module in modules(model):
         if id(module) not in mine:
             freeze_own(module)
     for name in known_adapters(model):
@@ -168,7 +169,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 
 def _containers(model: nn.Module) -> Iterator[Switchable]:
-    return (module for module in model.modules() if isinstance(module, Switchable))
+    return (module for module in modules(model) if isinstance(module, Switchable))
 
 
 def _put_base_biases(model: nn.Module, stack: ExitStack) -> None:

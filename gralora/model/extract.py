@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gralora.config import GraloraConfig
 from gralora.engines.distributed import check_unwrapped, copy_into, whole
+from gralora.engines.walk import named_modules
 from gralora.layers.adapter import Tensors
 from gralora.layers.base import gralora_layers
 from gralora.layers.class_change import join
@@ -49,7 +50,7 @@ def extract(
         before = dict(base.named_parameters(remove_duplicate=False))
         layers = [(name, layer) for name, layer in gralora_layers(base) if adapter_name in layer.gralora_adapters]
         covered = set()
-        paths = {id(module): path for path, module in base.named_modules()}
+        paths = {id(module): path for path, module in named_modules(base)}
         for name, layer in layers:
             owner, parameter = layer.place
             key = join(paths[id(owner)], parameter)

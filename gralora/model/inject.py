@@ -11,6 +11,7 @@ from torch import nn
 from gralora.config import GraloraConfig
 from gralora.engines.distributed import check_unwrapped
 from gralora.engines.offload import is_offloaded
+from gralora.engines.walk import modules
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own, join, restore_class, thaw_own
 from gralora.model.saved import (
@@ -67,10 +68,10 @@ def inject(
     gradients; a further one is inactive and frozen until `set_adapter`.
 
     Args:
-        targets: which layers. A regular expression for the whole qualified name; a list of names or dotted suffixes;
-            "all-linear" (every layer but the output head); a function (name, module) -> bool; a mapping from any of
-            these to its own config (the first match wins); None for `config.target_modules`, then a default by
-            `model.config.model_type`.
+        targets: which layers. A regular expression for the whole qualified name, or a function (name, module) -> bool:
+            filters, so what they take and holds no weight is passed over; a list of names or dotted suffixes;
+            "all-linear" (every layer but the output head); a mapping from any of these to its own config (the first match
+            wins); None for `config.target_modules`, then a default by `model.config.model_type`.
         config: `GraloraConfig()` if None.
         dtype: of the adapter's parameters. By default the base weight's, but float32 for half precision and quantised.
 
@@ -111,7 +112,7 @@ def install(
     biases = [shared.setdefault(id(base), nn.Parameter(base.detach().clone())) for base in bases]
     with all_or_nothing(model):
         if first:
-            for module in model.modules():
+            for module in modules(model):
                 freeze_own(module)
         for target, adapter in zip(plan.targets, adapters, strict=True):
             spot = target.spot
@@ -145,7 +146,7 @@ def unload(model: nn.Module) -> nn.Module:
             put_back_weight(layer)
         for layer in layers:
             layer.detach()
-        for module in model.modules():
+        for module in modules(model):
             thaw_own(module)
             if NESTED in module.__dict__:
                 module.use_nested_tensor = module.__dict__.pop(NESTED)
@@ -154,9 +155,9 @@ def unload(model: nn.Module) -> nn.Module:
 
 def _keep_nested_tensors_out(model: nn.Module) -> None:
     # Nested tensors can be read by the fused path alone, and an adapted layer switches that off.
-    for module in model.modules():
+    for module in modules(model):
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
-            if any(isinstance(m, GraloraLayer) or SAVED_CHILD in m._modules for m in module.modules()):
+            if any(isinstance(m, GraloraLayer) or SAVED_CHILD in m._modules for m in modules(module)):
                 module.__dict__[NESTED] = module.use_nested_tensor
                 module.use_nested_tensor = False
 
@@ -183,7 +184,7 @@ def _biases(plan: Plan, configs: list[GraloraConfig], names: Names) -> dict[str,
     else:
         spots = [t.spot for t in plan.targets if t.config.bias == "gralora_only"]
         candidates = [spot.kind.bias_at(spot.module, spot.part) for spot in spots]
-    saved = {id(m) for unit in plan.saved.values() for m in unit.modules()}
+    saved = {id(m) for unit in plan.saved.values() for m in modules(unit)}
     away = [names.names[id(owner)][0] for owner, name in candidates if is_offloaded(owner, name)]
     if away:
         raise ValueError(f"the bias of {away[0]!r} is offloaded, and can't be trained. First inject, then offload.")

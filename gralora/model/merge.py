@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gralora.config import divisors
 from gralora.engines.distributed import is_spread
+from gralora.engines.walk import modules
 from gralora.layers.adapter import Tensors, each
 from gralora.layers.base import FULL, HALF, GraloraLayer, gralora_layers
 from gralora.layers.in_place import InPlaceLayer
@@ -108,7 +109,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None)
             _check_mergeable(path, layer)
             _check_same_function(layer, weights, _merged_parameters([(layer, weights)], safe=True)[_place(layer)])
     unmerge(model)
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    owners = Counter(id(parameter) for module in modules(model) for parameter in module._parameters.values())
     for _, layer, weights in layers:
         owner, name = layer.place
         weight = cast(nn.Parameter, owner._parameters[name])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gralora.engines.distributed import is_spread, layout
 from gralora.engines.offload import is_offloaded
+from gralora.engines.walk import modules, named_modules
 from gralora.layers.base import PREFIX, GraloraLayer
 from gralora.layers.class_change import Appendage, InPlaceModule, change_class, join
 from gralora.layers.scope import OFF, Rows, Switchable
@@ -135,18 +136,18 @@ def check_units(model: nn.Module, found: dict[str, nn.Module], targets: Iterable
     if not found:
         return
     adapted = {id(module) for module in targets}
-    inside = {id(m): name for name, unit in found.items() for m in unit.modules()}
+    inside = {id(m): name for name, unit in found.items() for m in modules(unit)}
     for name, unit in found.items():
-        if any(is_offloaded(m, parameter) for m in unit.modules() for parameter in m._parameters):
+        if any(is_offloaded(m, parameter) for m in modules(unit) for parameter in m._parameters):
             raise ValueError(
                 f"modules_to_save names {name!r}, whose weights are offloaded: nothing to copy. First inject."
             )
-        if any(isinstance(m, GraloraLayer) or id(m) in adapted for m in unit.modules()):
+        if any(isinstance(m, GraloraLayer) or id(m) in adapted for m in modules(unit)):
             raise ValueError(
                 f"modules_to_save names {name!r}, which is adapted: a layer is adapted or saved, not both."
             )
     owned = {id(p): name for name, unit in found.items() for p in unit.parameters()}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) in owned and id(module) not in inside:
                 raise ValueError(
@@ -202,14 +203,14 @@ def remove_swap(owner: nn.Module, swap: BiasSwap) -> None:
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, SavedModule):
             yield name, module
 
 
 def bias_swaps(model: nn.Module) -> Iterator[tuple[str, nn.Module, BiasSwap]]:
     """(name of the bias, the module that owns it, its store) of every bias that some adapter trains."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for swap in module._modules.values():
             if isinstance(swap, BiasSwap):
                 yield join(name, swap.parameter), module, swap

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from gralora.engines.distributed import reshard
+from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapters, check_adapter_name
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import join
@@ -30,7 +31,7 @@ class UnknownAdapterError(KeyError):
 def known_adapters(model: nn.Module) -> list[str]:
     """The names of all adapters of `model`, in the order in which they are first met."""
     names: dict[str, None] = {}
-    for module in model.modules():
+    for module in modules(model):
         if isinstance(module, (GraloraAdapters, SavedCopies)):
             names.update(dict.fromkeys(module))
         elif isinstance(module, BiasSwap):
@@ -140,28 +141,28 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     Values written into tensors in place are not covered.
     """
     reshard(model)
-    modules = [(module, module.__class__, _registers(module)) for module in model.modules()]
+    before = [(module, module.__class__, module.__dict__.copy(), _contents(module)) for module in modules(model)]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for module, cls, registers in modules:
+        for module, cls, attributes, contents in before:
             module.__class__ = cls
             module.__dict__.clear()
-            for name, (register, content) in registers.items():
+            module.__dict__.update(attributes)
+            for name, register in attributes.items():
                 if isinstance(register, list):
-                    register[:] = content
+                    register[:] = contents.get(name, ())
                 elif isinstance(register, (dict, set)):
                     register.clear()
-                    register.update(content)
-                module.__dict__[name] = register
+                    register.update(contents.get(name, ()))
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         raise
 
 
-def _registers(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """What is in each attribute of a module that can hold something, empty ones left out."""
     return {
-        name: (value, value.copy() if isinstance(value, (dict, set, list)) and value else ())
-        for name, value in module.__dict__.items()
+        name: value.copy() for name, value in module.__dict__.items() if isinstance(value, (dict, set, list)) and value
     }

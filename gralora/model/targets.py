@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from gralora.config import GraloraConfig, divisors
 from gralora.engines.distributed import is_spread
+from gralora.engines.walk import modules
 from gralora.layers.adapter import legal_k, suggested
 from gralora.layers.base import PREFIX, Spot
 from gralora.layers.class_change import join
@@ -140,17 +141,16 @@ def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, na
                 continue
             if key in whole or (spot.part and rule.takes(its_names, owner)):
                 found[index] = Target(its_names[0], spot, rule_config)
-        strangers.update({key: names.names[key][0] for key in whole - hosts - names.held})
-        if not isinstance(pattern, (str, Mapping)) and isinstance(pattern, Collection):
-            _warn_of_absent(pattern, names)
+        listed = not isinstance(pattern, str) and isinstance(pattern, Collection)
+        for key in whole - hosts - names.held:
+            if listed or any(p is not None for p in names.modules[key]._parameters.values()):
+                strangers[key] = _stranger(names.names[key][0], names.modules[key], listed)
+        if listed:
+            _warn_of_absent(cast(Collection[str], pattern), names)
     ordered = [found[index] for index in range(len(names.spots)) if index in found]
     if not ordered and not strangers:
         raise ValueError(_nothing_matches(rules, names))
-    others = [
-        f"{name!r} is a {type(names.modules[key]).__name__}; adaptable are {ADAPTABLE}."
-        for key, name in strangers.items()
-    ]
-    problems = [*_problems(ordered, names), *others]
+    problems = [*_problems(ordered, names), *(strangers[key] for key in names.modules if key in strangers)]
     if problems:
         raise ValueError("\n".join(problems))
     _warn_of_layout(ordered)
@@ -241,15 +241,15 @@ def _listed(name: str, wanted: Collection[str]) -> str | None:
 def _output_heads(model: nn.Module) -> list[nn.Module]:
     """Output layers: what `get_output_embeddings()` returns, and every linear layer tied to an embedding."""
     heads = []
-    for module in model.modules():
+    for module in modules(model):
         try:
             head = cast(Any, module).get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
         except (NotImplementedError, AttributeError):
             head = None
         if isinstance(head, nn.Module):
             heads.append(head)
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return heads + [m for m in model.modules() if id(m._parameters.get("weight")) in embedded]
+    embedded = {id(m.weight) for m in modules(model) if isinstance(m, nn.Embedding)}
+    return heads + [m for m in modules(model) if id(m._parameters.get("weight")) in embedded]
 
 
 def unfit(spot: Spot, names: Names) -> str | None:
@@ -275,6 +275,16 @@ def unfit(spot: Spot, names: Names) -> str | None:
             f"self.{child}(x) there"
         )
     return spot.kind.unfit(spot.module, spot.part)
+
+
+def _stranger(name: str, module: nn.Module, listed: bool) -> str:
+    """What is said of a module that is taken and can't be adapted."""
+    if listed or not name:
+        return f"{name!r} is a {type(module).__name__}; adaptable are {ADAPTABLE}."
+    return (
+        f"{name!r} is a {type(module).__name__}, whose weights can't be adapted; adaptable are {ADAPTABLE}. Leave it out with "
+        f'exclude_modules, or take "{ALL_LINEAR}", which is every linear layer but the output head.'
+    )
 
 
 def _owner(spot: Spot) -> nn.Module:
@@ -307,7 +317,7 @@ def _problems(targets: list[Target], names: Names) -> list[str]:
 
 def _inside(names: Names, patterns: list[tuple[str, ...] | None]) -> set[int]:
     wanted = [item for pattern in patterns for item in pattern or ()]
-    return {id(m) for _, module in (names.find(wanted) if wanted else ()) for m in module.modules()}
+    return {id(m) for _, module in (names.find(wanted) if wanted else ()) for m in modules(module)}
 
 
 def _warn_of_absent(pattern: Collection[str], names: Names) -> None:
@@ -338,4 +348,6 @@ def _nothing_matches(rules: list[tuple[Pattern, GraloraConfig]], names: Names) -
     texts = [text for p in given for text in ([p] if isinstance(p, str) else p if isinstance(p, Collection) else [])]
     close = "; ".join(nearest(text, linear) for text in texts) or nearest("", linear)
     shown = given[0] if len(given) == 1 else given
-    return f"targets={shown!r} match no module of this model. Nearest names: {close}."
+    matched = any(_matcher(pattern)(name, module) for pattern in given for _, its, module in names for name in its)
+    what = "nothing that can be adapted" if matched else "no module of this model"
+    return f"targets={shown!r} match {what}. Nearest names: {close}."

@@ -4,17 +4,20 @@ import os
 import random
 import resource
 import signal
+import stat
 import time
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import gralora
 from gralora import GraloraConfig
 from gralora.files.atomic import write_folder
 
+from ..command_line import run
 from ..models import mlp, random_config, same_bits
 
 KILLS = {"gralora": 200, "peft": 60, "lora": 60}
@@ -216,3 +219,52 @@ def test_systems_that_can_neither_exchange_nor_link(tmp_path, monkeypatch):
     for model in two_versions({}):
         gralora.save_adapter(model, folder, format="peft")
     assert (folder / "notes.txt").read_text() == "kept" and os.listdir(tmp_path) == ["adapter"]
+
+
+@pytest.fixture
+def umask():
+    """Sets it, and puts the old one back."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def wrapped():
+    return gralora.inject(nn.Sequential(nn.Linear(8, 8)), "0", random_config())
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+@pytest.mark.parametrize("format", ["gralora", "peft", "lora"])
+def test_files_and_folders_have_the_mode_that_the_umask_gives(format, mask, umask, tmp_path):
+    umask(mask)
+    path = tmp_path / "adapter"
+    gralora.save_adapter(wrapped(), path, format=format)
+    torch.save({}, tmp_path / "torch")
+    for each in [path, *path.rglob("*")]:
+        assert mode(each) == (0o777 & ~mask if each.is_dir() else mode(tmp_path / "torch"))
+
+
+@pytest.mark.parametrize("format", ["gralora", "peft", "lora"])
+def test_what_is_replaced_keeps_the_mode_that_it_had(format, umask, tmp_path):
+    path, model = tmp_path / "adapter", wrapped()
+    gralora.save_adapter(model, path, format=format)
+    for each in [path, *path.rglob("*")]:
+        each.chmod(0o750 if each.is_dir() else 0o640)
+    gralora.save_adapter(model, path, format=format)
+    for each in [path, *path.rglob("*")]:
+        assert mode(each) == (0o750 if each.is_dir() else 0o640)
+
+
+def test_a_merged_checkpoint_has_the_modes_too(umask, tmp_path):
+    model, out = wrapped(), tmp_path / "out.safetensors"
+    save_file({key: t for key, t in model.state_dict().items() if "gralora_" not in key}, tmp_path / "base.safetensors")
+    gralora.save_adapter(model, tmp_path / "adapter")
+    assert run("merge", tmp_path / "base.safetensors", tmp_path / "adapter", out) == 0
+    assert mode(out) == 0o644
+    out.chmod(0o600)
+    assert run("merge", tmp_path / "base.safetensors", tmp_path / "adapter", out, "--force") == 0
+    assert mode(out) == 0o600

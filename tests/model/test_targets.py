@@ -1,5 +1,6 @@
 """Every form of `targets`, and what errors say."""
 
+import copy
 import warnings
 
 import pytest
@@ -21,7 +22,7 @@ def adapted(model):
     ("targets", "expected"),
     [
         ("q|v", ["q", "v"]),
-        (r"mlp\.\d", None),
+        (r"mlp\.\d", ["mlp.0", "mlp.2"]),
         (r"mlp\.[02]", ["mlp.0", "mlp.2"]),
         (["q", "mlp.2"], ["q", "mlp.2"]),
         (["2", "k"], ["k", "mlp.2"]),
@@ -33,10 +34,6 @@ def adapted(model):
 )
 def test_every_form_of_target(targets, expected):
     model = Block()
-    if expected is None:  # the regex also matches the GELU between the two
-        with pytest.raises(ValueError, match=r"'mlp\.1' is a GELU; adaptable are nn\.Linear"):
-            gralora.inject(model, targets, GraloraConfig(r=4))
-        return
     assert adapted(gralora.inject(model, targets, GraloraConfig(r=4))) == expected
 
 
@@ -121,6 +118,46 @@ def test_one_error_names_every_offender_and_the_legal_values_of_k():
     assert len(lines) == 2
     with pytest.raises(ValueError, match=r"in_features=9 and out_features=14 of '' \(r=8\)\. Legal here: 1\."):
         gralora.inject(nn.Linear(9, 14), "", GraloraConfig(r=8, gralora_k=4))
+
+
+class WithWeight(nn.Module):
+    """A container with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.position, self.fc = nn.Parameter(torch.zeros(4)), nn.Linear(4, 4)
+
+
+def test_a_regular_expression_and_a_function_are_filters():
+    layers = [nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)) for _ in range(2)]
+    for targets in (".*", r"layers\.1.*", lambda name, module: name.startswith("layers.1"), {r"layers\.1.*": None}):
+        model = nn.ModuleDict({"layers": nn.ModuleList(copy.deepcopy(layers))})
+        gralora.inject(model, targets, GraloraConfig(r=2))
+        assert adapted(model)[-2:] == ["layers.1.0", "layers.1.2"]
+        assert len(adapted(model)) == (4 if targets == ".*" else 2)
+
+
+def test_what_a_filter_takes_and_holds_weights_that_cannot_be_adapted_is_named_with_the_ways_out():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "inner": WithWeight(), "rnn": nn.LSTM(4, 4)})
+    with pytest.raises(ValueError) as error:
+        gralora.inject(model, ".*", GraloraConfig(r=2))
+    first, second, third = str(error.value).splitlines()
+    assert first.startswith("'norm' is a LayerNorm, whose weights can't be adapted")
+    assert second.startswith("'inner' is a WithWeight") and third.startswith("'rnn' is a LSTM")
+    for line in (first, second, third):
+        assert "all-linear" in line and "exclude_modules" in line
+    gralora.inject(model, ".*", GraloraConfig(r=2, exclude_modules=["norm", "inner", "rnn"]))
+    assert adapted(model) == ["fc", "inner.fc"]
+
+
+def test_a_filter_that_takes_nothing_adaptable_and_a_list_that_names_it_are_errors():
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)]), "act": nn.ReLU()})
+    with pytest.raises(
+        ValueError, match=r"targets='layers\|act' match nothing that can be adapted.*Nearest names: 'layers\.0'"
+    ):
+        gralora.inject(model, "layers|act", GraloraConfig(r=2))
+    with pytest.raises(ValueError, match=r"'act' is a ReLU; adaptable are"):
+        gralora.inject(model, ["layers.0", "act"], GraloraConfig(r=2))
 
 
 def test_no_match_shows_the_nearest_names():

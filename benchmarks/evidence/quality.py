@@ -104,6 +104,7 @@ def measure(run: Run, steps: int | None = None) -> dict[str, Any]:
         "trainable": methods.trained(model),
         "k": dict(Counter(row.gralora_k for row in gralora.summary(model))),
         "seconds": seconds,
+        **({} if steps is None else {"steps": steps}),
     }
 
 
@@ -177,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     args = common.parser(__doc__, quick="two runs of 10 steps").parse_args(argv)
     runs, steps = plan(quick=args.quick), 10 if args.quick else None
     file: Path = args.out / "quality.json"
-    done = {} if args.quick or not file.exists() else json.loads(file.read_text())["runs"]
+    there = json.loads(file.read_text())["runs"] if file.exists() else {}
+    done = {key: result for key, result in there.items() if result.get("steps") == steps}
     left = [run for run in runs if run.key not in done]
     for run, result in common.each(functools.partial(measure, steps=steps), left, "quality", here=args.quick):
         done[run.key] = result

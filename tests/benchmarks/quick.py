@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ def names(folder: str) -> list[str]:
 
 def run(name: str, out: Path, *options: str) -> dict[str, Any]:
     """Run `benchmarks.NAME`; what it wrote."""
-    importlib.import_module(f"benchmarks.{name}").main(["--out", str(out), *options])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of packages that are imported only there
+        importlib.import_module(f"benchmarks.{name}").main(["--out", str(out), *options])
     return json.loads((out / f"{name.rpartition('.')[2]}.json").read_text())
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -38,3 +39,26 @@ def test_biases_of_an_attention_are_trained_swapped_and_saved(tmp_path):
     assert same_bits(loaded["a"](*args)[0], y)
     gralora.unload(model)
     assert torch.equal(model["a"].in_proj_bias, base["a"].in_proj_bias)
+
+
+def test_the_module_changes_class_with_its_first_part_and_back_with_its_last():
+    attention = nn.MultiheadAttention(16, 4)
+    gralora.inject(attention, ["q_proj"], random_config(), adapter_name="a")
+    made = type(attention)
+    gralora.inject(attention, ["v_proj"], random_config(), adapter_name="b")
+    assert type(attention) is made and issubclass(made, nn.MultiheadAttention)
+    assert gralora.adapter_names(attention) == ["a", "b"]
+    gralora.unload(attention)
+    assert type(attention) is nn.MultiheadAttention
+
+
+def test_a_base_is_not_loaded_into_a_part_that_is_merged():
+    attention = gralora.inject(nn.MultiheadAttention(16, 4), ["q_proj", "out_proj"], random_config())
+    state = nn.MultiheadAttention(16, 4).state_dict()
+    gralora.merge(attention)
+    with pytest.raises(RuntimeError) as error:
+        attention.load_state_dict(state, strict=False)
+    assert "in_proj_weight holds a merged adapter" in str(error.value)
+    assert "out_proj.weight holds a merged adapter" in str(error.value)
+    gralora.unmerge(attention)
+    attention.load_state_dict(state)

@@ -108,9 +108,9 @@ def test_this_test_can_fail():
         ):
             with pytest.raises(AssertionError):
                 test("gralora.maths.wrong")
-        TREES["gralora.model.bypass"].body.insert(0, ast.parse("import gralora.model.inject").body[0])
+        TREES["gralora.model.saved"].body.insert(0, ast.parse("import gralora.model.inject").body[0])
         with pytest.raises(ValueError, match=r"gralora\.model\.inject"):
             test_there_are_no_circles()
     finally:
         del TREES["gralora.maths.wrong"]
-        del TREES["gralora.model.bypass"].body[0]
+        del TREES["gralora.model.saved"].body[0]

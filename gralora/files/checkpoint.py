@@ -26,6 +26,7 @@ from gralora.files.peft import LORA, PEFT
 from gralora.layers.adapter import GraloraAdapter, check_adapter_name
 from gralora.layers.base import Spot, gralora_layers
 from gralora.layers.class_change import join
+from gralora.layers.pending import set_trained
 from gralora.model.inject import Plan, install
 from gralora.model.saved import bias_swaps, is_bias, saved_modules, units
 from gralora.model.state import all_or_nothing, known_adapters, named_adapter_parameters
@@ -250,4 +251,4 @@ def _prepare_swap(model: nn.Module, file: AdapterFile, adapter_name: str, traina
     for name, layer in here.items():
         _keep_or_replace_config(layer.gralora_adapters[adapter_name], file.configs[name])
     for parameter in named_adapter_parameters(model, adapter_name).values():
-        parameter.requires_grad_(trainable)
+        set_trained(parameter, trainable)

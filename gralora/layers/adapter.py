@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules import module as _all
 
 from gralora.config import GraloraConfig, divisors
 from gralora.engines.distributed import copy_into, is_spread, spread_like, spread_update, whole
 from gralora.engines.offload import HOOK, bring_back
+from gralora.layers.pending import check_unchanged
 from gralora.layers.scope import OFF, Switchable
 from gralora.maths import functional
 
 Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Update = Callable[[Tensor, Tensors, float, float], Tensor]
 
 
 class GraloraAdapter(nn.Module):
@@ -133,10 +136,16 @@ class GraloraAdapter(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
-        """The update for `x` (..., in), times `weight`: (..., out), in the adapter's dtype (or autocast's)."""
+    def forward(self, x: Tensor, weight: float = 1.0, update: Update | None = None) -> Tensor:
+        """The update for `x` (..., in), times `weight`: (..., out), in the adapter's dtype (or autocast's).
+
+        Args:
+            update: computes it, where the map is no matrix, from x, the tensors, the scaling and the dropout.
+        """
         tensors, scaling, dropout = self.arguments(weight)
         x = x.to(self.A.dtype)
+        if update is not None:
+            return update(x, tensors, scaling, dropout)
         if type(self.A) is not nn.Parameter and is_spread(self.A):
             return spread_update(x, tensors, scaling, dropout)
         return functional.gralora_update(x, *tensors, scaling=scaling, dropout=dropout)
@@ -169,17 +178,19 @@ class GraloraAdapters(Switchable):
         base_weight: the parameter that holds the weight without them, while any is merged, else None.
         acting: what a forward must add, with its weights. Compiled code takes it from here and not by name, so that it need
             not be compiled anew for an adapter of the same shape.
+        changed: when other adapters became active, by `pending.moment`.
     """
 
     active: dict[str, float]
     merged: dict[str, float]
     base_weight: nn.Parameter | None
     acting: tuple[tuple[GraloraAdapter, float], ...]
+    changed: int
 
     def __init__(self) -> None:
         super().__init__()
         # the base weight is not registered: it is no parameter of the model while it is put aside
-        self.__dict__.update(active={}, merged={}, base_weight=None, acting=())
+        self.__dict__.update(active={}, merged={}, base_weight=None, acting=(), changed=0)
 
     def __getitem__(self, name: str) -> GraloraAdapter:
         return cast(GraloraAdapter, self._modules[name])
@@ -207,6 +218,9 @@ class GraloraAdapters(Switchable):
         merged = self.__dict__.get("merged", ())
         self.acting = tuple((self[name], weight) for name, weight in self.active.items() if name not in merged)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "changed": 0}  # a moment of this process
+
     def describe(self) -> str:
         """r, k and so on of all, and which of them act."""
         configs = [self[name].config for name in self]
@@ -224,9 +238,25 @@ class GraloraAdapters(Switchable):
         """The adapters that a forward must add now, with their weights."""
         if torch.compiler.is_compiling():
             return [] if self.mode is OFF else list(self.acting)
+        if self.changed:
+            check_unchanged(self.changed)
         if not self.active or self.mode is OFF:
             return []
         return [(self[name], weight) for name, weight in self.active.items() if name not in self.merged]
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook waits for `module` to be called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _all._global_forward_hooks
+        or _all._global_forward_pre_hooks
+        or _all._global_backward_hooks
+        or _all._global_backward_pre_hooks
+    )
 
 
 def each(tensors: Tensors) -> list[Tensors]:

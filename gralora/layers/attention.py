@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gralora.layers.base import PREFIX, GraloraLayer
+from gralora.layers.base import PREFIX, GraloraLayer, held
 from gralora.layers.class_change import change_class
 from gralora.layers.parts import PartHost, PartLayer
 from gralora.layers.scope import OFF
@@ -101,7 +101,7 @@ class Projection(PartLayer):
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         owner, name = self.weight_at(self.host, self.part)
-        weight = self.matrix(self.host, self.part, getattr(owner, name))
+        weight = self.matrix(self.host, self.part, held(owner, name))
         owner, name = self.bias_at(self.host, self.part)
         bias: Tensor | None = getattr(owner, name)
         return weight, bias if bias is None or self.part == "out_proj" else third(bias, self.part)

@@ -20,12 +20,14 @@ from gralora.config import GraloraConfig
 from gralora.engines.distributed import is_spread
 from gralora.engines.offload import device_of
 from gralora.engines.walk import named_modules
-from gralora.layers.adapter import GraloraAdapter, GraloraAdapters
+from gralora.layers.adapter import GraloraAdapter, GraloraAdapters, Tensors, is_hooked
 from gralora.layers.class_change import join
 from gralora.layers.scope import Rows
+from gralora.layers.unevaluated import Sum, forward_runs, unevaluated
 from gralora.maths import autograd, functional
 
 PREFIX = "gralora_"
+CHILD = "gralora_adapters"
 HALF = (torch.float16, torch.bfloat16)
 FULL = (torch.float32, torch.float64)
 
@@ -210,25 +212,27 @@ class GraloraLayer(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         dim: int | None = None,
+        plain: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """base(*args, **kwargs) plus what the adapters add to it for the input `x`, in the dtype of the base.
 
         Args:
             dim: the axis of the batch in `x`, where the map knows it.
+            plain: as `plain()` gives it, where the caller knows it.
         """
-        adapters = self.gralora_adapters
+        adapters = cast(GraloraAdapters, self._modules[CHILD])
         mode = adapters.mode
         if isinstance(mode, Rows):
             return self._run_rows(x, _tensor(self, base(*args, **kwargs)), mode, dim)
         applied = adapters.applied()
         if not applied:
             return base(*args, **kwargs)
-        if not self.fast(x, applied[0][0].A):
+        if not self.fast(x, applied[0][0].A) or any(is_hooked(adapter) for adapter, _ in applied):
             y = _tensor(self, base(*args, **kwargs))
             for adapter, share in applied:
                 y = (y + functional.within(x, partial(self.update, adapter=adapter, share=share))).to(y.dtype)
             return y
-        plain = self.plain()
+        plain = plain or self.plain()
         if plain is not None:
             adapter, share = applied.pop(0)
             y = autograd.linear_with_adapter(x, plain[0], plain[1], *adapter.arguments(share))
@@ -263,12 +267,55 @@ class GraloraLayer(nn.Module):
         groups = [adapter.arguments() for adapter in chosen]
         plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or dim != 0
         plain = plain or any(dropout for *_, dropout in groups) or len({adapter.A.dtype for adapter in chosen}) > 1
+        plain = plain or any(map(is_hooked, chosen))
         if plain or not self.fast(x, chosen[0].A):
             parts = torch.split(sorted_x, counts[:-1], dim)
             update = torch.cat([self.update(part, a, 1.0) for a, part in zip(chosen, parts, strict=True)], dim)
         else:
             update = autograd.updates_of_groups(sorted_x, counts[:-1], [group[:2] for group in groups])
         return y.index_add(dim, adapted, update.to(y.dtype))
+
+    def read(self, weight: Tensor) -> Tensor:
+        """What whoever reads the weight of the map gets: itself, but while a forward runs what acts, W + Σ weight * ΔW.
+
+        Args:
+            weight: the parameter that holds the map.
+        """
+        adapters = cast("GraloraAdapters | None", self._modules.get(CHILD))
+        if adapters is None or not (adapters.active or adapters.scopes) or type(weight) not in (Tensor, nn.Parameter):
+            return weight
+        mode = adapters.mode
+        chosen = mode.names if isinstance(mode, Rows) else ()
+        applied = [(adapters[name], 1.0) for name in dict.fromkeys(chosen) if name is not None and name in adapters]
+        applied = applied or adapters.applied()
+        if not applied or (isinstance(mode, Rows) and not chosen) or not self.is_read(weight):
+            return weight
+        tensors = [t for adapter, _ in applied for t in adapter.tensors if t is not None]
+
+        def evaluate(weight: Tensor, *tensors: Tensor) -> Tensor:
+            if isinstance(mode, Rows):
+                raise ValueError(
+                    f"the weight of {self} is read whole, and can't be another one for every row of the batch."
+                )
+            left, total = iter(tensors), torch.zeros((), dtype=applied[0][0].A.dtype, device=weight.device)
+            for adapter, share in applied:
+                own = cast(Tensors, tuple(t if t is None else next(left) for t in adapter.tensors))
+                total = total + functional.delta_weight(*own, scaling=share * adapter.config.scaling)
+            return (weight + self.in_layout(self.host, self.part, total)).to(weight.dtype)
+
+        if not autograd.eager():
+            return evaluate(weight, *tensors)
+        return unevaluated(
+            Sum((weight, *tensors), evaluate, self.product(weight), type(self).transposed(self.host, self.part))
+        )
+
+    def is_read(self, weight: Tensor) -> bool:
+        """Whether whoever reads the weight now means to compute with it, and is not the map itself."""
+        return forward_runs(self.host)
+
+    def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        """x (..., in), bias -> what the map makes of them with its adapters; None if it is no matrix."""
+        return None
 
     def delta_weight(self, adapter_name: str | None = None) -> Tensor:
         """ΔW in the layout of the weight: of one adapter, or the weighted sum of the active ones."""
@@ -287,6 +334,13 @@ class GraloraLayer(nn.Module):
 
     def _attach_container(self) -> None:
         self.gralora_adapters = GraloraAdapters()
+        self.gralora_adapters.training = self.training
+
+
+def held(owner: nn.Module, name: str) -> Any:
+    """What is under a parameter's name in `owner`: the parameter, what stands in for it, or what is computed from others."""
+    value = owner._parameters.get(name)
+    return getattr(owner, name, None) if value is None else value
 
 
 def _tensor(layer: nn.Module, y: object) -> Tensor:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any, ClassVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from gralora.engines.distributed import is_spread
 
 FROZEN = "_gralora_frozen"
+REPLICATED = "_gralora_replicated"
 
 
 class InPlaceModule(nn.Module):
@@ -41,6 +42,8 @@ class InPlaceModule(nn.Module):
             self.__dict__.pop("_base_instance_forward", None)
             if hasattr(value, "__wrapped__"):
                 self.__dict__["_base_instance_forward"] = value
+        elif isinstance(value, Tensor) and name in self.__dict__.get(REPLICATED, ()):
+            self._parameters[name] = value  # type: ignore[assignment]  # so that it is read as the parameter is
         elif isinstance(value, nn.Parameter) and name in self._parameters:
             nn.Module.register_parameter(self, name, value)  # as `fully_shard` sets them
         else:
@@ -54,6 +57,12 @@ class InPlaceModule(nn.Module):
                 "inject (or load_adapter): adapters follow the placement of the weight."
             )
         super().register_parameter(name, param)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # a replica gets its tensors as plain attributes, which hide from `__getattr__`
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__[REPLICATED] = frozenset(self._parameters)
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A made class has no name that pickle could find; its two parents have.

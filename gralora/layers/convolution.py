@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
-from gralora.layers.adapter import GraloraAdapter
+from gralora.layers.adapter import GraloraAdapter, Tensors
+from gralora.layers.base import held
 from gralora.layers.in_place import InPlaceLayer
 from gralora.maths import functional
 
@@ -50,6 +51,9 @@ class GraloraConv(InPlaceLayer):
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:
         return issubclass(original, (*_PLAIN, *_TRANSPOSED))
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        return self._conv._conv_forward(x, held(self, "weight"), held(self, "bias"))
 
     @classmethod
     def is_plain(cls) -> bool:
@@ -92,8 +96,11 @@ class GraloraConv(InPlaceLayer):
 
     def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
         """x (b, in, *positions), or without b -> the same of out channels, in the adapter's dtype."""
-        (A, B, A_general, B_general), scaling, dropout = adapter.arguments(share)
-        x, k = x.to(A.dtype), len(A)
+        return cast(Tensor, adapter(x, share, self._convolved))
+
+    def _convolved(self, x: Tensor, tensors: Tensors, scaling: float, dropout: float) -> Tensor:
+        A, B, A_general, B_general = tensors
+        k = len(A)
         batched = x.dim() == len(self._conv.kernel_size) + 2
         x = x if batched else x[None]
         z = self._down(functional.dropped(x, dropout), rearrange(A, "i m r -> (i r) m"), k)

@@ -104,7 +104,12 @@ class GraloraExperts(PartHost):
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         # engines that keep it elsewhere read it outside of a forward
-        if not isinstance(value, nn.Parameter) or value.is_meta or is_spread(value):
+        if (
+            name not in self.__dict__["_parameters"]
+            or not isinstance(value, Tensor)
+            or value.is_meta
+            or is_spread(value)
+        ):
             return value
         layer = self.__dict__["_modules"].get(PREFIX + name)
         return layer.adapted_weight(value) if isinstance(layer, ExpertWeights) else value

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from gralora.config import GraloraConfig
 from gralora.layers.adapter import check_adapter_name
-from gralora.layers.base import GraloraLayer, one_line, overwritten
+from gralora.layers.base import CHILD, GraloraLayer, one_line, overwritten
 from gralora.layers.class_change import InPlaceModule, change_class, freeze_own, is_restorable, restore_class
-
-CHILD = "gralora_adapters"
+from gralora.layers.unevaluated import forward_runs
 
 Layer = TypeVar("Layer", bound="InPlaceLayer")
 
@@ -29,7 +28,22 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's dtype."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if torch.compiler.is_compiling() and self.is_plain() and "_base_instance_forward" not in self.__dict__:
+            return self.run(x, self.plain_forward, (x,), {}, dim=self.batch_axis)
         return self.run(x, self.base_forward, args, kwargs, dim=self.batch_axis)
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """What the base's forward computes where `is_plain`, without asking for `self.weight`."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return self.read(cast(Tensor, value)) if name == "weight" else value
+
+    def is_read(self, weight: Tensor) -> bool:
+        if torch.compiler.is_compiling():  # where nobody can look who it is; a plain layer itself does not ask
+            return self.is_plain()
+        return forward_runs(self)
 
     @classmethod
     def is_plain(cls) -> bool:

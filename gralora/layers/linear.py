@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, cast
 
 import torch
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gralora.config import GraloraConfig
+from gralora.layers.base import held
 from gralora.layers.in_place import InPlaceLayer
 
 
@@ -20,12 +23,20 @@ class LinearLayer(InPlaceLayer):
     stored_transposed: ClassVar[bool] = False
 
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
-        weight = cast(Tensor, self.weight)
+        weight = held(self, "weight")
         if type(weight) not in (nn.Parameter, Tensor) or "_base_instance_forward" in self.__dict__:
             return None
         if not self.is_plain():
             return None
-        return weight.t() if self.stored_transposed else weight, cast(Tensor | None, self.bias)
+        return weight.t() if self.stored_transposed else weight, held(self, "bias")
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        weight = held(self, "weight")
+        return F.linear(x, weight.t() if self.stored_transposed else weight, held(self, "bias"))
+
+    def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+        matrix = weight.t() if self.stored_transposed else weight
+        return lambda x, bias: self.run(x, partial(F.linear, weight=matrix, bias=bias), (x,), {}, plain=(matrix, bias))
 
     @classmethod
     def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
@@ -161,12 +172,12 @@ class GraloraConv1D(LinearLayer, Conv1D):
 
     @classmethod
     def unfit(cls, module: nn.Module, part: str) -> str | None:
-        shape = tuple(cast(Tensor, module.weight).shape)
+        shape = tuple(held(module, "weight").shape)
         return f"has a weight of shape {shape}, where a Conv1D has (nx, nf)" if len(shape) != 2 else None
 
     @classmethod
     def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        nx, nf = cast(Tensor, module.weight).shape
+        nx, nf = held(module, "weight").shape
         return nx, nf
 
     def extra_repr(self) -> str:

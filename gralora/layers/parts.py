@@ -22,6 +22,7 @@ class PartLayer(GraloraLayer):
         super().__init__()
         self.__dict__["_host"] = module  # above us in the tree, so no child
         self.part = part
+        self.training = module.training
         self._attach_container()
 
     @classmethod
@@ -47,6 +48,11 @@ class PartHost(InPlaceModule):
     """Mixin of a module whose parts can have adapters."""
 
     _prefix = "Gralora"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, PartLayer):  # the parts of a replica are the replica's
+            value.__dict__["_host"] = self
 
     def part_layers(self) -> Iterator[PartLayer]:
         return (child for child in self._modules.values() if isinstance(child, PartLayer))

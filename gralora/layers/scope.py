@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -24,21 +26,28 @@ class Rows:
     Args:
         names: the adapter of every row, None for the base alone.
         dim: the axis of the batch.
+        repeat: how the names go on where a layer gets a multiple of the rows: "interleave" (each holds for that many in a
+            row) or "tile" (the list over and over); None: that is an error.
     """
 
-    def __init__(self, names: Iterable[str | None], dim: int = 0) -> None:
+    def __init__(self, names: Iterable[str | None], dim: int = 0, repeat: str | None = None) -> None:
         self.names = tuple(names)
         self.dim = dim
+        self.repeat = repeat
         self._sorted: dict[Any, tuple[Tensor, Tensor, list[str | None], list[int]]] = {}
 
     def axis(self, x: Tensor, dim: int | None = None) -> int:
-        """The axis of `x` that holds the batch, checked. It may be a multiple: beams, tokens laid out row by row."""
-        dim = self.dim if dim is None else dim
-        dim = 0 if x.dim() == 2 and len(x) == len(self.names) else dim
-        if dim >= x.dim() or x.shape[dim] % len(self.names) or (dim and x.dim() == 2):
+        """The axis of `x` that holds the batch, checked."""
+        dim, count = self.dim if dim is None else dim, len(self.names)
+        dim = 0 if x.dim() == 2 and len(x) == count else dim
+        there = dim < x.dim() and not (dim and x.dim() == 2)
+        if not there or (x.shape[dim] != count if self.repeat is None else x.shape[dim] % count):
+            rule = "as many rows as names" if self.repeat is None else "a multiple of that"
             raise ValueError(
-                f"mixed_batch was given {len(self.names)} names, but a layer got an input of shape {tuple(x.shape)}, whose "
-                f"axis {dim} is no multiple of that. The batch must be axis {dim}; mixed_batch(..., dim=1) moves it."
+                f"mixed_batch was given {count} names, but a layer got an input of shape {tuple(x.shape)}, whose axis {dim} is "
+                f"not {rule}: whose the rows are can't be known. Say how they repeat, "
+                'mixed_batch(..., repeat="interleave") for beams and for tokens laid out row by row, "tile" for a batch that is '
+                "put together of itself, as guidance does; or give a name for every row. dim=1 is for a batch on axis 1."
             )
         return dim
 
@@ -55,9 +64,10 @@ class Rows:
         if key not in self._sorted:
             groups: dict[str | None, list[int]] = {name: [] for name in self.names if name in known}
             groups[None] = []
-            each = size // len(self.names)
+            count, each = len(self.names), size // len(self.names)
             for row, name in enumerate(self.names):
-                groups[name if name in known else None].extend(range(row * each, (row + 1) * each))
+                own = range(row, size, count) if self.repeat == "tile" else range(row * each, (row + 1) * each)
+                groups[name if name in known else None].extend(own)
             order = torch.tensor([i for rows in groups.values() for i in rows])
             names, counts = list(groups), [len(rows) for rows in groups.values()]
             self._sorted[key] = (order.to(device), order.argsort().to(device), names, counts)
@@ -66,8 +76,36 @@ class Rows:
 
 Mode = Rows | str
 
-_modes: ContextVar[Mapping[int, Mode]] = ContextVar("gralora_modes", default=MappingProxyType({}))
+
+class Block:
+    """A `with` block that is open: what it makes of its containers, and whose it is.
+
+    Usually it holds for the thread or task that opened it. One that a generator holds open over its yields holds for the
+    code within it, that is while the generator runs, whoever resumes it and in whatever context.
+    """
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode, self.open = mode, True
+        self.frame = _owner(sys._getframe(1))
+        self.of_generator = bool(self.frame.f_code.co_flags & _GENERATORS)
+
+
+_GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_DRIVERS = {"contextlib", "_pytest.fixtures"}
+"""Modules that run a generator up to its yield so that what it has opened holds for others."""
+
+_blocks: ContextVar[Mapping[int, tuple[Block, ...]]] = ContextVar("gralora_blocks", default=MappingProxyType({}))
 _lock = threading.Lock()
+
+
+def _owner(frame: FrameType) -> FrameType:
+    """The frame whose `with` it is, behind those of `contextlib` and the generators that it runs."""
+    while frame.f_back is not None:
+        above = frame.f_back.f_globals.get("__name__") in _DRIVERS
+        if frame.f_globals.get("__name__") not in _DRIVERS and not (above and frame.f_code.co_flags & _GENERATORS):
+            break
+        frame = frame.f_back
+    return frame
 
 
 def _keep_fused_paths_off(module: nn.Module, args: Any) -> None:
@@ -78,16 +116,18 @@ class Switchable(Appendage):
     """A container of adapters that a `with` block can switch off, or to rows of the batch.
 
     `scopes` counts the open blocks of all threads, so that the usual forward, with none open, pays one comparison.
-    Compiled code cannot read a context variable, and neither can a thread that autograd starts: there the latest block
-    counts.
+    Compiled code cannot read a context variable, and neither can a thread that autograd or `DataParallel` starts: there the
+    latest block counts.
     """
 
     scopes: int
     latest: Mode | None
+    blocks: tuple[Block, ...]
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__.update(scopes=0, latest=None)  # past nn.Module's __setattr__, which costs more than all the rest
+        # past nn.Module's __setattr__, which costs more than all the rest
+        self.__dict__.update(scopes=0, latest=None, blocks=())
         # nn.TransformerEncoderLayer, in eval, reads its children's weights and skips their forwards, unless any module
         # below it has a hook. This module is never called, so the hook costs nothing.
         self.register_forward_pre_hook(_keep_fused_paths_off)
@@ -97,27 +137,43 @@ class Switchable(Appendage):
         """What an enclosing block of this thread has made of this container: nothing, `OFF`, or `Rows`."""
         if self.scopes == 0:
             return None
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or "_is_replica" in self.__dict__:
             return self.latest
-        modes = _modes.get()
-        return self.latest if not modes and _in_a_thread_of_backward() else modes.get(id(self))
+        if any(block.of_generator for block in self.blocks):
+            by_frame = {id(block.frame): block.mode for block in self.blocks}
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None:
+                if id(frame) in by_frame:
+                    return by_frame[id(frame)]
+                frame = frame.f_back
+        blocks = _blocks.get()
+        if not blocks and _in_a_thread_of_backward():
+            return self.latest
+        # one that is not open any more ended in another context than it began in
+        return next((block.mode for block in reversed(blocks.get(id(self), ())) if block.open), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "scopes": 0, "latest": None}  # a copy made within a block is not in the block
+        # a copy made within a block is not in the block
+        return {**self.__dict__, "scopes": 0, "latest": None, "blocks": ()}
 
 
 @contextmanager
 def switched(containers: Iterable[Switchable], mode: Mode) -> Iterator[None]:
     """Put `containers` into `mode` within the block. May be nested; the innermost counts."""
-    containers = list(containers)
+    containers, block, outer = list(containers), Block(mode), _blocks.get()
     before = [container.latest for container in containers]
-    token = _modes.set({**_modes.get(), **{id(c): mode for c in containers}})
-    _count(containers, 1, [mode] * len(containers))
+    token = None
+    if not block.of_generator:
+        token = _blocks.set({**outer, **{id(c): (*outer.get(id(c), ()), block) for c in containers}})
+    _count(containers, block, 1, [mode] * len(containers))
     try:
         yield
     finally:
-        _count(containers, -1, before)
-        _modes.reset(token)
+        block.open = False
+        _count(containers, block, -1, before)
+        if token is not None:
+            with suppress(ValueError):  # where it ends in another context; there the block is seen to be closed
+                _blocks.reset(token)
 
 
 def _in_a_thread_of_backward() -> bool:
@@ -126,8 +182,8 @@ def _in_a_thread_of_backward() -> bool:
     return in_backward and isinstance(threading.current_thread(), threading._DummyThread)
 
 
-def _count(containers: list[Switchable], step: int, modes: list[Any]) -> None:
+def _count(containers: list[Switchable], block: Block, step: int, modes: list[Any]) -> None:
     with _lock:
         for container, mode in zip(containers, modes, strict=True):
-            container.scopes += step
-            container.latest = mode
+            blocks = (*container.blocks, block) if step > 0 else tuple(b for b in container.blocks if b is not block)
+            container.__dict__.update(scopes=container.scopes + step, latest=mode, blocks=blocks)

@@ -40,15 +40,22 @@ class Saved(NamedTuple):
         return self._replace(z=self.z if need_B else None, z_general=self.z_general if need_B_general else None)
 
 
-def usable(x: Tensor, A: Tensor) -> bool:
-    """Whether the fast path serves here. It cannot under compilation, export and tracing, `torch.func` and forward-mode AD."""
+def eager() -> bool:
+    """Whether a Function can serve: not under compilation, export and tracing, `torch.func` and forward-mode AD."""
     return (
-        type(x) in _PLAIN
-        and type(A) in _PLAIN
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
+    )
+
+
+def usable(x: Tensor, A: Tensor) -> bool:
+    """Whether the fast path serves here: on plain tensors, where a Function can."""
+    return (
+        type(x) in _PLAIN
+        and type(A) in _PLAIN
+        and eager()
         and x.layout is torch.strided
         and not x.is_nested
         and x.numel() > 0

@@ -14,6 +14,7 @@ from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapters
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own
+from gralora.layers.pending import set_trained
 from gralora.layers.scope import OFF, Rows, Switchable, switched
 from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
 from gralora.model.state import (
@@ -32,10 +33,20 @@ def adapter_names(model: nn.Module) -> list[str]:
     return known_adapters(model)
 
 
-def set_adapter(model: nn.Module, names: str | Collection[str] | Mapping[str, float]) -> None:
+def set_adapter(
+    model: nn.Module,
+    names: str | Collection[str] | Mapping[str, float],
+    *,
+    trainable: bool | str | Collection[str] | None = None,
+) -> None:
     """Make exactly these adapters active, and trainable: one name, several, or {name: weight}.
 
     The updates of several add up. Merged adapters are unmerged first, exactly. An empty list leaves the base model.
+    Gradients belong to what acted in the forward: a backward that comes after the switch still reaches the parameters of
+    then. Only activation checkpointing, which runs the forward again, can't: it raises.
+
+    Args:
+        trainable: which are trained, whatever acts: names, or True for the active ones and False for none; None is True.
 
     Raises:
         KeyError: an unknown name; those there are, are listed. ValueError: two of them train the same bias or saved
@@ -43,12 +54,13 @@ def set_adapter(model: nn.Module, names: str | Collection[str] | Mapping[str, fl
             The model is then unchanged.
     """
     weights = weights_of(names)
-    check_known(model, *weights)
+    trained = weights if trainable is None or trainable is True else weights_of(trainable or ())
+    check_known(model, *weights, *trained)
     _refuse_shared(model, weights)
     with all_or_nothing(model), no_more_trained(model):
         for _, layer in gralora_layers(model):
             put_back_weight(layer)
-        activate(model, weights)
+        activate(model, weights, trained=trained)
 
 
 @contextmanager
@@ -72,15 +84,20 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def mixed_batch(model: nn.Module, names_per_sample: Sequence[str | None], *, dim: int = 0) -> Iterator[None]:
+def mixed_batch(
+    model: nn.Module, names_per_sample: Sequence[str | None], *, dim: int = 0, repeat: str | None = None
+) -> Iterator[None]:
     """Within the block every row of a batch goes through its own adapter: one name per row, None for the base.
 
     Which adapters are active does not matter; each acts with weight 1. Rows are grouped by adapter, so the base runs once
-    for all. Where a layer gets a multiple of the rows, as with beams or with tokens laid out row by row, each name holds
-    for that many in a row. Other threads are not affected.
+    for all. Other threads are not affected. In a generator that holds the block open over its yields, the block holds
+    while the generator runs, whoever resumes it.
 
     Args:
         dim: the axis of the batch in what the layers get; 1 for models that put the sequence first.
+        repeat: whose the rows are where a layer gets a multiple of them. "interleave": each name holds for that many in a
+            row, as with beams, or tokens laid out row by row. "tile": the names over and over, as where a batch is put
+            together of itself (classifier-free guidance). None: such a layer raises.
 
     Raises:
         KeyError: an unknown name. ValueError: an adapter is merged, trains biases, or is one of fused experts, whose rows
@@ -90,12 +107,14 @@ def mixed_batch(model: nn.Module, names_per_sample: Sequence[str | None], *, dim
         raise ValueError(
             f"names_per_sample={names_per_sample!r} must hold one name, or None, for every row of the batch."
         )
+    if repeat not in (None, "interleave", "tile"):
+        raise ValueError(f'repeat={repeat!r} is not legal: it must be "interleave", "tile" or None.')
     wanted = dict.fromkeys(name for name in names_per_sample if name is not None)
     check_known(model, *wanted)
     _refuse_mixing(model, wanted)
     with ExitStack() as stack:
         _put_base_biases(model, stack)
-        stack.enter_context(switched(_containers(model), Rows(names_per_sample, dim)))
+        stack.enter_context(switched(_containers(model), Rows(names_per_sample, dim, repeat)))
         yield
 
 
@@ -146,13 +165,13 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
         active.add(swap.in_place)
         swap.get(owner, BiasSwap.BASE).requires_grad_(False)
     for parameter in adapter_parameters(model):
-        parameter.requires_grad_(False)
+        set_trained(parameter, False)
     for module in modules(model):
         if id(module) not in mine:
             freeze_own(module)
     for name in known_adapters(model):
         for parameter in named_adapter_parameters(model, name).values():
-            parameter.requires_grad_(name in active)
+            set_trained(parameter, name in active)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -123,7 +123,7 @@ def install(
             add_bias(owner, parameter, adapter_name, bias)
         _keep_nested_tensors_out(model)
         if first:
-            activate(model, {adapter_name: 1.0}, trainable=trainable)
+            activate(model, {adapter_name: 1.0}, trained=[adapter_name] if trainable else ())
         else:
             for trained in named_adapter_parameters(model, adapter_name).values():
                 trained.requires_grad_(trainable)

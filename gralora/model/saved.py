@@ -166,7 +166,7 @@ def add_copy(unit: nn.Module, name: str, replica: nn.Module) -> SavedModule:
     """Make `unit` a saved module, in place, and add an inactive copy."""
     if not isinstance(unit, SavedModule):
         change_class(unit, SavedModule)
-        unit.add_module(SAVED_CHILD, SavedCopies())
+        unit.add_module(SAVED_CHILD, SavedCopies().train(unit.training))
         cast(SavedModule, unit).gralora_saved.layouts = {
             name: layout(p) for name, p in unit._parameters.items() if is_spread(p)
         }
@@ -183,7 +183,7 @@ def is_bias(parameter: str) -> bool:
 def add_bias(owner: nn.Module, parameter: str, name: str, bias: nn.Parameter) -> None:
     """Give `owner` an inactive value of its bias `parameter` for the adapter `name`."""
     if PREFIX + parameter not in owner._modules:
-        owner._modules[PREFIX + parameter] = BiasSwap(parameter)
+        owner._modules[PREFIX + parameter] = BiasSwap(parameter).train(owner.training)
         cast(BiasSwap, owner._modules[PREFIX + parameter]).layout = layout(owner._parameters[parameter])
     swap = cast(BiasSwap, owner._modules[PREFIX + parameter])
     swap._parameters[name] = bias

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapters, check_adapter_name
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import join
+from gralora.layers.pending import moment, set_trained
 from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
 
 T = TypeVar("T")
@@ -93,17 +94,21 @@ def adapter_keys(path: str, tensors: Mapping[str, T]) -> dict[str, T]:
     }
 
 
-def activate(model: nn.Module, weights: Mapping[str, float], *, trainable: bool = True) -> None:
-    """Make exactly the adapters in `weights` (name -> weight) act, and, if `trainable`, be trained."""
+def activate(model: nn.Module, weights: Mapping[str, float], *, trained: Collection[str] | None = None) -> None:
+    """Make exactly the adapters in `weights` (name -> weight) act, and exactly those in `trained` be trained; None: the same."""
+    trained = weights if trained is None else trained
 
     def train(name: str, parameters: Iterable[nn.Parameter | None]) -> None:
         for parameter in parameters:
             if parameter is not None:
-                parameter.requires_grad_(trainable and name in weights)
+                set_trained(parameter, name in trained)
 
+    now = moment()
     for _, layer in gralora_layers(model):
         adapters = layer.gralora_adapters
-        adapters.active = {name: weight for name, weight in weights.items() if name in adapters}
+        active = {name: weight for name, weight in weights.items() if name in adapters}
+        if active != adapters.active:
+            adapters.active, adapters.__dict__["changed"] = active, now
         for name in adapters:
             train(name, adapters[name]._parameters.values())
     for _, saved in saved_modules(model):

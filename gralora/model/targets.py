@@ -20,7 +20,6 @@ from gralora.layers.adapter import legal_k, suggested
 from gralora.layers.base import PREFIX, Spot
 from gralora.layers.class_change import join
 from gralora.layers.kinds import ADAPTABLE, spots
-from gralora.model.bypass import reader_of
 from gralora.model.saved import SavedModule
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -78,14 +77,11 @@ class Names:
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[int, list[str]] = {}
         self.modules: dict[int, nn.Module] = {}
-        self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             if HIDDEN.search(name):
                 continue
             self.names.setdefault(id(module), []).append(name)
             self.modules[id(module)] = module
-            for child_name, child in module._modules.items():
-                self.parents.setdefault(id(child), []).append((module, child_name))
         self.spots: list[tuple[list[str], Spot]] = []
         for _, its_names, module in self:
             for spot in spots(module):
@@ -266,14 +262,6 @@ def unfit(spot: Spot, names: Names) -> str | None:
         return "has a complex weight" if isinstance(weight, Tensor) else "has no weight"
     if is_spread(weight) and spot.kind.what != "linear" and spot.adapted is None:
         return "has its weight spread over processes, which only linear layers can have"
-    parents = () if spot.part else names.parents.get(id(spot.module), ())
-    readers = [(reader_of(parent, child), child) for parent, child in parents]
-    if readers and all(reader for reader, _ in readers):
-        reader, child = readers[0]
-        return (
-            f"has its weight read by the forward of {reader}, which never calls it: an adapter would have no effect. Call "
-            f"self.{child}(x) there"
-        )
     return spot.kind.unfit(spot.module, spot.part)
 
 

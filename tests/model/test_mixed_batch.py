@@ -96,7 +96,7 @@ def test_generate_with_a_cache_and_beams(make, beams):
     options = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     run = lambda m, x: m.generate(x, attention_mask=torch.ones_like(x), **options)  # noqa: E731
     expected = one_by_one(model, run, inputs)
-    with gralora.mixed_batch(model, ROWS):
+    with gralora.mixed_batch(model, ROWS, repeat="interleave" if beams > 1 else None):
         tokens = run(model, inputs)
     assert torch.equal(tokens, expected)
     assert not torch.equal(tokens, run(model, inputs))
@@ -180,10 +180,47 @@ def test_wrong_names_are_refused(rows, error, text):
 
 def test_a_batch_that_does_not_fit_is_refused():
     model = adapted(mlp(16, 24, 8))
-    with gralora.mixed_batch(model, ["a", "b", None]):
-        model(torch.randn(6, 16))  # twice as many: beams
-        with pytest.raises(ValueError, match=r"given 3 names, but a layer got an input of shape \(4, 16\)"):
-            model(torch.randn(4, 16))
+    names = ["a", "b", None]
+    for repeat, sizes in ((None, (1, 2, 4, 6)), ("interleave", (1, 2, 4)), ("tile", (1, 2, 4))):
+        for size in sizes:
+            with (
+                gralora.mixed_batch(model, names, repeat=repeat),
+                pytest.raises(ValueError, match=rf"given 3 names, but a layer got an input of shape \({size}, 16\)"),
+            ):
+                model(torch.randn(size, 16))
+    with pytest.raises(ValueError, match=r'repeat=.beams. is not legal: it must be "interleave", "tile" or None'):
+        gralora.mixed_batch(model, names, repeat="beams").__enter__()
+
+
+def test_rows_that_repeat_are_told_how():
+    model = adapted(mlp(16, 24, 8))
+    x = torch.randn(8, 16)
+    with gralora.mixed_batch(model, ROWS):
+        y = model(x)
+    with gralora.mixed_batch(model, ROWS, repeat="tile"):  # classifier-free guidance
+        torch.testing.assert_close(model(torch.cat([x] * 2)), torch.cat([y] * 2))
+        torch.testing.assert_close(model(x), y)
+    with gralora.mixed_batch(model, ROWS, repeat="interleave"):  # beams
+        torch.testing.assert_close(model(x.repeat_interleave(3, 0)), y.repeat_interleave(3, 0))
+    with gralora.mixed_batch(model, ROWS * 2):
+        torch.testing.assert_close(model(torch.cat([x] * 2)), torch.cat([y] * 2))
+
+
+def test_images_cut_into_patches_and_packed_sequences_are_refused_unless_told():
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 8)
+
+        def forward(self, x):  # (b, patches, 16) as one long batch
+            return self.fc(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+    model, x = adapted(Patches()), torch.randn(8, 4, 16)
+    with gralora.mixed_batch(model, ROWS), pytest.raises(ValueError, match="whose the rows are can't be known"):
+        model(x)
+    with gralora.mixed_batch(model, ROWS, repeat="interleave"):
+        y = model(x)
+    torch.testing.assert_close(y, one_by_one(model, lambda m, x: m(x), x))
 
 
 def test_what_cannot_be_mixed_is_refused_by_name():
@@ -218,7 +255,7 @@ def test_rows_of_the_base_have_the_base_bias_whatever_is_active():
 def test_tokens_laid_out_row_by_row_keep_their_rows():
     model = adapted(mlp(16, 24, 8))
     x = torch.randn(8, 5, 16)
-    with gralora.mixed_batch(model, ROWS):
+    with gralora.mixed_batch(model, ROWS, repeat="interleave"):
         torch.testing.assert_close(model(x.flatten(0, 1)).unflatten(0, (8, 5)), model(x))
 
 

@@ -27,6 +27,7 @@ from gralora.model.control import (
     print_trainable_parameters,
     set_adapter,
 )
+from gralora.model.effect import check_effect
 from gralora.model.extract import extract, reblock
 from gralora.model.inject import inject, unload
 from gralora.model.merge import merge, merge_and_unload, unmerge
@@ -50,6 +51,7 @@ __all__ = [
     "adapter_names",
     "adapter_parameters",
     "adapter_state_dict",
+    "check_effect",
     "combine",
     "count_parameters",
     "delete_adapter",

@@ -131,6 +131,7 @@ def main_job(r: int, k: int, steps: int | None, out: Path) -> None:
     model = fresh_model()
     config = gralora.GraloraConfig(r=r, gralora_k=k, alpha=2 * r, modules_to_save=["head"])
     gralora.inject(model, "all-linear", config)
+    gralora.check_effect(model, training[torch.arange(8)])
     gralora.print_trainable_parameters(model)
     trainable, total = gralora.count_parameters(model)
     before = quality(model, held_out)

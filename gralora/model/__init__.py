@@ -2,5 +2,6 @@
 
 Read `targets` (which layers) and `inject`, then `state` (which adapters there are, which act, how a failed change is undone)
 and `control` (what a user does to them). `saved` is what is trained beside the adapters, `state_dict` their values in
-memory. `merge`, `combine`, `extract`, `suggest`, `shared`, `summary` stand on these, each for itself.
+memory. `merge`, `combine`, `extract`, `suggest`, `shared`, `summary`, `effect` stand on these, each for
+itself.
 """

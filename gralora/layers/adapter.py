@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -14,11 +16,15 @@ from torch.nn.modules import module as _all
 from gralora.config import GraloraConfig, divisors
 from gralora.engines.distributed import copy_into, is_spread, spread_like, spread_update, whole
 from gralora.engines.offload import HOOK, bring_back
+from gralora.layers.class_change import LOADED
 from gralora.layers.pending import check_unchanged
 from gralora.layers.scope import OFF, Switchable
 from gralora.maths import functional
 
 Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+MERGED = ".merged"
+FULL = (torch.float32, torch.float64)
+_told: ContextVar[bool] = ContextVar("gralora_told", default=False)
 Update = Callable[[Tensor, Tensors, float, float], Tensor]
 
 
@@ -85,7 +91,9 @@ class GraloraAdapter(nn.Module):
         device, and PEFT's very values where hybrid_r = 0.
         """
         if self.A.is_meta:
+            self.__dict__["raw"] = True
             return
+        self.__dict__.pop("raw", None)
         if is_spread(self.A):
             plain = [t if t is None else torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in self.tensors]
             self._reset(*cast(Tensors, tuple(plain)))
@@ -128,9 +136,43 @@ class GraloraAdapter(nn.Module):
 
     def arguments(self, weight: float = 1.0) -> tuple[Tensors, float, float]:
         """(tensors, scaling, dropout) that hold for a forward now, the scaling times `weight`."""
+        self.check_values()
         return self.tensors, weight * self.config.scaling, self.config.gralora_dropout if self.training else 0.0
 
+    def check_values(self) -> None:
+        """Raise RuntimeError if the parameters have never been given values: built on meta, then moved as they were."""
+        if "raw" in self.__dict__:
+            if not all(p._version for p in self._parameters.values() if p is not None):
+                raise RuntimeError(
+                    f"an adapter ({self.extra_repr()}) was built on the meta device, and has been given memory but no values. "
+                    "Call reset_parameters() of it, as of every module, or load_adapter."
+                )
+            del self.__dict__["raw"]  # written in place by somebody
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}A" in state_dict and f"{prefix}B" in state_dict:
+            self.__dict__.pop("raw", None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if _told.get():
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype in (tensor.dtype, *FULL) else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.to`. Said of the adapter itself, a type is any; said of a model, only float32 and float64 reach it."""
+        with told():
+            return super().to(*args, **kwargs)
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == LOADED and "raw" in self.__dict__ and not self.A.is_meta:
+            given = [hasattr(p, LOADED) for p in self._parameters.values() if p is not None]
+            self.__dict__.pop("raw") if all(given) else self.reset_parameters()
         if name == "forward" and HOOK in self.__dict__:  # accelerate is about to keep the parameters elsewhere
             bring_back(self)
         else:
@@ -152,6 +194,7 @@ class GraloraAdapter(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """ΔW (out, in), whole, in the adapter's dtype. Without gradients it is filled block by block, with no temporary."""
+        self.check_values()
         scaling, (k, _, o) = self.config.scaling, self.B.shape[-3:]
         if is_spread(self.A):
             tensors = cast(Tensors, tuple(t if t is None else whole(t) for t in self.tensors))
@@ -210,13 +253,32 @@ class GraloraAdapters(Switchable):
         del self._modules[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            super().__setattr__(name, value)
+            return
+        self.__dict__[name] = value  # an adapter may have any name, that of a field of ours too
         if name in ("active", "merged"):
             self._find_acting()
 
     def _find_acting(self) -> None:
         merged = self.__dict__.get("merged", ())
         self.acting = tuple((self[name], weight) for name, weight in self.active.items() if name not in merged)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As `GraloraAdapter.to`, of all of them."""
+        with told():
+            return super().to(*args, **kwargs)
+
+    def with_effect(self) -> list[str]:
+        return [name for name in self if any(_is_set(t) for t in (self[name].B, self[name].B_general))]
+
+    def is_mark(self, key: str) -> bool:
+        return key.endswith(MERGED) and key.count(".") == 1
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, weight in self.merged.items():  # so that nobody counts it twice
+            destination[prefix + name + MERGED] = torch.tensor(weight)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "changed": 0}  # a moment of this process
@@ -243,6 +305,20 @@ class GraloraAdapters(Switchable):
         if not self.active or self.mode is OFF:
             return []
         return [(self[name], weight) for name, weight in self.active.items() if name not in self.merged]
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Within it a cast is meant for adapters."""
+    token = _told.set(True)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def _is_set(tensor: Tensor | None) -> bool:
+    return tensor is not None and not tensor.is_meta and not is_spread(tensor) and bool(tensor.detach().any())
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from gralora.config import GraloraConfig
 from gralora.engines.distributed import is_spread
 from gralora.engines.offload import device_of
 from gralora.engines.walk import named_modules
-from gralora.layers.adapter import GraloraAdapter, GraloraAdapters, Tensors, is_hooked
+from gralora.layers.adapter import FULL, GraloraAdapter, GraloraAdapters, Tensors, is_hooked
 from gralora.layers.class_change import join
 from gralora.layers.scope import Rows
 from gralora.layers.unevaluated import Sum, forward_runs, unevaluated
@@ -29,7 +29,6 @@ from gralora.maths import autograd, functional
 PREFIX = "gralora_"
 CHILD = "gralora_adapters"
 HALF = (torch.float16, torch.bfloat16)
-FULL = (torch.float32, torch.float64)
 
 
 class Spot(NamedTuple):
@@ -290,6 +289,8 @@ class GraloraLayer(nn.Module):
         applied = applied or adapters.applied()
         if not applied or (isinstance(mode, Rows) and not chosen) or not self.is_read(weight):
             return weight
+        for adapter, _ in applied:
+            adapter.check_values()
         tensors = [t for adapter, _ in applied for t in adapter.tensors if t is not None]
 
         def evaluate(weight: Tensor, *tensors: Tensor) -> Tensor:

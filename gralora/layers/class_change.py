@@ -16,6 +16,8 @@ from gralora.engines.distributed import is_spread
 
 FROZEN = "_gralora_frozen"
 REPLICATED = "_gralora_replicated"
+LOADED = "_is_hf_initialized"
+"""What transformers sets on a module once its parameters have been loaded, or initialised where the checkpoint lacks them."""
 
 
 class InPlaceModule(nn.Module):
@@ -36,6 +38,10 @@ class InPlaceModule(nn.Module):
         return self._base_class.forward(self, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == LOADED:  # transformers has given the parameters their values, in new objects that are trained
+            for frozen in self.__dict__.get(FROZEN, ()):
+                if self._parameters.get(frozen) is not None:
+                    cast(nn.Parameter, self._parameters[frozen]).requires_grad_(False)
         # accelerate replaces and removes its hooks by setting `forward`, to a wrapper round the bound method that it
         # once found. If that is the base's, the wrapper belongs under the adapter, not over it.
         if name == "forward" and _innermost(value) == MethodType(self._base_class.forward, self):
@@ -69,18 +75,6 @@ class InPlaceModule(nn.Module):
         reduced = super().__reduce_ex__(protocol)
         mixin = vars(type(self)).get("_mixin")
         return reduced if mixin is None else (_new, (mixin, self._base_class), *reduced[2:])
-
-
-class Appendage(nn.Module):
-    """A container of ours that hangs on a module of the user's.
-
-    A checkpoint that holds nothing for it, as one of the base model does, loads strictly and leaves it as it is.
-    """
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 _made: dict[tuple[type[nn.Module], type[nn.Module]], type[InPlaceModule]] = {}

@@ -14,6 +14,7 @@ from gralora.config import GraloraConfig
 from gralora.layers.adapter import check_adapter_name
 from gralora.layers.base import CHILD, GraloraLayer, one_line, overwritten
 from gralora.layers.class_change import InPlaceModule, change_class, freeze_own, is_restorable, restore_class
+from gralora.layers.loading import refuse_adapter_keys
 from gralora.layers.unevaluated import forward_runs
 
 Layer = TypeVar("Layer", bound="InPlaceLayer")
@@ -69,6 +70,7 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         restore_class(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        refuse_adapter_keys(state_dict, prefix, args[-1])
         if self.gralora_adapters.merged and f"{prefix}weight" in state_dict:
             args[-1].append(overwritten(f"{prefix}weight"))
             return

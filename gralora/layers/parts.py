@@ -13,6 +13,7 @@ from torch import nn
 from gralora.engines.walk import named_modules
 from gralora.layers.base import PREFIX, GraloraLayer, one_line, overwritten
 from gralora.layers.class_change import InPlaceModule, join, restore_class
+from gralora.layers.loading import refuse_adapter_keys
 
 
 class PartLayer(GraloraLayer):
@@ -59,6 +60,7 @@ class PartHost(InPlaceModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for layer in self.part_layers():
+            refuse_adapter_keys(state_dict, f"{prefix}{layer.part}.", args[-1])
             if not layer.gralora_adapters.merged:
                 continue
             owner, name = layer.place

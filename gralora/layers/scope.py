@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from gralora.layers.class_change import Appendage
+from gralora.layers.loading import Appendage
 
 OFF: Final = "off"
 """The mode of a container that a block has switched off."""

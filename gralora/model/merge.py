@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gralora.config import divisors
 from gralora.engines.distributed import is_spread
 from gralora.engines.walk import modules
-from gralora.layers.adapter import Tensors, each
-from gralora.layers.base import FULL, HALF, GraloraLayer, gralora_layers
+from gralora.layers.adapter import FULL, Tensors, each
+from gralora.layers.base import HALF, GraloraLayer, gralora_layers
 from gralora.layers.in_place import InPlaceLayer
 from gralora.maths import functional
 from gralora.model.control import weights_of

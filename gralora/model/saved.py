@@ -17,7 +17,8 @@ from gralora.engines.distributed import is_spread, layout
 from gralora.engines.offload import is_offloaded
 from gralora.engines.walk import modules, named_modules
 from gralora.layers.base import PREFIX, GraloraLayer
-from gralora.layers.class_change import Appendage, InPlaceModule, change_class, join
+from gralora.layers.class_change import InPlaceModule, change_class, join
+from gralora.layers.loading import Appendage
 from gralora.layers.scope import OFF, Rows, Switchable
 
 SAVED_CHILD = "gralora_saved"
@@ -30,6 +31,9 @@ class SavedCopies(Switchable):
         super().__init__()
         self.active: str | None = None
         self.layouts: dict[str, object] = {}  # of the module's own parameters when it was changed
+        self.fresh: dict[
+            str, list[tuple[Tensor, Tensor]]
+        ] = {}  # while the base is loaded: copies that are still as the base
 
     def __getitem__(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
@@ -39,6 +43,17 @@ class SavedCopies(Switchable):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
+
+    def with_effect(self) -> list[str]:
+        return [name for name in self if name not in self.fresh]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        with torch.no_grad():
+            for pairs in self.fresh.values():
+                for own, base in pairs:
+                    own.copy_(base)
+        self.fresh = {}
 
     def is_as_it_was(self, name: str, parameter: nn.Parameter | None) -> bool:
         """Whether a parameter is not kept elsewhere, by an engine that reads it outside of a forward."""
@@ -59,6 +74,15 @@ class SavedModule(InPlaceModule):
         if copies.active is None or mode is OFF:
             return self.base_forward(*args, **kwargs)
         return copies[copies.active](*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        copies = self.gralora_saved
+        if not any(key.startswith(f"{prefix}{SAVED_CHILD}.") for key in state_dict):
+            # a checkpoint of the base: copies that nobody has trained follow it
+            base = {n: t for n, t in self.state_dict().items() if not n.startswith(SAVED_CHILD)}
+            pairs = {name: [(t, base[n]) for n, t in copies[name].state_dict().items() if n in base] for name in copies}
+            copies.fresh = {name: own for name, own in pairs.items() if all(_alike(*pair) for pair in own)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _by_row(self, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
@@ -97,6 +121,28 @@ class BiasSwap(Appendage):
         self.in_place: str = self.BASE
         self.names: list[str] = []
         self.layout: object = None  # of the bias when the first of these came
+        self.given: tuple[nn.Parameter, Tensor] | None = None  # while it is loaded: the base's bias, and its new value
+
+    def with_effect(self) -> list[str]:
+        base = self._parameters.get(self.BASE)
+        return [
+            n
+            for n in self.names
+            if n in self._parameters and not (base is not None and _alike(cast(Tensor, self._parameters[n]), base))
+        ]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.given is not None:
+            base, value = self.given
+            self.given = None
+            if base.shape == value.shape:
+                with torch.no_grad():
+                    base.copy_(value)
+            else:
+                args[-1].append(
+                    f"{prefix}{self.BASE}: the shape is {tuple(value.shape)} there and {tuple(base.shape)} here."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def put(self, owner: nn.Module, name: str) -> None:
         """Make `name`'s bias the bias of `owner`; the base's where this adapter trains none."""
@@ -184,6 +230,8 @@ def add_bias(owner: nn.Module, parameter: str, name: str, bias: nn.Parameter) ->
     """Give `owner` an inactive value of its bias `parameter` for the adapter `name`."""
     if PREFIX + parameter not in owner._modules:
         owner._modules[PREFIX + parameter] = BiasSwap(parameter).train(owner.training)
+        if not _load_hooks(owner):
+            owner.register_load_state_dict_pre_hook(_load_base_biases)  # type: ignore[no-untyped-call]
         cast(BiasSwap, owner._modules[PREFIX + parameter]).layout = layout(owner._parameters[parameter])
     swap = cast(BiasSwap, owner._modules[PREFIX + parameter])
     swap._parameters[name] = bias
@@ -200,6 +248,30 @@ def base_bias(owner: nn.Module, parameter: str) -> nn.Parameter:
 def remove_swap(owner: nn.Module, swap: BiasSwap) -> None:
     """Leave the bias that is in place for good."""
     del owner._modules[PREFIX + swap.parameter]
+    if not any(isinstance(child, BiasSwap) for child in owner._modules.values()):
+        for key in _load_hooks(owner):
+            del owner._load_state_dict_pre_hooks[key]
+
+
+def _load_base_biases(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """What a checkpoint of the base holds for a bias is the base's, whichever adapter's is in place."""
+    for swap in owner._modules.values():
+        key = prefix + swap.parameter if isinstance(swap, BiasSwap) else ""
+        if isinstance(swap, BiasSwap) and swap.in_place != swap.BASE and key in state_dict:
+            if not any(other.startswith(f"{prefix}{PREFIX}{swap.parameter}.") for other in state_dict):
+                acting, base = owner._parameters[swap.parameter], swap.get(owner, swap.BASE)
+                fresh = _alike(cast(Tensor, acting), base)  # nobody has trained it: it follows
+                swap.given = base, state_dict[key]
+                state_dict[key] = state_dict[key] if fresh else cast(Tensor, acting).detach().clone()
+
+
+def _load_hooks(owner: nn.Module) -> list[int]:
+    hooks = owner._load_state_dict_pre_hooks
+    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _load_base_biases]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return not one.is_meta and not is_spread(one) and not is_spread(other) and torch.equal(one, other)
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:

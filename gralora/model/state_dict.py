@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gralora.engines.distributed import copy_into, whole
+from gralora.layers.base import gralora_layers
 from gralora.layers.class_change import join
 from gralora.model.saved import saved_modules
-from gralora.model.state import check_known, check_unmerged, named_adapter_parameters
+from gralora.model.state import FACTORS, adapter_keys, check_known, check_unmerged, named_adapter_parameters
 from gralora.model.targets import shorten
 
 
@@ -76,7 +77,17 @@ def load_adapter_state_dict(
     torn_pair = torn({key: own[key] for key in shared}, state_dict)
     if torn_pair:
         raise ValueError(f"{' and '.join(torn_pair)} are one tensor here, and differ there: nothing was loaded.")
+    if own and state_dict and not shared:
+        raise ValueError(
+            f"none of the keys is one of adapter {adapter_name!r}: nothing was loaded. Given: {shorten(state_dict)}; wanted: "
+            f"{shorten(own)}. load_state_dict takes the keys of state_dict()."
+        )
     _overwrite({key: own[key] for key in shared}, state_dict)
+    for path, layer in gralora_layers(model):
+        if adapter_name in layer.gralora_adapters and set(adapter_keys(path, dict.fromkeys(FACTORS[:2]))) <= set(
+            shared
+        ):
+            layer.gralora_adapters[adapter_name].__dict__.pop("raw", None)
     return result
 
 

@@ -95,7 +95,7 @@ def test_moving_and_casting_the_whole_model():
     for cast in (lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16), lambda m: m.half()):
         half = cast(copy.deepcopy(model))
         dtype = half.block.q.weight.dtype
-        assert half.block.q.gralora_adapters["a"].A.dtype == dtype
+        assert dtype.itemsize == 2 and half.block.q.gralora_adapters["a"].A.dtype is torch.float32
         assert relative(half(X.to(dtype)).float(), y) < 0.1
     meta = copy.deepcopy(model).to("meta")
     assert all(p.is_meta for p in meta.parameters())

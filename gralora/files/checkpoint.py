@@ -28,9 +28,11 @@ from gralora.layers.base import Spot, gralora_layers
 from gralora.layers.class_change import join
 from gralora.layers.pending import set_trained
 from gralora.model.inject import Plan, install
+from gralora.model.record import vanished
 from gralora.model.saved import bias_swaps, is_bias, saved_modules, units
-from gralora.model.state import all_or_nothing, known_adapters, named_adapter_parameters
+from gralora.model.state import all_or_nothing, check_known, known_adapters, named_adapter_parameters
 from gralora.model.state_dict import adapter_state_dict, live_tensors, load_adapter_state_dict, torn
+from gralora.model.statistics import moved_buffers
 from gralora.model.targets import Names, Target, nearest, shorten, unfit
 
 FORMATS: dict[str, Format] = {"gralora": GRALORA, "peft": PEFT, "lora": LORA}
@@ -45,6 +47,7 @@ def save_adapter(
     format: str = "gralora",
     rank: int | None = None,
     errors: dict[str, float] | None = None,
+    allow_missing: bool = False,
 ) -> None:
     """Write one adapter to `path`, atomically. In a process group every process calls, and rank 0 writes.
 
@@ -53,12 +56,30 @@ def save_adapter(
             "lora": a folder that PEFT and every server of LoRA reads as plain LoRA of rank k * r + hybrid_r; exact.
         rank: for "lora": the rank of every layer. A higher one is cut by SVD, a lower one padded with zeros.
         errors: a dict to be filled with ‖what is written - ΔW‖ / ‖ΔW‖ of each layer.
+        allow_missing: write what is there, where layers that were adapted have been replaced since by others without an
+            adapter.
 
     Raises:
-        KeyError: no such adapter. ValueError: no such format, or it can't express this adapter.
+        KeyError: no such adapter. ValueError: no such format, or it can't express this adapter; or something that was adapted
+            is there no more; or a tensor is not of its shape, as under an engine that has emptied or flattened it.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not known; there are: {', '.join(map(repr, FORMATS))}.")
+    check_known(model, adapter_name)
+    gone = vanished(model, adapter_name)
+    if gone and not allow_missing:
+        raise ValueError(
+            f"{len(gone)} of what adapter {adapter_name!r} was injected into are there no more: {shorten(gone)}. Something has "
+            "rebuilt these modules since; do that first, then inject. allow_missing=True writes what is left."
+        )
+    moved = moved_buffers(model)
+    if moved:
+        warnings.warn(
+            f"training has moved buffers that belong to no adapter, and are not in the file: {shorten(moved)}. Modules that "
+            "are to learn whole belong in modules_to_save.",
+            UserWarning,
+            stacklevel=2,
+        )
     file = convertible(adapter_file(model, adapter_name), format, rank, errors)
     sharded = any(is_spread(tensor) for tensor in live_tensors(model, adapter_name).values())
     write_once(lambda: FORMATS[format].write(file, Path(path)), together=sharded)

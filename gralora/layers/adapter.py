@@ -93,7 +93,7 @@ class GraloraAdapter(nn.Module):
         if self.A.is_meta:
             self.__dict__["raw"] = True
             return
-        self.__dict__.pop("raw", None)
+        self.has_values()
         if is_spread(self.A):
             plain = [t if t is None else torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in self.tensors]
             self._reset(*cast(Tensors, tuple(plain)))
@@ -139,6 +139,10 @@ class GraloraAdapter(nn.Module):
         self.check_values()
         return self.tensors, weight * self.config.scaling, self.config.gralora_dropout if self.training else 0.0
 
+    def has_values(self) -> None:
+        """Note that the parameters have been given values."""
+        self.__dict__.pop("raw", None)
+
     def check_values(self) -> None:
         """Raise RuntimeError if the parameters have never been given values: built on meta, then moved as they were."""
         if "raw" in self.__dict__:
@@ -147,12 +151,12 @@ class GraloraAdapter(nn.Module):
                     f"an adapter ({self.extra_repr()}) was built on the meta device, and has been given memory but no values. "
                     "Call reset_parameters() of it, as of every module, or load_adapter."
                 )
-            del self.__dict__["raw"]  # written in place by somebody
+            self.has_values()  # written in place by somebody
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}A" in state_dict and f"{prefix}B" in state_dict:
-            self.__dict__.pop("raw", None)
+            self.has_values()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if _told.get():
@@ -172,7 +176,7 @@ class GraloraAdapter(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == LOADED and "raw" in self.__dict__ and not self.A.is_meta:
             given = [hasattr(p, LOADED) for p in self._parameters.values() if p is not None]
-            self.__dict__.pop("raw") if all(given) else self.reset_parameters()
+            self.has_values() if all(given) else self.reset_parameters()
         if name == "forward" and HOOK in self.__dict__:  # accelerate is about to keep the parameters elsewhere
             bring_back(self)
         else:
@@ -228,7 +232,7 @@ class GraloraAdapters(Switchable):
     merged: dict[str, float]
     base_weight: nn.Parameter | None
     acting: tuple[tuple[GraloraAdapter, float], ...]
-    changed: int
+    changed: int = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +257,7 @@ class GraloraAdapters(Switchable):
         del self._modules[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module) or name.startswith("__"):
             super().__setattr__(name, value)
             return
         self.__dict__[name] = value  # an adapter may have any name, that of a field of ours too

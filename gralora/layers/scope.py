@@ -122,7 +122,7 @@ class Switchable(Appendage):
 
     scopes: int
     latest: Mode | None
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block, ...] = ()  # also of what was pickled before there were any
 
     def __init__(self) -> None:
         super().__init__()

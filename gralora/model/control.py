@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gralora.config import LARGEST_WEIGHT
 from gralora.engines.distributed import no_more_trained, reshard
@@ -16,6 +17,7 @@ from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own
 from gralora.layers.pending import set_trained
 from gralora.layers.scope import OFF, Rows, Switchable, switched
+from gralora.model.record import forget
 from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
 from gralora.model.state import (
     activate,
@@ -26,6 +28,7 @@ from gralora.model.state import (
     named_adapter_parameters,
     put_back_weight,
 )
+from gralora.model.statistics import put_back
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -67,8 +70,8 @@ def set_adapter(
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within the block the model is the base model, bit for bit; afterwards it is as it was. May be nested.
 
-    Other threads are not affected, save by two things that are changed in the model itself for the time of the block:
-    merged weights, and biases that an adapter trains.
+    Other threads are not affected, save by what is changed in the model itself for the time of the block: merged weights,
+    biases that an adapter trains, and buffers that its training has moved.
     """
     with ExitStack() as stack:
         for _, layer in gralora_layers(model):
@@ -79,6 +82,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
                 stack.callback(_merge_again, layer, owner._parameters[name], base, dict(layer.gralora_adapters.merged))
                 put_back_weight(layer)
         _put_base_biases(model, stack)
+        for module in modules(model):
+            moved = put_back(module)
+            if moved:
+                stack.callback(_move_again, module, moved)
         stack.enter_context(switched(_containers(model), OFF))
         yield
 
@@ -140,6 +147,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
                     swap.put(owner, BiasSwap.BASE)
                 del swap._parameters[name]
                 swap.names.remove(name)
+        forget(model, name)
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
@@ -233,6 +241,12 @@ def _refuse_shared(model: nn.Module, names: Collection[str]) -> None:
         both = [name for name in names if name in users]
         if len(both) > 1:
             raise ValueError(f"adapters {' and '.join(map(repr, both))} both train {place!r}: only one can be active.")
+
+
+@torch.no_grad()
+def _move_again(module: nn.Module, moved: Mapping[str, Tensor]) -> None:
+    for key, value in moved.items():
+        cast(Tensor, module._buffers[key]).copy_(value)
 
 
 def _merge_again(layer: GraloraLayer, merged: nn.Parameter | None, base: nn.Parameter, state: dict[str, float]) -> None:

@@ -14,6 +14,7 @@ from gralora.engines.offload import is_offloaded
 from gralora.engines.walk import modules
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own, join, restore_class, thaw_own
+from gralora.model.record import forget, record
 from gralora.model.saved import (
     SAVED_CHILD,
     BiasSwap,
@@ -36,6 +37,7 @@ from gralora.model.state import (
     named_adapter_parameters,
     put_back_weight,
 )
+from gralora.model.statistics import keep_still, let_move
 from gralora.model.targets import Names, Target, Targets, nearest, resolve
 
 NESTED = "_gralora_use_nested_tensor"
@@ -122,6 +124,8 @@ def install(
         for (owner, parameter), bias in zip(plan.biases.values(), biases, strict=True):
             add_bias(owner, parameter, adapter_name, bias)
         _keep_nested_tensors_out(model)
+        keep_still(model)
+        record(model, adapter_name)
         if first:
             activate(model, {adapter_name: 1.0}, trained=[adapter_name] if trainable else ())
         else:
@@ -146,6 +150,8 @@ def unload(model: nn.Module) -> nn.Module:
             put_back_weight(layer)
         for layer in layers:
             layer.detach()
+        let_move(model)
+        forget(model)
         for module in modules(model):
             thaw_own(module)
             if NESTED in module.__dict__:

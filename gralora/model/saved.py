@@ -7,7 +7,8 @@ one parameter per adapter, which takes the place of the base's while that adapte
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -27,13 +28,13 @@ SAVED_CHILD = "gralora_saved"
 class SavedCopies(Switchable):
     """The copies of one saved module by adapter name; `active` names the one that stands in for it, if any."""
 
+    fresh: Mapping[str, list[tuple[Tensor, Tensor]]] = MappingProxyType({})
+    """While the base is loaded: copies that nobody has trained, (their tensors, the base's)."""
+
     def __init__(self) -> None:
         super().__init__()
         self.active: str | None = None
         self.layouts: dict[str, object] = {}  # of the module's own parameters when it was changed
-        self.fresh: dict[
-            str, list[tuple[Tensor, Tensor]]
-        ] = {}  # while the base is loaded: copies that are still as the base
 
     def __getitem__(self, name: str) -> nn.Module:
         return cast(nn.Module, self._modules[name])
@@ -53,7 +54,7 @@ class SavedCopies(Switchable):
             for pairs in self.fresh.values():
                 for own, base in pairs:
                     own.copy_(base)
-        self.fresh = {}
+        self.__dict__.pop("fresh", None)
 
     def is_as_it_was(self, name: str, parameter: nn.Parameter | None) -> bool:
         """Whether a parameter is not kept elsewhere, by an engine that reads it outside of a forward."""
@@ -81,7 +82,7 @@ class SavedModule(InPlaceModule):
             # a checkpoint of the base: copies that nobody has trained follow it
             base = {n: t for n, t in self.state_dict().items() if not n.startswith(SAVED_CHILD)}
             pairs = {name: [(t, base[n]) for n, t in copies[name].state_dict().items() if n in base] for name in copies}
-            copies.fresh = {name: own for name, own in pairs.items() if all(_alike(*pair) for pair in own)}
+            copies.__dict__["fresh"] = {name: own for name, own in pairs.items() if all(_alike(*pair) for pair in own)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _by_row(self, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
@@ -114,6 +115,8 @@ class BiasSwap(Appendage):
     """The values of one bias of a module that are not in place now: the adapters' by name, and the base's under `BASE`."""
 
     BASE = "base bias"
+    given: tuple[nn.Parameter, Tensor] | None = None
+    """While the base is loaded: the base's bias, and its new value."""
 
     def __init__(self, parameter: str) -> None:
         super().__init__()
@@ -121,7 +124,6 @@ class BiasSwap(Appendage):
         self.in_place: str = self.BASE
         self.names: list[str] = []
         self.layout: object = None  # of the bias when the first of these came
-        self.given: tuple[nn.Parameter, Tensor] | None = None  # while it is loaded: the base's bias, and its new value
 
     def with_effect(self) -> list[str]:
         base = self._parameters.get(self.BASE)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gralora.engines.distributed import copy_into, whole
+from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import gralora_layers
 from gralora.layers.class_change import join
 from gralora.model.saved import saved_modules
@@ -82,12 +83,12 @@ def load_adapter_state_dict(
             f"none of the keys is one of adapter {adapter_name!r}: nothing was loaded. Given: {shorten(state_dict)}; wanted: "
             f"{shorten(own)}. load_state_dict takes the keys of state_dict()."
         )
-    _overwrite({key: own[key] for key in shared}, state_dict)
-    for path, layer in gralora_layers(model):
-        if adapter_name in layer.gralora_adapters and set(adapter_keys(path, dict.fromkeys(FACTORS[:2]))) <= set(
-            shared
-        ):
-            layer.gralora_adapters[adapter_name].__dict__.pop("raw", None)
+    filled = [
+        layer.gralora_adapters[adapter_name]
+        for path, layer in gralora_layers(model)
+        if adapter_name in layer.gralora_adapters and set(adapter_keys(path, dict.fromkeys(FACTORS[:2]))) <= set(shared)
+    ]
+    _overwrite({key: own[key] for key in shared}, state_dict, filled)
     return result
 
 
@@ -101,12 +102,14 @@ def live_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _overwrite(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def _overwrite(own: Mapping[str, Tensor], given: Mapping[str, Tensor], filled: Iterable[GraloraAdapter]) -> None:
     """Copy every value, or on an exception none. The old ones are kept for so long."""
     before = {key: tensor.clone() for key, tensor in own.items()}
     try:
         for key, tensor in own.items():
             copy_into(tensor, given[key])
+        for adapter in filled:
+            adapter.has_values()
     except BaseException:
         for key, tensor in own.items():
             tensor.copy_(before[key])

@@ -1,0 +1,48 @@
+"""What was adapted, on record: a layer that a framework has rebuilt since has lost its adapter, and nobody would know."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from gralora.engines.walk import named_modules
+from gralora.layers.base import gralora_layers
+from gralora.layers.class_change import join
+from gralora.model.saved import bias_swaps, saved_modules
+
+RECORD = "_gralora_record"
+"""On the module that was injected into: adapter name -> names of all that it has there."""
+
+
+def parts_of(model: nn.Module, adapter_name: str) -> list[str]:
+    """The layers, saved modules and biases of an adapter, by name."""
+    layers = [name for name, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters]
+    saved = [name for name, module in saved_modules(model) if adapter_name in module.gralora_saved]
+    return layers + saved + [key for key, _, swap in bias_swaps(model) if adapter_name in swap.names]
+
+
+def record(model: nn.Module, adapter_name: str) -> None:
+    """Write down what the adapter has in `model` now."""
+    model.__dict__[RECORD] = {**model.__dict__.get(RECORD, {}), adapter_name: tuple(parts_of(model, adapter_name))}
+
+
+def forget(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Strike an adapter, or all, from the records in `model`."""
+    for _, module in named_modules(model):
+        if RECORD in module.__dict__:
+            left = (
+                {} if adapter_name is None else {n: p for n, p in module.__dict__[RECORD].items() if n != adapter_name}
+            )
+            module.__dict__.pop(RECORD)
+            if left:
+                module.__dict__[RECORD] = left
+
+
+def vanished(model: nn.Module, adapter_name: str) -> list[str]:
+    """What was adapted and is there no more."""
+    there = set(parts_of(model, adapter_name))
+    return [
+        full
+        for path, module in named_modules(model)
+        for name in module.__dict__.get(RECORD, {}).get(adapter_name, ())
+        if (full := join(path, name) if name else path) not in there
+    ]

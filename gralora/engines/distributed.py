@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -129,6 +129,31 @@ def check_unwrapped(model: nn.Module) -> None:
                 f"{name or 'the model'!r} is under {engine} already, which would not see the gradients of a new adapter. "
                 f"First inject (or load_adapter), then {engine}. Values of an adapter that is there can be loaded at any time."
             )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError if an engine holds parameters of `model` in pieces that only it can put together."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for _, module in named_modules(model):
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            if module.training_state.name != "SUMMON_FULL_PARAMS":
+                raise ValueError(
+                    "the model is under FullyShardedDataParallel, which has flattened its parameters. Do this within "
+                    "`with FullyShardedDataParallel.summon_full_params(model):`."
+                )
+
+
+@contextmanager
+def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
+    """Within it those of `tensors` that DeepSpeed ZeRO-3 keeps in pieces are whole, and whether there are any."""
+    pieces = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not pieces:
+        yield False
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(pieces):
+        yield True
 
 
 def reshard(model: nn.Module) -> None:

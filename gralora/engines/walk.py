@@ -1,8 +1,18 @@
-"""The modules of a model, in the order of `nn.Module.named_modules`, in a fraction of its time: whole models are walked often."""
+"""The modules of a model under the names that they have in the plain one, whatever wraps it.
+
+In the order of `nn.Module.named_modules`, in a fraction of its time: whole models are walked often. Wrappers that hold a
+module as a child (`DistributedDataParallel`, FSDP1, `torch.compile`, `checkpoint_wrapper`) add nothing to its names.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+WRAPPED = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+"""Names under which wrappers keep the module that they wrap."""
 
 
 def modules(model: nn.Module) -> list[nn.Module]:
@@ -27,7 +37,29 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if id(module) not in found:
             found[id(module)] = entry
             if module._modules:
-                prefix = f"{name}." if name else ""
-                children = reversed(module._modules.items())
-                waiting.extend([(prefix + key, child) for key, child in children if child is not None])
+                waiting.extend(_children(name, module))
     return list(found.values())
+
+
+def all_named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The same, each under every name that leads to it."""
+    waiting = [("", model)]
+    while waiting:
+        name, module = entry = waiting.pop()
+        yield entry
+        waiting.extend(_children(name, module))
+
+
+def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The last first."""
+    prefix = f"{name}." if name else ""
+    children = reversed(module._modules.items())
+    return [
+        (name if key in WRAPPED or (key == "module" and _wraps(module)) else prefix + key, child)
+        for key, child in children
+        if child is not None
+    ]
+
+
+def _wraps(module: nn.Module) -> bool:
+    return isinstance(module, (DataParallel, DistributedDataParallel))

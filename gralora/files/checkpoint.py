@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from gralora.config import GraloraConfig
-from gralora.engines.distributed import is_spread, write_once
+from gralora.engines.distributed import check_whole, is_spread, write_once
 from gralora.engines.walk import named_modules
 from gralora.files.lora import as_lora, lora_pairs
 from gralora.files.own import (
@@ -24,7 +25,7 @@ from gralora.files.own import (
 )
 from gralora.files.peft import LORA, PEFT
 from gralora.layers.adapter import GraloraAdapter, check_adapter_name
-from gralora.layers.base import Spot, gralora_layers
+from gralora.layers.base import GraloraLayer, Spot, gralora_layers
 from gralora.layers.class_change import join
 from gralora.layers.pending import set_trained
 from gralora.model.inject import Plan, install
@@ -65,13 +66,13 @@ def save_adapter(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not known; there are: {', '.join(map(repr, FORMATS))}.")
-    check_known(model, adapter_name)
     gone = vanished(model, adapter_name)
     if gone and not allow_missing:
         raise ValueError(
             f"{len(gone)} of what adapter {adapter_name!r} was injected into are there no more: {shorten(gone)}. Something has "
             "rebuilt these modules since; do that first, then inject. allow_missing=True writes what is left."
         )
+    check_known(model, adapter_name)
     moved = moved_buffers(model)
     if moved:
         warnings.warn(
@@ -118,9 +119,12 @@ def to_lora(
 def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
     """All that a file of one adapter holds, in whatever format; the tensors share memory with the model."""
     layers = [(name, layer) for name, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters]
+    check_whole(model)
+    tensors = adapter_state_dict(model, adapter_name)
+    _check_shapes(layers, adapter_name, tensors)
     origin = getattr(getattr(model, "config", None), "_name_or_path", None)
     return AdapterFile(
-        tensors=adapter_state_dict(model, adapter_name),
+        tensors=tensors,
         configs={name: layer.gralora_adapters[adapter_name].config for name, layer in layers},
         modules_to_save=[name for name, saved in saved_modules(model) if adapter_name in saved.gralora_saved],
         biases=[key for key, _, swap in bias_swaps(model) if adapter_name in swap.names],
@@ -128,6 +132,20 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
         module_names=[name for name, _ in named_modules(model) if "gralora_" not in name],
         base_name=origin if isinstance(origin, str) and origin else None,
     )
+
+
+def _check_shapes(layers: list[tuple[str, GraloraLayer]], adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor is not what it should be: an engine may have emptied or flattened it."""
+    wrong = [f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if tensor.numel() == 0]
+    for name, layer in layers:
+        config, spot = layer.gralora_adapters[adapter_name].config, layer.spot
+        n_in, n_out = spot.sizes
+        for key, shape in layer_shapes(name, n_in, n_out, config, spot.copies).items():
+            if key not in tensors or tuple(tensors[key].shape) != shape:
+                found = "missing" if key not in tensors else tuple(tensors[key].shape)
+                wrong.append(f"{key} {found}, not {shape}")
+    if wrong:
+        raise ValueError(f"adapter {adapter_name!r} is not whole, nothing is written: {shorten(wrong)}.")
 
 
 def read_adapter(path: Path, *, allow_nonfinite: bool = False) -> AdapterFile:

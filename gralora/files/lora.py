@@ -15,12 +15,10 @@ from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
 from gralora.files.own import AdapterFile, layer_keys, layer_tensors
-from gralora.layers.attention import PARTS
+from gralora.layers.attention import PACKED, PARTS  # PEFT adapts q, k and v as the one matrix in which they are packed
 from gralora.layers.class_change import join
 from gralora.maths import functional
 from gralora.model.state import adapter_keys
-
-PACKED = PARTS[:3]  # q, k and v, which PEFT adapts as the one matrix in which an attention keeps them
 
 
 def as_lora(file: AdapterFile, rank: int | None = None, errors: dict[str, float] | None = None) -> AdapterFile:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from gralora.config import GraloraConfig
 from gralora.files.atomic import write_atomically, write_folder
-from gralora.files.lora import PACKED, is_experts, is_projection, tensors_beside
+from gralora.files.lora import is_experts, is_projection, tensors_beside
 from gralora.files.own import FLOATS, GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in
 from gralora.files.shards import CONV1D_MODELS, DTYPES, INDEX, Checkpoint, Shard
 from gralora.layers.adapter import legal_k
-from gralora.layers.attention import third
+from gralora.layers.attention import PACKED, third
 from gralora.layers.class_change import join
 from gralora.maths import functional
 from gralora.model.extract import difference, fitted

@@ -7,7 +7,7 @@ the adapters beside the weights. While none acts, it runs its own.
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from einops import rearrange, repeat
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gralora.layers.base import PREFIX, GraloraLayer, held
-from gralora.layers.class_change import change_class
+from gralora.layers.class_change import InPlaceModule, change_class, restore_class
 from gralora.layers.parts import PartHost, PartLayer
 from gralora.layers.scope import OFF
 
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+PACKED = PARTS[:3]
+WEIGHTS = ("in_proj_weight", *(f"{part}_weight" for part in PACKED))
+READER = "_gralora_reader"
 
 
 class Projection(PartLayer):
@@ -80,7 +83,17 @@ class Projection(PartLayer):
             change_class(module, GraloraMultiheadAttention)
             for each in PARTS:
                 module._modules[PREFIX + each] = Projection(module, each)
+            change_class(cast(nn.MultiheadAttention, module).out_proj, ReadProjection)
+            cast(nn.MultiheadAttention, module).out_proj.__dict__[READER] = module._modules[PREFIX + "out_proj"]
         return cast(GraloraLayer, module._modules[PREFIX + part])
+
+    def detach(self) -> None:
+        super().detach()
+        if self.part == "out_proj":
+            out_proj = cast(nn.MultiheadAttention, self.host).out_proj
+            if isinstance(out_proj, ReadProjection):
+                out_proj.__dict__.pop(READER, None)
+                restore_class(out_proj)
 
     @property
     def acts(self) -> bool:
@@ -107,8 +120,33 @@ class Projection(PartLayer):
         return weight, bias if bias is None or self.part == "out_proj" else third(bias, self.part)
 
 
+class ReadProjection(InPlaceModule):
+    """Mixin of the `out_proj` of an attention: who reads its weight from outside reads what acts."""
+
+    _prefix = "Read"
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return self.__dict__[READER].read(value) if name == "weight" and READER in self.__dict__ else value
+
+
 class GraloraMultiheadAttention(PartHost):
     """Mixin of an `nn.MultiheadAttention` whose projections can have adapters."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name not in WEIGHTS or value is None:
+            return value
+        held = [cast(Projection, self._modules[p]) for part in PACKED if (p := PREFIX + part) in self._modules]
+        held = [each for each in held if each.place[1] == name and each.acts]
+        if not held:
+            return value
+        if name != WEIGHTS[0]:
+            return held[0].read(cast(Tensor, value))
+        acting = {each.part: each for each in held}
+        thirds = {part: third(cast(Tensor, value), part) for part in PACKED}
+        parts = [acting[part].read(own) if part in acting else own for part, own in thirds.items()]
+        return value if all(type(part) is Tensor for part in parts) else torch.cat(parts)
 
     def forward(
         self,

@@ -104,7 +104,14 @@ class SavedModule(InPlaceModule):
         children = self.__dict__.get("_modules", {})
         copies = children.get(SAVED_CHILD)
         own = self.__dict__.get("_parameters", {}).get(name)
-        if copies is not None and copies.active is not None and copies.mode is None and copies.is_as_it_was(name, own):
+        ours = own is not None or name in self.__dict__.get("_buffers", {})  # not while somebody exchanges it
+        if (
+            ours
+            and copies is not None
+            and copies.active is not None
+            and copies.mode is None
+            and copies.is_as_it_was(name, own)
+        ):
             replica = copies[copies.active]
             if name in replica._parameters or name in replica._buffers:
                 return getattr(replica, name)

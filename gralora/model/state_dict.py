@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gralora.engines.distributed import copy_into, whole
+from gralora.engines.distributed import copy_into, gathered, whole
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import gralora_layers
 from gralora.layers.class_change import join
@@ -34,7 +34,9 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
         KeyError: no such adapter.
     """
     check_known(model, adapter_name)
-    return {key: whole(tensor.detach()) for key, tensor in live_tensors(model, adapter_name).items()}
+    live = live_tensors(model, adapter_name)
+    with gathered(live.values()) as for_now:
+        return {key: tensor.detach().clone() if for_now else whole(tensor.detach()) for key, tensor in live.items()}
 
 
 def load_adapter_state_dict(

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from gralora.config import GraloraConfig, divisors
 from gralora.engines.distributed import is_spread
-from gralora.engines.walk import modules
+from gralora.engines.walk import all_named_modules, modules
 from gralora.layers.adapter import legal_k, suggested
 from gralora.layers.base import PREFIX, Spot
 from gralora.layers.class_change import join
@@ -77,7 +77,7 @@ class Names:
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[int, list[str]] = {}
         self.modules: dict[int, nn.Module] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in all_named_modules(model):
             if HIDDEN.search(name):
                 continue
             self.names.setdefault(id(module), []).append(name)

@@ -14,6 +14,9 @@ from ..needs import needs
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "benchmarks" / "recipes").glob("*.py"))
 PACKAGES = {"quantised": ["bitsandbytes"], "offload": ["accelerate"], "compile_and_export": ["onnx", "onnxscript"]}
+PACKAGES["zero3"] = [
+    "deepspeed"
+]  # which is built against the torch that is there: pip install --no-build-isolation deepspeed
 # torch's own fault, open: gloo's thread frees a tensor while the interpreter ends, and aborts (pytorch issue 190489). On a busy
 # machine about one run in twenty does, after the recipe's last line; one that did so every time would still fail here.
 ABORTED, TRIES = "terminate called without an active exception", 4
@@ -34,6 +37,7 @@ def test_recipe_runs_as_it_says(path, tmp_path, monkeypatch):
         return
     assert program == "torchrun"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["DS_ACCELERATOR"] = "cpu"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, path]
     for _ in range(TRIES):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)

@@ -618,3 +618,51 @@ def _fails_to_write(rank):
 
 def test_what_rank_0_fails_to_write_fails_on_every_rank(processes):
     assert processes.run(_fails_to_write) == [[0], []]
+
+
+def _fsdp1(rank, folder):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16), nn.Linear(16, 4))
+    plain = copy.deepcopy(model)
+    gralora.inject(model, ["0", "2"], random_config(modules_to_save=["3"]))
+    x, target = torch.randn(4, 16), torch.randn(4, 4)
+    reference = copy.deepcopy(model)
+    losses = ten_losses(reference, x, target)
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    assert ten_losses(wrapped, x, target) == pytest.approx(losses, rel=1e-4)
+    for write in (
+        lambda: gralora.save_adapter(wrapped, folder / "torn"),
+        lambda: gralora.save_adapter(wrapped, folder / "torn", format="lora"),
+        lambda: gralora.to_lora(wrapped),
+    ):
+        refused(write, "under FullyShardedDataParallel, which has flattened its parameters", "summon_full_params")
+    assert not (folder / "torn").exists()
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        state = gralora.adapter_state_dict(wrapped)
+        wanted = gralora.adapter_state_dict(reference)
+        assert {key: t.shape for key, t in state.items()} == {key: t.shape for key, t in wanted.items()}
+        assert all(relative(state[key], wanted[key]) < 1e-4 for key in wanted)
+        gralora.save_adapter(wrapped, folder / "whole")
+    distributed.barrier()
+    assert relative(gralora.load_adapter(plain, folder / "whole")(x), reference(x)) < 1e-4
+
+
+def test_fsdp1_is_saved_whole_within_summon_full_params_and_refused_outside(processes, tmp_path):
+    processes.run(_fsdp1, tmp_path)
+
+
+def test_a_tensor_that_an_engine_has_emptied_is_never_written(tmp_path):
+    for format in ("gralora", "peft", "lora"):
+        for shape in ((0,), (2 * 8 * 4,)):
+            model = gralora.inject(nn.Sequential(nn.Linear(16, 8)), ["0"], random_config())
+            adapter = model[0].gralora_adapters["default"]
+            adapter._parameters["A"] = nn.Parameter(torch.zeros(shape))
+            with pytest.raises(ValueError, match=r"adapter 'default' is not whole, nothing is written: 0\.gralora_A"):
+                gralora.save_adapter(model, tmp_path / "a", format=format)
+            assert not (tmp_path / "a").exists()
+    model = gralora.inject(
+        nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)), ["0"], random_config(modules_to_save=["1"])
+    )
+    model[1].gralora_saved["default"].weight.data = torch.zeros(0)
+    with pytest.raises(ValueError, match=r"is not whole, nothing is written: 1\.weight \(0,\)"):
+        gralora.save_adapter(model, tmp_path / "a")

@@ -326,3 +326,38 @@ def test_source_is_not_needed_and_shared_layers_act_in_both():
 
 def by_hand_without_bias(model):
     return X @ (model.fc.weight + gralora.delta_weight(model.fc)).mT
+
+
+@pytest.mark.parametrize("kdim", [None, 8])
+@pytest.mark.parametrize("parts", [["q_proj", "v_proj", "out_proj"], ["k_proj"], ["out_proj"]])
+def test_an_attention_whose_weights_a_parent_takes(parts, kdim):
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.MultiheadAttention(16, 4, kdim=kdim, vdim=kdim, batch_first=False, dtype=torch.float64)
+
+        def forward(self, q, k):
+            a, same = self.attn, kdim is None
+            apart = {} if same else {f"{part}_proj_weight": getattr(a, f"{part}_proj_weight") for part in "qkv"}
+            packed = a.in_proj_weight if same else None
+            rest = (a.bias_k, a.bias_v, False, 0.0, a.out_proj.weight, a.out_proj.bias)
+            return F.multi_head_attention_forward(
+                q, k, k, 16, 4, packed, a.in_proj_bias, *rest, use_separate_proj_weight=not same, **apart
+            )[0]
+
+    model = Pool()
+    q, k = torch.randn(5, 2, 16, dtype=torch.float64), torch.randn(7, 2, kdim or 16, dtype=torch.float64)
+    base = model(q, k)
+    gralora.inject(model, parts, random_config())
+    y = model(q, k)
+    assert not torch.allclose(y, base)
+    assert relative(y, model.attn(q, k, k)[0]) < 1e-12
+    y.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in gralora.adapter_parameters(model))
+    assert model.attn.out_proj.weight is model.attn.out_proj._parameters["weight"]
+    with gralora.disable_adapter(model):
+        assert torch.equal(model(q, k), base)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(q, k), y)
+    gralora.unload(model)
+    assert type(model.attn.out_proj).__name__ == "NonDynamicallyQuantizableLinear" and torch.equal(model(q, k), base)

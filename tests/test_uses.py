@@ -28,6 +28,7 @@ class Mixer(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
+@pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 def test_an_architecture_of_drop_in_layers_takes_the_weights_of_a_plain_one():
     plain, x = Mixer(nn.Linear), torch.randn(4, 16)
     model = Mixer()

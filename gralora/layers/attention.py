@@ -84,7 +84,7 @@ class Projection(PartLayer):
             for each in PARTS:
                 module._modules[PREFIX + each] = Projection(module, each)
             change_class(cast(nn.MultiheadAttention, module).out_proj, ReadProjection)
-            cast(nn.MultiheadAttention, module).out_proj.__dict__[READER] = module._modules[PREFIX + "out_proj"]
+            cast(nn.MultiheadAttention, module).out_proj.__dict__[READER] = module
         return cast(GraloraLayer, module._modules[PREFIX + part])
 
     def detach(self) -> None:
@@ -127,15 +127,22 @@ class ReadProjection(InPlaceModule):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        return self.__dict__[READER].read(value) if name == "weight" and READER in self.__dict__ else value
+        if name != "weight" or READER not in self.__dict__:
+            return value
+        return self.__dict__[READER]._modules[PREFIX + "out_proj"].read(value)
 
 
 class GraloraMultiheadAttention(PartHost):
     """Mixin of an `nn.MultiheadAttention` whose projections can have adapters."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, ReadProjection):
+            value.__dict__[READER] = self
+
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if name not in WEIGHTS or value is None:
+        if name not in WEIGHTS or type(value) not in (Tensor, nn.Parameter):
             return value
         held = [cast(Projection, self._modules[p]) for part in PACKED if (p := PREFIX + part) in self._modules]
         held = [each for each in held if each.place[1] == name and each.acts]

@@ -24,6 +24,7 @@ def reset(model):
             module.reset_parameters()
 
 
+@pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 @pytest.mark.parametrize("within", [True, False], ids=["injected within the device block", "after it"])
 @pytest.mark.parametrize("make", [Block, Everything])
 def test_meta_to_empty_reset_load_equals_a_model_built_in_memory(make, within, tmp_path):

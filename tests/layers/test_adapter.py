@@ -43,6 +43,7 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_on_an_adapter_fire(kind):
     make, run = KINDS[kind]
@@ -82,6 +83,7 @@ def test_hooks_that_see_the_rows_of_a_mixed_batch_and_those_of_all_modules():
     assert adapter in seen
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_gradients_by_sample_of_a_tool_that_rests_on_hooks():
     model = gralora.inject(nn.Linear(8, 4), "", random_config(hybrid_r=0))
     adapter, inputs, found = model.gralora_adapters["default"], [], []
@@ -104,6 +106,7 @@ def test_gradients_by_sample_of_a_tool_that_rests_on_hooks():
         torch.testing.assert_close(grad, adapter.B.grad)
 
 
+@pytest.mark.filterwarnings("ignore:.*was trained on another base")
 @pytest.mark.parametrize("mode", [False, True])
 def test_every_module_below_is_in_the_mode_of_its_model(mode, tmp_path):
     def model():
@@ -174,6 +177,7 @@ def test_layerwise_casting_of_diffusers_leaves_adapters_alone():
     assert relative(model(x), y) < 0.2
 
 
+@pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 def test_an_adapter_without_values_says_so_at_its_first_forward():
     with torch.device("meta"):
         model = nn.Sequential(GraloraLinear(16, 8, config=GraloraConfig(r=4)))

@@ -134,6 +134,7 @@ def test_at_the_start_and_when_disabled_the_attention_is_its_own_bit_for_bit():
     assert type(module) is nn.MultiheadAttention
 
 
+@pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 def test_a_projection_alone_is_a_target_and_base_names_stay():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
     state = copy.deepcopy(model.state_dict())
@@ -147,6 +148,7 @@ def test_a_projection_alone_is_a_target_and_base_names_stay():
     assert set(gralora.adapter_state_dict(model)) == {f"{name}.gralora_{letter}" for name in names for letter in "AB"}
 
 
+@pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 @pytest.mark.parametrize("size", SIZES)
 def test_merge_in_parts_and_exact_unmerge(size):
     module = gralora.inject(attention(**SIZES[size]), ["q_proj", "k_proj"], random_config(), adapter_name="a")

@@ -201,6 +201,7 @@ def test_layers_and_experts_of_different_k_in_one_adapter(tmp_path):
     assert same_bits(gralora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")(X).logits, y)
 
 
+@pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 def test_several_adapters_weighted_merged_and_swapped():
     model = gralora.inject(nn.ModuleDict({"moe": Experts()}), ["up"], random_config(), adapter_name="a")
     gralora.inject(model, ["up"], random_config(r=8, gralora_k=4), adapter_name="b")

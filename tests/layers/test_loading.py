@@ -67,6 +67,7 @@ def test_trained_heads_and_biases_are_left_with_a_warning_and_the_base_goes_to_t
     assert same_bits(gralora.unload(model)(X), base(X))
 
 
+@pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 @pytest.mark.parametrize("lacking", ["0", "2"])
 def test_a_checkpoint_that_holds_some_adapters_and_lacks_others_is_strict(lacking):
     model = gralora.inject(mlp(16, 24, 8), "all-linear", random_config())
@@ -80,6 +81,7 @@ def test_a_checkpoint_that_holds_some_adapters_and_lacks_others_is_strict(lackin
     quiet(model, model.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 def test_the_keys_of_adapter_state_dict_are_refused_in_load_state_dict_whatever_strict():
     model = everything()
     for name in ("a", "b"):

@@ -98,6 +98,7 @@ def run(model, x, **kwargs):
     return y.detach(), leaf.grad
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize("hybrid_r", [0, 2])
 @pytest.mark.parametrize("how", HOW)
 def test_the_numbers_are_those_of_w_plus_delta_w_and_a_and_b_are_trained(how, hybrid_r):

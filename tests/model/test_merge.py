@@ -223,6 +223,7 @@ def test_unknown_names_and_inactive_adapters():
     torch.testing.assert_close(model(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 def test_loading_a_base_into_merged_weights_is_refused():
     model = gralora.inject(mlp(16, 8), ["0"], random_config())
     state = mlp(16, 8).state_dict()

@@ -19,6 +19,7 @@ def rebuilt(model, name):
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.*was trained on another base")
 def test_what_has_vanished_is_named_and_nothing_is_written(tmp_path):
     model = gralora.inject(Block(), "all-linear", random_config(bias="gralora_only"))
     gralora.save_adapter(model, tmp_path / "whole")

@@ -325,18 +325,13 @@ def _is_set(tensor: Tensor | None) -> bool:
     return tensor is not None and not tensor.is_meta and not is_spread(tensor) and bool(tensor.detach().any())
 
 
+_for_all = [getattr(_all, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")]
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook waits for `module` to be called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _all._global_forward_hooks
-        or _all._global_forward_pre_hooks
-        or _all._global_backward_hooks
-        or _all._global_backward_pre_hooks
-    )
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or any(_for_all)
 
 
 def each(tensors: Tensors) -> list[Tensors]:

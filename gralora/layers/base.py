@@ -283,11 +283,16 @@ class GraloraLayer(nn.Module):
         adapters = cast("GraloraAdapters | None", self._modules.get(CHILD))
         if adapters is None or not (adapters.active or adapters.scopes) or type(weight) not in (Tensor, nn.Parameter):
             return weight
+        if not self.is_read(weight):
+            return weight
         mode = adapters.mode
-        chosen = mode.names if isinstance(mode, Rows) else ()
-        applied = [(adapters[name], 1.0) for name in dict.fromkeys(chosen) if name is not None and name in adapters]
-        applied = applied or adapters.applied()
-        if not applied or (isinstance(mode, Rows) and not chosen) or not self.is_read(weight):
+        if isinstance(mode, Rows):
+            applied = [
+                (adapters[name], 1.0) for name in dict.fromkeys(mode.names) if name is not None and name in adapters
+            ]
+        else:
+            applied = adapters.applied()
+        if not applied:
             return weight
         for adapter, _ in applied:
             adapter.check_values()

@@ -5,6 +5,7 @@ The other kind, maps that are parts of a module, is in `parts.py`.
 
 from __future__ import annotations
 
+import threading
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -16,6 +17,15 @@ from gralora.layers.base import CHILD, GraloraLayer, one_line, overwritten
 from gralora.layers.class_change import InPlaceModule, change_class, freeze_own, is_restorable, restore_class
 from gralora.layers.loading import refuse_adapter_keys
 from gralora.layers.unevaluated import forward_runs
+
+
+class _Running(threading.local):
+    """The layer whose own forward this thread is in."""
+
+    layer: nn.Module | None = None
+
+
+_running = _Running()
 
 Layer = TypeVar("Layer", bound="InPlaceLayer")
 
@@ -29,17 +39,30 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's dtype."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if torch.compiler.is_compiling() and self.is_plain() and "_base_instance_forward" not in self.__dict__:
+        if self.is_plain() and "_base_instance_forward" not in self.__dict__:
             return self.run(x, self.plain_forward, (x,), {}, dim=self.batch_axis)
-        return self.run(x, self.base_forward, args, kwargs, dim=self.batch_axis)
+        return self.run(x, self.own_forward, args, kwargs, dim=self.batch_axis)
+
+    def own_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's forward, to which the weight is the parameter, whoever in it reads it: the update comes on top."""
+        if torch.compiler.is_compiling():
+            return cast(Tensor, self.base_forward(*args, **kwargs))
+        outer, _running.layer = _running.layer, self
+        try:
+            return cast(Tensor, self.base_forward(*args, **kwargs))
+        finally:
+            _running.layer = outer
 
     def plain_forward(self, x: Tensor) -> Tensor:
         """What the base's forward computes where `is_plain`, without asking for `self.weight`."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        return self.read(cast(Tensor, value)) if name == "weight" else value
+        if name == "weight":
+            weight = self.__dict__["_parameters"].get(name)
+            if weight is not None:
+                return weight if _running.layer is self else self.read(weight)
+        return super().__getattr__(name)
 
     def is_read(self, weight: Tensor) -> bool:
         if torch.compiler.is_compiling():  # where nobody can look who it is; a plain layer itself does not ask

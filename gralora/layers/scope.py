@@ -123,11 +123,12 @@ class Switchable(Appendage):
     scopes: int
     latest: Mode | None
     blocks: tuple[Block, ...] = ()  # also of what was pickled before there were any
+    framed: bool = False  # some of them are a generator's
 
     def __init__(self) -> None:
         super().__init__()
         # past nn.Module's __setattr__, which costs more than all the rest
-        self.__dict__.update(scopes=0, latest=None, blocks=())
+        self.__dict__.update(scopes=0, latest=None, blocks=(), framed=False)
         # nn.TransformerEncoderLayer, in eval, reads its children's weights and skips their forwards, unless any module
         # below it has a hook. This module is never called, so the hook costs nothing.
         self.register_forward_pre_hook(_keep_fused_paths_off)
@@ -139,7 +140,7 @@ class Switchable(Appendage):
             return None
         if torch.compiler.is_compiling() or "_is_replica" in self.__dict__:
             return self.latest
-        if any(block.of_generator for block in self.blocks):
+        if self.framed:
             by_frame = {id(block.frame): block.mode for block in self.blocks}
             frame: FrameType | None = sys._getframe(1)
             while frame is not None:
@@ -149,12 +150,14 @@ class Switchable(Appendage):
         blocks = _blocks.get()
         if not blocks and _in_a_thread_of_backward():
             return self.latest
-        # one that is not open any more ended in another context than it began in
-        return next((block.mode for block in reversed(blocks.get(id(self), ())) if block.open), None)
+        for block in reversed(blocks.get(id(self), ())):
+            if block.open:  # else it ended in another context than it began in
+                return block.mode
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy made within a block is not in the block
-        return {**self.__dict__, "scopes": 0, "latest": None, "blocks": ()}
+        return {**self.__dict__, "scopes": 0, "latest": None, "blocks": (), "framed": False}
 
 
 @contextmanager
@@ -186,4 +189,5 @@ def _count(containers: list[Switchable], block: Block, step: int, modes: list[An
     with _lock:
         for container, mode in zip(containers, modes, strict=True):
             blocks = (*container.blocks, block) if step > 0 else tuple(b for b in container.blocks if b is not block)
-            container.__dict__.update(scopes=container.scopes + step, latest=mode, blocks=blocks)
+            framed = any(each.of_generator for each in blocks)
+            container.__dict__.update(scopes=container.scopes + step, latest=mode, blocks=blocks, framed=framed)

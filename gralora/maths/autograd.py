@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from gralora.maths import functional
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_no_view = torch.ops.aten._unsafe_view.default
 _Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -33,11 +32,6 @@ class Saved(NamedTuple):
     z_general: Tensor | None  # (t, h)
     mask: Tensor | None  # (t, in), bool
     mask_general: Tensor | None
-
-    def needed(self, need_tensors: Sequence[bool]) -> Saved:
-        """What the gradients of these of (A, B, A_general, B_general) ask for, and that of x."""
-        _, need_B, _, need_B_general = need_tensors
-        return self._replace(z=self.z if need_B else None, z_general=self.z_general if need_B_general else None)
 
 
 def eager() -> bool:
@@ -142,11 +136,13 @@ class _Function(torch.autograd.Function):
         if y is not None:
             ctx.mark_dirty(y)
         elif out._is_view():  # as of three axes; autograd forbids in-place edits of a view that a Function returns
-            out = _no_view(out, out.shape)
-        _, _, need_weight, need_bias, *need_tensors = ctx.needs_input_grad[:8]
+            out = out.detach()
+        _, _, need_weight, need_bias, need_A, need_B, need_A_general, need_B_general = ctx.needs_input_grad[:8]
         # a frozen adapter asks nothing of x, so x may be edited in place, as it may after a frozen layer
-        kept = x if need_weight or any(need_tensors) else None
-        ctx.save_for_backward(kept, weight, bias if need_bias else None, *tensors, *saved.needed(need_tensors))
+        kept = x if need_A or need_B or need_weight or need_A_general or need_B_general else None
+        z, z_general = saved.z if need_B else None, saved.z_general if need_B_general else None
+        masks = saved.mask, saved.mask_general
+        ctx.save_for_backward(kept, weight, bias if need_bias else None, *tensors, z, z_general, *masks)
         ctx.shape, ctx.dtype, ctx.scaling, ctx.dropout = x.shape, x.dtype, scaling, dropout
         return out
 

@@ -15,7 +15,7 @@ from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapters
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own
-from gralora.layers.pending import set_trained
+from gralora.layers.pending import moment, set_trained
 from gralora.layers.scope import OFF, Rows, Switchable, switched
 from gralora.model.record import forget
 from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
@@ -63,7 +63,7 @@ def set_adapter(
     with all_or_nothing(model), no_more_trained(model):
         for _, layer in gralora_layers(model):
             put_back_weight(layer)
-        activate(model, weights, trained=trained)
+        activate(model, weights, trained=trained, now=moment())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapters, check_adapter_name
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import join
-from gralora.layers.pending import moment, set_trained
+from gralora.layers.pending import set_trained
 from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
 
 T = TypeVar("T")
@@ -94,8 +94,14 @@ def adapter_keys(path: str, tensors: Mapping[str, T]) -> dict[str, T]:
     }
 
 
-def activate(model: nn.Module, weights: Mapping[str, float], *, trained: Collection[str] | None = None) -> None:
-    """Make exactly the adapters in `weights` (name -> weight) act, and exactly those in `trained` be trained; None: the same."""
+def activate(
+    model: nn.Module, weights: Mapping[str, float], *, trained: Collection[str] | None = None, now: int = 0
+) -> None:
+    """Make exactly the adapters in `weights` (name -> weight) act, and exactly those in `trained` be trained; None: the same.
+
+    Args:
+        now: the `moment` of the switch, where forwards may wait for their backward.
+    """
     trained = weights if trained is None else trained
 
     def train(name: str, parameters: Iterable[nn.Parameter | None]) -> None:
@@ -103,7 +109,6 @@ def activate(model: nn.Module, weights: Mapping[str, float], *, trained: Collect
             if parameter is not None:
                 set_trained(parameter, name in trained)
 
-    now = moment()
     for _, layer in gralora_layers(model):
         adapters = layer.gralora_adapters
         active = {name: weight for name, weight in weights.items() if name in adapters}

@@ -151,6 +151,8 @@ def test_several_adapters_and_rows_of_their_own():
         model.how = "computed"
         with pytest.raises(ValueError, match="read whole, and can't be another one for every row"):
             model(X)
+    with gralora.mixed_batch(model, [None, None]):  # nobody's adapter, whichever is active
+        assert relative(model(X), F.linear(X, model.fc.weight, model.fc.bias)) < 1e-12
 
 
 def test_outside_of_a_forward_the_weight_is_the_parameter():
@@ -362,3 +364,22 @@ def test_an_attention_whose_weights_a_parent_takes(parts, kdim):
     assert torch.equal(copied(q, k), y)
     gralora.unload(model)
     assert type(model.attn.out_proj).__name__ == "NonDynamicallyQuantizableLinear" and torch.equal(model(q, k), base)
+
+
+class Strange(nn.Linear):
+    """A forward of its own that hands itself to others."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.helper = Helper()
+
+    def forward(self, x):
+        return self.helper(x, self)
+
+
+def test_the_layers_own_forward_reads_the_parameter_whoever_in_it_reads():
+    layer = gralora.inject(Strange(16, 16, dtype=torch.float64), "", random_config())
+    wanted = F.linear(X, layer.weight + gralora.delta_weight(layer), layer.bias)
+    assert relative(layer(X), wanted) < 1e-12  # once, not twice
+    parent = Parent("linear", layer)
+    assert relative(parent(X), wanted) < 1e-12

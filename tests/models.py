@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gralora import GraloraConfig, GraloraConv1D, inject, unload
+from gralora import GraloraConfig, GraloraConv1D, inject, set_adapter, unload
 from gralora.layers.base import gralora_layers
 
 
@@ -64,6 +64,14 @@ class Everything(nn.Module):
         x = x + self.attention(x, x, x, need_weights=False)[0]
         x = self.conv1d(x + self.conv(x.mT).mT)
         return self.head(self.experts(self.embed(x))) + self.block(x)
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    """Two models of the same base weights."""
+    torch.manual_seed(5)
+    one, two = Block(), Block()
+    two.load_state_dict(one.state_dict())
+    return one, two
 
 
 X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
@@ -154,6 +162,29 @@ def logits(model: nn.Module) -> torch.Tensor:
 def random_config(**kwargs: Any) -> GraloraConfig:
     """A config whose adapter acts from the start."""
     return GraloraConfig(**{"r": 4, "gralora_k": 2, "alpha": 8, "init_weights": False, **kwargs})
+
+
+MIXED = {
+    "q": random_config(r=2, gralora_k=1, alpha=3.5),
+    "k|v": random_config(r=8, gralora_k=4, gralora_dropout=0.25),
+    "mlp.*[02]": random_config(r=6, gralora_k=2, hybrid_r=3),
+}
+"""Layers of a `Block` that differ in r, k, alpha and dropout."""
+
+
+ROWS = ["a", "b", None, "a", "c", None, "b", "b"]
+"""Of `four_adapters`, one for each row of a batch."""
+
+
+def four_adapters(model: nn.Module, targets: Any = "all-linear") -> nn.Module:
+    """a and b on all layers, c of another r and k on some, d active and in no row."""
+    inject(model, targets, random_config(alpha=16), adapter_name="a")
+    inject(model, targets, random_config(r=8, gralora_k=4, hybrid_r=2), adapter_name="b")
+    some = [name for name, _ in gralora_layers(model)][::2]
+    inject(model, some, random_config(gralora_k=1), adapter_name="c")
+    inject(model, some, random_config(), adapter_name="d")
+    set_adapter(model, "d")
+    return model
 
 
 def randomize_(model: nn.Module, scale: float = 0.3) -> None:

@@ -12,23 +12,22 @@ from torch import nn
 import gralora
 from gralora import AdapterFileError, GraloraConfig
 
-from ..models import Block, assert_same, bert, fingerprint, gpt2, logits, mlp, random_config, randomize_, same_bits
+from ..models import (
+    MIXED,
+    Block,
+    assert_same,
+    bert,
+    fingerprint,
+    gpt2,
+    logits,
+    mlp,
+    pair,
+    random_config,
+    randomize_,
+    same_bits,
+)
 
 X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
-MIXED = {
-    "q": random_config(r=2, gralora_k=1, alpha=3.5),
-    "k|v": random_config(r=8, gralora_k=4, gralora_dropout=0.25),
-    "mlp.*[02]": random_config(r=6, gralora_k=2, hybrid_r=3),
-}
-
-
-def pair():
-    """Two models of the same base weights."""
-    torch.manual_seed(5)
-    one = Block()
-    two = Block()
-    two.load_state_dict(one.state_dict())
-    return one, two
 
 
 @pytest.mark.parametrize(

@@ -10,25 +10,9 @@ from safetensors.torch import save_file
 import gralora
 from gralora import AdapterFileError
 
-from ..models import Block, assert_same, fingerprint, random_config
+from ..models import MIXED, assert_same, fingerprint, pair
 
 X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
-
-
-MIXED = {
-    "q": random_config(r=2, gralora_k=1, alpha=3.5),
-    "k|v": random_config(r=8, gralora_k=4, gralora_dropout=0.25),
-    "mlp.*[02]": random_config(r=6, gralora_k=2, hybrid_r=3),
-}
-
-
-def pair():
-    """Two models of the same base weights."""
-    torch.manual_seed(5)
-    one = Block()
-    two = Block()
-    two.load_state_dict(one.state_dict())
-    return one, two
 
 
 def test_the_file_describes_itself(tmp_path):

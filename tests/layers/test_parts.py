@@ -9,18 +9,7 @@ from torch import nn
 import gralora
 
 from ..models import random_config, same_bits
-
-
-def attention(batch_first=True, **kwargs):
-    return nn.MultiheadAttention(16, 4, batch_first=batch_first, dtype=torch.float64, **kwargs)
-
-
-def inputs(module, batched=True):
-    shapes = [(3, 5, 16), (3, 7, module.kdim), (3, 7, module.vdim)]
-    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    if not batched:
-        return [x[0] for x in tensors]
-    return tensors if module.batch_first else [x.transpose(0, 1) for x in tensors]
+from .test_attention import attention, inputs
 
 
 def test_biases_of_an_attention_are_trained_swapped_and_saved(tmp_path):

@@ -15,24 +15,11 @@ from torch import nn
 import gralora
 from gralora.layers.scope import Switchable
 
-from ..models import Experts, mlp, random_config, same_bits
-
-ROWS = ["a", "b", None, "a", "c", None, "b", "b"]
-
-
-def adapted(model, targets="all-linear"):
-    """a and b on all layers, c of another r and k on some, d active and in no row."""
-    gralora.inject(model, targets, random_config(alpha=16), adapter_name="a")
-    gralora.inject(model, targets, random_config(r=8, gralora_k=4, hybrid_r=2), adapter_name="b")
-    some = [name for name, _ in gralora.layers.base.gralora_layers(model)][::2]
-    gralora.inject(model, some, random_config(gralora_k=1), adapter_name="c")
-    gralora.inject(model, some, random_config(), adapter_name="d")
-    gralora.set_adapter(model, "d")
-    return model
+from ..models import ROWS, Experts, four_adapters, mlp, random_config, same_bits
 
 
 def test_other_threads_are_not_affected_and_mix_in_their_own_way():
-    model = adapted(mlp(16, 24, 8))
+    model = four_adapters(mlp(16, 24, 8))
     x, rows = torch.randn(8, 16), [ROWS, [None] * 8, ["b"] * 8, None]
     expected = []
     for names in rows:
@@ -64,7 +51,7 @@ def test_other_threads_are_not_affected_and_mix_in_their_own_way():
 def test_a_copy_made_inside_is_not_inside():
     import copy
 
-    model = adapted(mlp(16, 24, 8))
+    model = four_adapters(mlp(16, 24, 8))
     x = torch.randn(3, 16)
     y = model(x)
     with gralora.mixed_batch(model, ROWS), gralora.disable_adapter(model):
@@ -152,7 +139,7 @@ def wanted(model, x, name):
 
 @pytest.mark.parametrize("drive", [lambda generator: generator, in_contexts_of_their_own], ids=["here", "in contexts"])
 def test_a_block_that_a_generator_holds_open_holds_for_the_code_within_it_whoever_resumes_it(drive):
-    model, x = adapted(mlp(16, 24, 8)), torch.randn(3, 16)
+    model, x = four_adapters(mlp(16, 24, 8)), torch.randn(3, 16)
     with torch.no_grad():
         gralora.set_adapter(model, "c")
         plain = model(x)
@@ -168,7 +155,7 @@ def test_a_block_that_a_generator_holds_open_holds_for_the_code_within_it_whoeve
 
 
 def test_the_innermost_block_counts_within_a_generator_too():
-    model, x = adapted(mlp(16, 24, 8)), torch.randn(3, 16)
+    model, x = four_adapters(mlp(16, 24, 8)), torch.randn(3, 16)
 
     def function():
         with gralora.disable_adapter(model):
@@ -189,7 +176,7 @@ def test_the_innermost_block_counts_within_a_generator_too():
 
 
 def test_a_generator_that_is_dropped_or_fails_ends_its_block():
-    model, x = adapted(mlp(16, 24, 8)), torch.randn(3, 16)
+    model, x = four_adapters(mlp(16, 24, 8)), torch.randn(3, 16)
     plain = model(x)
     mixed, _ = streams(model, x)
     stream = mixed(["a"] * 3)
@@ -210,7 +197,7 @@ def of_the_base(model):
 
 
 def test_a_context_manager_made_of_a_generator_holds_for_its_block():
-    model, x = adapted(mlp(16, 24, 8)), torch.randn(3, 16)
+    model, x = four_adapters(mlp(16, 24, 8)), torch.randn(3, 16)
     plain, base = model(x), wanted(model, x, None)
     with of_the_base(model):
         torch.testing.assert_close(model(x), base)
@@ -228,7 +215,7 @@ def test_a_context_manager_made_of_a_generator_holds_for_its_block():
 
 @pytest.fixture
 def disabled():
-    model = adapted(mlp(16, 24, 8))
+    model = four_adapters(mlp(16, 24, 8))
     with gralora.disable_adapter(model):
         yield model
 
@@ -239,7 +226,7 @@ def test_a_fixture_of_pytest_holds_for_its_test(disabled):
 
 
 def test_tasks_of_asyncio_have_blocks_of_their_own():
-    model, x = adapted(mlp(16, 24, 8)), torch.randn(3, 16)
+    model, x = four_adapters(mlp(16, 24, 8)), torch.randn(3, 16)
 
     async def ask(name):
         found = []

@@ -6,27 +6,27 @@ from torch import nn
 
 import gralora
 
-from ..models import Block, assert_same, bert, fingerprint, gpt2, llama, mlp, random_config, relative, same_bits, t5
+from ..models import (
+    ROWS,
+    Block,
+    assert_same,
+    bert,
+    fingerprint,
+    four_adapters,
+    gpt2,
+    llama,
+    mlp,
+    random_config,
+    relative,
+    same_bits,
+    t5,
+)
 
 
 @pytest.fixture(autouse=True)
 def _gradients_on_again():
     yield
     torch.set_grad_enabled(True)
-
-
-ROWS = ["a", "b", None, "a", "c", None, "b", "b"]
-
-
-def adapted(model, targets="all-linear"):
-    """a and b on all layers, c of another r and k on some, d active and in no row."""
-    gralora.inject(model, targets, random_config(alpha=16), adapter_name="a")
-    gralora.inject(model, targets, random_config(r=8, gralora_k=4, hybrid_r=2), adapter_name="b")
-    some = [name for name, _ in gralora.layers.base.gralora_layers(model)][::2]
-    gralora.inject(model, some, random_config(gralora_k=1), adapter_name="c")
-    gralora.inject(model, some, random_config(), adapter_name="d")
-    gralora.set_adapter(model, "d")
-    return model
 
 
 def one_by_one(model, run, inputs, rows=ROWS):
@@ -54,7 +54,7 @@ def test_equals_the_rows_one_by_one(name, gradients):
         inputs = torch.randn(8, 16) if name == "mlp" else torch.randn(8, 5, 16)
         run = lambda m, x: m(x)  # noqa: E731
     before = run(model, inputs)
-    adapted(model)
+    four_adapters(model)
     expected = one_by_one(model, run, inputs)
     print_before = fingerprint(model)
     with gralora.mixed_batch(model, ROWS):
@@ -68,7 +68,7 @@ def test_equals_the_rows_one_by_one(name, gradients):
 
 
 def test_gradients_equal_those_of_the_rows_one_by_one():
-    model = adapted(Block().double())
+    model = four_adapters(Block().double())
     x = torch.randn(8, 5, 16, dtype=torch.float64)
     gralora.set_adapter(model, ["a", "b", "c"])
     parameters = gralora.adapter_parameters(model, "a") + gralora.adapter_parameters(model, "b")
@@ -91,7 +91,7 @@ def test_gradients_equal_those_of_the_rows_one_by_one():
 @pytest.mark.parametrize("make", [gpt2, llama, t5])
 def test_generate_with_a_cache_and_beams(make, beams):
     names = {gpt2: ["c_attn", "c_proj"], llama: ["q_proj", "v_proj", "up_proj"], t5: ["q", "v", "wi", "wo"]}
-    model = adapted(make(), names[make])
+    model = four_adapters(make(), names[make])
     inputs = torch.randint(1, 64, (8, 6))
     options = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     run = lambda m, x: m.generate(x, attention_mask=torch.ones_like(x), **options)  # noqa: E731
@@ -106,7 +106,7 @@ def test_generate_with_a_cache_and_beams(make, beams):
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_the_sequence_first(batch_first):
     model = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=batch_first).eval()
-    adapted(model)
+    four_adapters(model)
     source, target = torch.randn(8, 5, 16), torch.randn(8, 4, 16)
 
     def run(m, x):
@@ -134,7 +134,7 @@ def test_convolutions_and_saved_heads():
 
 
 def test_inside_it_disable_adapter_wins_and_it_is_undone_after_an_exception():
-    model = adapted(mlp(16, 24, 8))
+    model = four_adapters(mlp(16, 24, 8))
     x = torch.randn(8, 16)
     y, before = model(x), fingerprint(model)
     with gralora.mixed_batch(model, ROWS):
@@ -153,7 +153,7 @@ def test_inside_it_disable_adapter_wins_and_it_is_undone_after_an_exception():
 
 
 def test_compiled():
-    model = adapted(mlp(16, 24, 8))
+    model = four_adapters(mlp(16, 24, 8))
     x = torch.randn(8, 16)
     compiled = torch.compile(model, backend="aot_eager")
     y = compiled(x)
@@ -172,14 +172,14 @@ def test_compiled():
     ],
 )
 def test_wrong_names_are_refused(rows, error, text):
-    model = adapted(mlp(16, 24, 8))
+    model = four_adapters(mlp(16, 24, 8))
     with pytest.raises(error) as raised, gralora.mixed_batch(model, rows):
         pass
     assert text in str(raised.value)
 
 
 def test_a_batch_that_does_not_fit_is_refused():
-    model = adapted(mlp(16, 24, 8))
+    model = four_adapters(mlp(16, 24, 8))
     names = ["a", "b", None]
     for repeat, sizes in ((None, (1, 2, 4, 6)), ("interleave", (1, 2, 4)), ("tile", (1, 2, 4))):
         for size in sizes:
@@ -193,7 +193,7 @@ def test_a_batch_that_does_not_fit_is_refused():
 
 
 def test_rows_that_repeat_are_told_how():
-    model = adapted(mlp(16, 24, 8))
+    model = four_adapters(mlp(16, 24, 8))
     x = torch.randn(8, 16)
     with gralora.mixed_batch(model, ROWS):
         y = model(x)
@@ -215,7 +215,7 @@ def test_images_cut_into_patches_and_packed_sequences_are_refused_unless_told():
         def forward(self, x):  # (b, patches, 16) as one long batch
             return self.fc(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
-    model, x = adapted(Patches()), torch.randn(8, 4, 16)
+    model, x = four_adapters(Patches()), torch.randn(8, 4, 16)
     with gralora.mixed_batch(model, ROWS), pytest.raises(ValueError, match="whose the rows are can't be known"):
         model(x)
     with gralora.mixed_batch(model, ROWS, repeat="interleave"):
@@ -226,7 +226,7 @@ def test_images_cut_into_patches_and_packed_sequences_are_refused_unless_told():
 def test_what_cannot_be_mixed_is_refused_by_name():
     from ..models import Experts
 
-    model = adapted(mlp(16, 24, 8))
+    model = four_adapters(mlp(16, 24, 8))
     gralora.merge(model)
     with pytest.raises(ValueError, match="'0' has an adapter merged into it, for every row alike: unmerge"):
         gralora.mixed_batch(model, ["a"]).__enter__()
@@ -253,20 +253,20 @@ def test_rows_of_the_base_have_the_base_bias_whatever_is_active():
 
 
 def test_tokens_laid_out_row_by_row_keep_their_rows():
-    model = adapted(mlp(16, 24, 8))
+    model = four_adapters(mlp(16, 24, 8))
     x = torch.randn(8, 5, 16)
     with gralora.mixed_batch(model, ROWS, repeat="interleave"):
         torch.testing.assert_close(model(x.flatten(0, 1)).unflatten(0, (8, 5)), model(x))
 
 
 def test_half_precision_and_autocast():
-    model = adapted(mlp(16, 24, 8, dtype=torch.bfloat16))
+    model = four_adapters(mlp(16, 24, 8, dtype=torch.bfloat16))
     x = torch.randn(8, 16, dtype=torch.bfloat16)
     expected = one_by_one(model, lambda m, x: m(x), x)
     with gralora.mixed_batch(model, ROWS):
         y = model(x)
     assert y.dtype == torch.bfloat16 and relative(y.float(), expected.float()) < 0.05
-    model = adapted(mlp(16, 24, 8))
+    model = four_adapters(mlp(16, 24, 8))
     with torch.autocast("cpu", torch.bfloat16), gralora.mixed_batch(model, ROWS):
         assert model(x.float()).dtype == torch.bfloat16
 

@@ -5,18 +5,9 @@ import torch
 
 import gralora
 
-from ..models import Block, assert_same, bert, fingerprint, gpt2, mlp, random_config, same_bits
+from ..models import assert_same, bert, fingerprint, gpt2, mlp, pair, random_config, same_bits
 
 X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
-
-
-def pair():
-    """Two models of the same base weights."""
-    torch.manual_seed(5)
-    one = Block()
-    two = Block()
-    two.load_state_dict(one.state_dict())
-    return one, two
 
 
 def test_keys_are_those_of_peft_without_its_prefix():

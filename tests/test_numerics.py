@@ -38,6 +38,7 @@ def test_float16_does_not_overflow_inside_the_adapter(gradients):
 def test_a_merge_that_overflows_is_refused_and_changes_nothing(dtype):
     model = gralora.inject(mlp(16, 16, 8, dtype=dtype), "all-linear", random_config(alpha=8))
     with torch.no_grad():
+        model[2].gralora_adapters["default"].A.fill_(1.0)  # whatever was drawn: sums must not cancel
         model[2].gralora_adapters["default"].B.fill_(1e30 if dtype is torch.float16 else 3e38)
     before = fingerprint(model)
     for merge in (gralora.merge, gralora.merge_and_unload):

@@ -23,7 +23,7 @@ from gralora.engines.walk import named_modules
 from gralora.layers.adapter import FULL, GraloraAdapter, GraloraAdapters, Tensors, is_hooked
 from gralora.layers.class_change import join
 from gralora.layers.scope import Rows
-from gralora.layers.unevaluated import Sum, forward_runs, unevaluated
+from gralora.layers.unevaluated import Stack, Sum, forward_runs, unevaluated
 from gralora.maths import autograd, functional
 
 PREFIX = "gralora_"
@@ -113,7 +113,6 @@ class GraloraLayer(nn.Module):
     what: ClassVar[str] = "linear"  # as files call it
     in_all_linear: ClassVar[bool] = True
     by_row: ClassVar[bool] = True  # whether rows of a batch can have adapters of their own
-    takes_dropout: ClassVar[bool] = True
 
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:
@@ -311,9 +310,13 @@ class GraloraLayer(nn.Module):
 
         if not autograd.eager():
             return evaluate(weight, *tensors)
-        return unevaluated(
-            Sum((weight, *tensors), evaluate, self.product(weight), type(self).transposed(self.host, self.part))
-        )
+        turned = type(self).transposed(self.host, self.part)
+        sum = Sum((weight, *tensors), evaluate, self.product(weight), turned, self.stack(weight, applied))
+        return cast(Tensor, unevaluated(sum))
+
+    def stack(self, weight: Tensor, applied: list[tuple[GraloraAdapter, float]]) -> Stack | None:
+        """What can be done with it, where it is many maps in one."""
+        return None
 
     def is_read(self, weight: Tensor) -> bool:
         """Whether whoever reads the weight now means to compute with it, and is not the map itself."""

@@ -29,7 +29,7 @@ ENGINES = ("torch.distributed", "torch.nn.parallel", "accelerate", "deepspeed", 
 _CALL = nn.Module._call_impl.__code__
 
 
-def forward_runs(module: nn.Module) -> bool:
+def forward_runs(module: nn.Module | None) -> bool:
     """Whether this thread is within the forward of some module, the innermost of which is not `module` itself.
 
     Outside of any, a weight that is read is the parameter, for those who tie, initialise, prune, shard or compare it. So it
@@ -56,12 +56,30 @@ class Sum(NamedTuple):
         evaluate: the sum, in the shape of W, out of `parameters`, differentiably.
         product: x (..., in), bias -> x @ (W + ΔW)ᵀ + bias; None where W is no matrix.
         transposed: W is (in, out).
+        stack: of W (n, out, in), many maps in one.
     """
 
     parameters: tuple[Tensor, ...]
     evaluate: Callable[..., Tensor]
     product: Callable[[Tensor, Tensor | None], Tensor] | None
     transposed: bool
+    stack: Stack | None = None
+
+
+class Stack(NamedTuple):
+    """What can be done with many maps in one weight.
+
+    Args:
+        one: the map of an index.
+        some: those of a tensor of indices, a stack again.
+        each: x (n, t, in) -> (n, t, out), each of the n through its own.
+        grouped: rows that lie grouped by map, with the function that multiplies them by plain weights, and its other arguments.
+    """
+
+    one: Callable[[int], Sum]
+    some: Callable[[Tensor], Sum]
+    each: Callable[[Tensor], Tensor]
+    grouped: Callable[[Callable[..., Tensor], Tensor, bool, dict[str, Any]], Tensor] | None
 
 
 class Form(NamedTuple):
@@ -73,7 +91,7 @@ class Form(NamedTuple):
     device: torch.device
 
 
-def unevaluated(sum: Sum) -> Tensor:
+def unevaluated(sum: Sum) -> Any:
     """A tensor that stands for `sum`, and looks like its W."""
     weight = sum.parameters[0]
     return _read(sum, Form(tuple(weight.shape), tuple(weight.stride()), weight.dtype, weight.device))
@@ -117,6 +135,10 @@ class UnevaluatedWeight(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if "grouped_mm" in name:  # whoever's it is: PyTorch's, or the fallback of transformers
+            result = _grouped(func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
         edits = name in _EDITS or (name.endswith("_") and not name.endswith("__"))
         if (edits and (_stands(args[:1]) or any(map(_stands, kwargs.values())))) or _stands(kwargs.get("out")):
             raise RuntimeError(_EDITED)
@@ -182,22 +204,77 @@ def _bare(weight: UnevaluatedWeight) -> Tensor:
 
 
 def _turned(weight: UnevaluatedWeight) -> Any:
-    """The transposed matrix."""
+    """The transposed matrix, or matrices."""
     sum, form = weight.sum_, weight.form
-    if len(form.shape) != 2:
-        return NotImplemented
     turned = sum._replace(evaluate=lambda *parameters: sum.evaluate(*parameters).mT, transposed=not sum.transposed)
-    form = form._replace(shape=form.shape[::-1], stride=form.stride[::-1])
+    *axes, first, second = range(len(form.shape))
+    order = (*axes, second, first)
+    form = form._replace(shape=tuple(form.shape[i] for i in order), stride=tuple(form.stride[i] for i in order))
     return _read(turned, form) if weight.attached else UnevaluatedWeight(turned, form, False)
 
 
 def _transpose(weight: Any, *axes: int, **named: int) -> Any:
-    first, second = (*axes, *named.values())
-    return (
-        _turned(weight)
-        if _stands(weight) and len(weight.form.shape) == 2 and first % 2 != second % 2
-        else NotImplemented
-    )
+    if not isinstance(weight, UnevaluatedWeight):
+        return NotImplemented
+    count = len(weight.form.shape)
+    last = {axis % count for axis in (*axes, *named.values())} == {count - 2, count - 1}
+    return _turned(weight) if last else NotImplemented
+
+
+def _t(weight: Any) -> Any:
+    return _turned(weight) if len(weight.form.shape) == 2 else NotImplemented
+
+
+def _chosen(weight: Any, index: Any) -> Any:
+    """W[index]: one of many maps, or those of a tensor of indices."""
+    stack = weight.sum_.stack if isinstance(weight, UnevaluatedWeight) else None
+    if stack is None or not weight.attached:
+        return NotImplemented
+    if isinstance(index, Tensor) and (index.is_floating_point() or index.dtype is torch.bool or index.dim() > 1):
+        return NotImplemented
+    if isinstance(index, Tensor) and index.dim() == 1:
+        sum = stack.some(index)
+    elif isinstance(index, (int, Tensor)) and not isinstance(index, bool):
+        sum = stack.one(range(weight.form.shape[0])[int(index)])
+    else:
+        return NotImplemented
+    found = unevaluated(sum)
+    return found if sum.transposed == weight.sum_.transposed else _turned(found)
+
+
+def _index_select(weight: Any, dim: int, index: Tensor) -> Any:
+    return _chosen(weight, index) if dim == 0 else NotImplemented
+
+
+def _unbound(weight: Any, dim: int = 0) -> Any:
+    if not isinstance(weight, UnevaluatedWeight) or weight.sum_.stack is None or not weight.attached or dim != 0:
+        return NotImplemented
+    return tuple(_chosen(weight, index) for index in range(weight.form.shape[0]))
+
+
+def _iterated(weight: Any) -> Any:
+    found = _unbound(weight)
+    return found if found is NotImplemented else iter(found)
+
+
+def _bmm(x: Any, other: Any) -> Any:
+    turned = _stands(x)
+    weight, x = (x, other) if turned else (other, x)
+    if not isinstance(weight, UnevaluatedWeight) or not isinstance(x, Tensor) or _stands(x) or x.dim() != 3:
+        return NotImplemented
+    stack = weight.sum_.stack
+    if stack is None or not weight.attached or weight.sum_.transposed == turned or not _types_fit(x, weight):
+        return NotImplemented
+    return stack.each(x.mT).mT if turned else stack.each(x)
+
+
+def _grouped(func: Any, x: Any, weight: Any, **kwargs: Any) -> Any:
+    stack = weight.sum_.stack if isinstance(weight, UnevaluatedWeight) else None
+    if stack is None or stack.grouped is None or not weight.attached or _stands(x) or x.dim() != 2:
+        return NotImplemented
+    if not weight.sum_.transposed or kwargs.get("offs") is None or x.dtype != weight.form.dtype:
+        return NotImplemented
+    return stack.grouped(func, x, weight.sum_.transposed, kwargs)
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -205,6 +282,9 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _matmul(x: Any, other: Any) -> Any:
+    weight = other if _stands(other) else x
+    if isinstance(weight, UnevaluatedWeight) and len(weight.form.shape) == 3:
+        return _bmm(x, other)
     if _stands(other):
         return _product(x, other, None, transposed=True)
     if isinstance(other, Tensor) and other.dim() == 2:  # W @ x is (xᵀ @ Wᵀ)ᵀ
@@ -229,9 +309,12 @@ def _product(x: Any, weight: Any, bias: Any, *, transposed: bool) -> Any:
     sum = weight.sum_
     if sum.product is None or sum.transposed != transposed or not weight.attached or x.dim() == 0:
         return NotImplemented
-    if torch.is_autocast_enabled(x.device.type) or x.dtype == weight.form.dtype:
-        return sum.product(x, bias)
-    return NotImplemented  # PyTorch has the say about types that differ
+    return sum.product(x, bias) if _types_fit(x, weight) else NotImplemented
+
+
+def _types_fit(x: Tensor, weight: UnevaluatedWeight) -> bool:
+    """If not, PyTorch has the say."""
+    return torch.is_autocast_enabled(x.device.type) or x.dtype == weight.form.dtype
 
 
 def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
@@ -250,7 +333,13 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
     **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
-    **dict.fromkeys((torch.t, Tensor.t, _TENSOR.T.__get__, _TENSOR.mT.__get__), _turned),
+    **dict.fromkeys((torch.bmm, Tensor.bmm), _bmm),
+    **dict.fromkeys((torch.t, Tensor.t, _TENSOR.T.__get__), _t),
+    _TENSOR.mT.__get__: _turned,
+    Tensor.__getitem__: _chosen,
+    **dict.fromkeys((torch.index_select, Tensor.index_select), _index_select),
+    **dict.fromkeys((torch.unbind, Tensor.unbind), _unbound),
+    Tensor.__iter__: _iterated,
     **dict.fromkeys((torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes), _transpose),
     **dict.fromkeys((torch.detach, Tensor.detach, _TENSOR.data.__get__), _bare),
     Tensor.to: _to,

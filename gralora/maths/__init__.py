@@ -1,4 +1,5 @@
 """Pure functions on tensors; imports nothing of the library.
 
-`functional` is the definition of GraLoRA, `autograd` the fast path that is held to it. Read them in this order.
+`functional` is the definition of GraLoRA, `autograd` the fast path that is held to it, `grouped` the same for rows that lie
+grouped by adapter. Read them in this order.
 """

@@ -286,11 +286,6 @@ def _problems(targets: list[Target], names: Names) -> list[str]:
         if reason is not None:
             problems.append(f"{target.name!r} {reason}.")
             continue
-        if target.config.gralora_dropout and not target.spot.kind.takes_dropout:
-            problems.append(
-                f"{target.name!r} takes no gralora_dropout ({target.config.gralora_dropout} is given): its input is seen by "
-                "its own module alone. Legal here: 0."
-            )
         sizes = target.spot.cut
         k, r = target.config.gralora_k, target.config.r
         bad = [f"{side}={size}" for side, size in zip(("in_features", "out_features"), sizes, strict=True) if size % k]

@@ -42,11 +42,12 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def all_named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The same, each under every name that leads to it."""
+    """The same without the wrappers, each under every name that leads to it."""
     waiting = [("", model)]
     while waiting:
         name, module = entry = waiting.pop()
-        yield entry
+        if not _wraps(module):
+            yield entry
         waiting.extend(_children(name, module))
 
 
@@ -62,4 +63,4 @@ def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _wraps(module: nn.Module) -> bool:
-    return isinstance(module, (DataParallel, DistributedDataParallel))
+    return isinstance(module, (DataParallel, DistributedDataParallel)) or not WRAPPED.isdisjoint(module._modules)

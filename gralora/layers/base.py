@@ -23,7 +23,7 @@ from gralora.engines.walk import named_modules
 from gralora.layers.adapter import FULL, GraloraAdapter, GraloraAdapters, Tensors, is_hooked
 from gralora.layers.class_change import join
 from gralora.layers.scope import Rows
-from gralora.layers.unevaluated import Stack, Sum, forward_runs, unevaluated
+from gralora.layers.unevaluated import Sum, forward_runs, unevaluated
 from gralora.maths import autograd, functional
 
 PREFIX = "gralora_"
@@ -311,12 +311,12 @@ class GraloraLayer(nn.Module):
         if not autograd.eager():
             return evaluate(weight, *tensors)
         turned = type(self).transposed(self.host, self.part)
-        sum = Sum((weight, *tensors), evaluate, self.product(weight), turned, self.stack(weight, applied))
-        return cast(Tensor, unevaluated(sum))
+        sum = Sum((weight, *tensors), evaluate, self.product(weight), turned)
+        return cast(Tensor, unevaluated(self.as_read(sum, applied)))
 
-    def stack(self, weight: Tensor, applied: list[tuple[GraloraAdapter, float]]) -> Stack | None:
-        """What can be done with it, where it is many maps in one."""
-        return None
+    def as_read(self, sum: Sum, applied: list[tuple[GraloraAdapter, float]]) -> Sum:
+        """The sum with what else is known of it."""
+        return sum
 
     def is_read(self, weight: Tensor) -> bool:
         """Whether whoever reads the weight now means to compute with it, and is not the map itself."""

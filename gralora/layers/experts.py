@@ -85,18 +85,9 @@ class ExpertWeights(PartLayer):
     def is_read(self, weight: Tensor) -> bool:
         return torch.compiler.is_compiling() or forward_runs(None)
 
-    def stack(self, weight: Tensor, applied: list[tuple[GraloraAdapter, float]]) -> Stack:
-        transposed = self.transposed(self.host, self.part)
+    def as_read(self, sum: Sum, applied: list[tuple[GraloraAdapter, float]]) -> Sum:
         shares = [adapter.arguments(share) for adapter, share in applied]
-        apart: list[list[Tensors]] = []  # taken apart once: each time would cost a gradient of all of A and B
-
-        def one(index: int) -> Sum:
-            if not apart:
-                apart.extend(each(tensors) for tensors, _, _ in shares)
-            own = [(tensors[index], share[1], share[2]) for tensors, share in zip(apart, shares, strict=True)]
-            return _sum_of_one(weight[index], own, transposed)
-
-        return _stack_of(weight, shares, transposed)._replace(one=one)
+        return _sum_of_many(sum.parameters[0], shares, sum.transposed)
 
 
 Shares = list[tuple[Tensors, float, float]]
@@ -105,15 +96,18 @@ Shares = list[tuple[Tensors, float, float]]
 
 def _stack_of(weight: Tensor, shares: Shares, transposed: bool) -> Stack:
     """What can be done with maps (n, out, in), or (n, in, out) if `transposed`, and adapters for each of them."""
+    apart: list[list[Tensors]] = []  # taken apart once: each time would cost a gradient of all of A and B
 
-    def chosen(index: Any) -> tuple[Tensor, Shares]:
-        picked = [cast(Tensors, tuple(None if t is None else t[index] for t in tensors)) for tensors, _, _ in shares]
-        return weight[index], [(own, share[1], share[2]) for own, share in zip(picked, shares, strict=True)]
+    def one(index: int) -> Sum:
+        if not apart:
+            apart.extend(each(tensors) for tensors, _, _ in shares)
+        own = [(tensors[index], share[1], share[2]) for tensors, share in zip(apart, shares, strict=True)]
+        return _sum_of_one(weight[index], own, transposed)
 
     def some(index: Tensor) -> Sum:
-        own_weight, own = chosen(index)
-        parameters, evaluate = _evaluation(own_weight, own, transposed)
-        return Sum(parameters, evaluate, None, transposed, _stack_of(own_weight, own, transposed))
+        picked = [cast(Tensors, tuple(None if t is None else t[index] for t in tensors)) for tensors, _, _ in shares]
+        own = [(tensors, share[1], share[2]) for tensors, share in zip(picked, shares, strict=True)]
+        return _sum_of_many(weight[index], own, transposed)
 
     def of_each(x: Tensor) -> Tensor:
         y = torch.bmm(x, weight if transposed else weight.mT)
@@ -121,15 +115,32 @@ def _stack_of(weight: Tensor, shares: Shares, transposed: bool) -> Stack:
             y = y + update_of_each(x, tensors, scaling, dropout).to(y.dtype)
         return y
 
-    def grouped(function: Callable[..., Tensor], x: Tensor, turned: bool, kwargs: dict[str, Any]) -> Tensor:
-        y = function(x, weight if transposed == turned else weight.mT, **kwargs)
+    def grouped(function: Callable[..., Tensor], x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        y = function(x, weight if transposed else weight.mT, **kwargs)
         ends = kwargs["offs"].tolist()
         counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         for tensors, scaling, dropout in shares:
             y = y + update_by_groups(x, counts, tensors, scaling, dropout).to(y.dtype)
         return y
 
-    return Stack(lambda index: _sum_of_one(*chosen(index), transposed), some, of_each, grouped)
+    return Stack(one, some, of_each, grouped)
+
+
+def _sum_of_many(weight: Tensor, shares: Shares, transposed: bool) -> Sum:
+    """A stack of maps, with the adapters of each."""
+    parameters, evaluate = _evaluation(weight, shares, transposed)
+    stack = _stack_of(weight, shares, transposed)
+    return Sum(
+        parameters, evaluate, None, transposed, stack, lambda: _sum_of_many(weight, swapped(shares), not transposed)
+    )
+
+
+def swapped(shares: Shares) -> Shares:
+    """The adapters of the transposed maps: A and B change roles."""
+    return [
+        (tuple(None if t is None else t.mT for t in (B, A, B_general, A_general)), scaling, dropout)  # type: ignore[misc]
+        for (A, B, A_general, B_general), scaling, dropout in shares
+    ]
 
 
 def _sum_of_one(weight: Tensor, shares: Shares, transposed: bool) -> Sum:
@@ -150,7 +161,9 @@ def _sum_of_one(weight: Tensor, shares: Shares, transposed: bool) -> Sum:
         return y
 
     parameters, evaluate = _evaluation(weight, shares, transposed)
-    return Sum(parameters, evaluate, product, transposed)
+    return Sum(
+        parameters, evaluate, product, transposed, other=lambda: _sum_of_one(weight, swapped(shares), not transposed)
+    )
 
 
 def _evaluation(weight: Tensor, shares: Shares, transposed: bool) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:

@@ -57,6 +57,7 @@ class Sum(NamedTuple):
         product: x (..., in), bias -> x @ (W + ΔW)ᵀ + bias; None where W is no matrix.
         transposed: W is (in, out).
         stack: of W (n, out, in), many maps in one.
+        other: the same, where W is taken for the transposed map, as in a decoder that uses its encoder's weight.
     """
 
     parameters: tuple[Tensor, ...]
@@ -64,6 +65,13 @@ class Sum(NamedTuple):
     product: Callable[[Tensor, Tensor | None], Tensor] | None
     transposed: bool
     stack: Stack | None = None
+    other: Callable[[], Sum] | None = None
+
+    def as_(self, transposed: bool) -> Sum | None:
+        """The same in the layout that is asked for: W (in, out) or (out, in)."""
+        if self.transposed == transposed:
+            return self
+        return None if self.other is None else self.other()
 
 
 class Stack(NamedTuple):
@@ -73,13 +81,14 @@ class Stack(NamedTuple):
         one: the map of an index.
         some: those of a tensor of indices, a stack again.
         each: x (n, t, in) -> (n, t, out), each of the n through its own.
-        grouped: rows that lie grouped by map, with the function that multiplies them by plain weights, and its other arguments.
+        grouped: rows that lie grouped by map, with the function that multiplies them by weights (n, in, out), and its other
+            arguments.
     """
 
     one: Callable[[int], Sum]
     some: Callable[[Tensor], Sum]
     each: Callable[[Tensor], Tensor]
-    grouped: Callable[[Callable[..., Tensor], Tensor, bool, dict[str, Any]], Tensor] | None
+    grouped: Callable[[Callable[..., Tensor], Tensor, dict[str, Any]], Tensor]
 
 
 class Form(NamedTuple):
@@ -206,7 +215,13 @@ def _bare(weight: UnevaluatedWeight) -> Tensor:
 def _turned(weight: UnevaluatedWeight) -> Any:
     """The transposed matrix, or matrices."""
     sum, form = weight.sum_, weight.form
-    turned = sum._replace(evaluate=lambda *parameters: sum.evaluate(*parameters).mT, transposed=not sum.transposed)
+    other = sum.other
+    turned = sum._replace(
+        evaluate=lambda *parameters: sum.evaluate(*parameters).mT,
+        transposed=not sum.transposed,
+        # what is turned once more is taken the other way round as well
+        other=None if other is None else lambda: other()._replace(transposed=sum.transposed),
+    )
     *axes, first, second = range(len(form.shape))
     order = (*axes, second, first)
     form = form._replace(shape=tuple(form.shape[i] for i in order), stride=tuple(form.stride[i] for i in order))
@@ -262,19 +277,19 @@ def _bmm(x: Any, other: Any) -> Any:
     weight, x = (x, other) if turned else (other, x)
     if not isinstance(weight, UnevaluatedWeight) or not isinstance(x, Tensor) or _stands(x) or x.dim() != 3:
         return NotImplemented
-    stack = weight.sum_.stack
-    if stack is None or not weight.attached or weight.sum_.transposed == turned or not _types_fit(x, weight):
+    sum = weight.sum_.as_(not turned)
+    if sum is None or sum.stack is None or not weight.attached or not _types_fit(x, weight):
         return NotImplemented
-    return stack.each(x.mT).mT if turned else stack.each(x)
+    return sum.stack.each(x.mT).mT if turned else sum.stack.each(x)
 
 
 def _grouped(func: Any, x: Any, weight: Any, **kwargs: Any) -> Any:
-    stack = weight.sum_.stack if isinstance(weight, UnevaluatedWeight) else None
-    if stack is None or stack.grouped is None or not weight.attached or _stands(x) or x.dim() != 2:
+    sum = weight.sum_.as_(True) if isinstance(weight, UnevaluatedWeight) else None
+    if sum is None or sum.stack is None or not weight.attached or _stands(x) or x.dim() != 2:
         return NotImplemented
-    if not weight.sum_.transposed or kwargs.get("offs") is None or x.dtype != weight.form.dtype:
+    if kwargs.get("offs") is None or x.dtype != weight.form.dtype:
         return NotImplemented
-    return stack.grouped(func, x, weight.sum_.transposed, kwargs)
+    return sum.stack.grouped(func, x, kwargs)
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -306,8 +321,8 @@ def _product(x: Any, weight: Any, bias: Any, *, transposed: bool) -> Any:
     """x (..., in) through the map, if `weight` is one and is asked for in the layout in which it stands."""
     if not isinstance(weight, UnevaluatedWeight) or _stands(x) or _stands(bias) or not isinstance(x, Tensor):
         return NotImplemented
-    sum = weight.sum_
-    if sum.product is None or sum.transposed != transposed or not weight.attached or x.dim() == 0:
+    sum = weight.sum_.as_(transposed)
+    if sum is None or sum.product is None or not weight.attached or x.dim() == 0:
         return NotImplemented
     return sum.product(x, bias) if _types_fit(x, weight) else NotImplemented
 

@@ -17,7 +17,8 @@ def names(folder: str) -> list[str]:
 def run(name: str, out: Path, *options: str) -> dict[str, Any]:
     """Run `benchmarks.NAME`; what it wrote."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of packages that are imported only there
+        for category in (DeprecationWarning, FutureWarning):  # of packages that are imported only there
+            warnings.simplefilter("ignore", category)
         importlib.import_module(f"benchmarks.{name}").main(["--out", str(out), *options])
     return json.loads((out / f"{name.rpartition('.')[2]}.json").read_text())
 

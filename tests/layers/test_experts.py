@@ -403,11 +403,53 @@ WIDE = {
 }
 
 
+def of(name, **fields):
+    """A small model of an architecture of transformers, with weights large enough to be seen."""
+
+    def make():
+        import transformers
+
+        sizes = {
+            "vocab_size": 32,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+        config = getattr(transformers, fields.get("config", f"{name}Config"))
+        rest = {key: value for key, value in fields.items() if key != "config"}
+        model = getattr(transformers, f"{name}ForCausalLM")(
+            config(**{**sizes, "num_key_value_heads": 2, **rest})
+        ).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.2)
+        return model
+
+    return make
+
+
+FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+GROUPS = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0, "num_key_value_heads": 4}
+LLAMA4 = {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 1, "head_dim": 8, "pad_token_id": 0}
+MORE = {
+    **MODELS,
+    "qwen3_moe": of("Qwen3Moe", num_experts=4, head_dim=8, **FEW),
+    "deepseek_v3": of("DeepseekV3", **FEW, **LATENT, **GROUPS),
+    "granitemoe": of("GraniteMoe", num_local_experts=4, num_experts_per_tok=2),
+    "lfm2_moe": of("Lfm2Moe", num_experts=4, num_dense_layers=0, layer_types=["full_attention"] * 2, **FEW),
+    "llama4": of("Llama4", config="Llama4TextConfig", num_local_experts=4, num_experts_per_tok=1, **LLAMA4),
+}
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MORE)
 def test_gradients_of_transformers_models_are_those_of_w_plus_delta_w(name, implementation):
-    model = MODELS[name]()
-    model.set_experts_implementation(implementation)
+    model = MORE[name]()
+    if name != "llama4":  # which has one of its own
+        model.set_experts_implementation(implementation)
     plain = copy.deepcopy(model)
     gralora.inject(model, [f"experts.{part}" for part in PARAMETERS], random_config())
     for path, layer in gralora_layers(model):
@@ -459,3 +501,45 @@ def test_experts_of_half_precision_under_autocast_and_double_backward():
     model = gralora.inject(Stacked("one by one", transposed=False), ["up"], random_config())
     leaf = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: model(x, torch.arange(4)), (leaf,))
+
+
+class Unsaid(nn.Module):
+    """Stores (experts, in, out), and does not say so: the roles of A and B are guessed the other way round."""
+
+    def __init__(self, how, width=8):
+        super().__init__()
+        self.how, self.up = how, nn.Parameter(torch.randn(4, width, 12))
+
+    def forward(self, x):
+        """x (4, t, in), of each expert its own -> (4, t, 12)."""
+        return GUESSED[self.how](self, x)
+
+
+GUESSED = {
+    "batched": lambda self, x: torch.bmm(x, self.up),
+    "one by one": lambda self, x: torch.stack([each @ self.up[i] for i, each in enumerate(x)]),
+    "turned": lambda self, x: torch.stack([F.linear(each, self.up[i].t()) for i, each in enumerate(x)]),
+    "chosen": lambda self, x: x @ self.up[torch.tensor([0, 1, 2, 3])],
+    "computed": lambda self, x: torch.einsum("e t i, e i o -> e t o", x, self.up),
+}
+
+
+@pytest.mark.parametrize("hybrid_r", [0, 2])
+@pytest.mark.parametrize("how", GUESSED)
+def test_a_wrong_guess_of_the_layout_only_swaps_the_roles_of_a_and_b(how, hybrid_r):
+    model = gralora.inject(Unsaid(how).double(), ["up"], random_config(hybrid_r=hybrid_r))
+    x = torch.randn(4, 5, 8, dtype=torch.float64, requires_grad=True)
+    y = model(x)
+    total = model.up + model.gralora_up.weighted_delta([(model.gralora_up.gralora_adapters["default"], 1.0)])
+    wanted = torch.bmm(x, total)
+    assert relative(y, wanted) < 1e-12
+    inputs, grad = [x, *gralora.adapter_parameters(model)], torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True):
+        assert relative(a, b) < 1e-11
+
+
+def test_a_wrong_guess_makes_no_tensor_of_the_weights_size_either():
+    model = gralora.inject(Unsaid("batched", 512), ["up"], random_config())
+    with Kernels() as counter:
+        model(torch.randn(4, 5, 512, requires_grad=True)).sum().backward()
+    assert counter.largest < 4 * 512 * 12

@@ -125,7 +125,7 @@ def install(
             add_bias(owner, parameter, adapter_name, bias)
         _keep_nested_tensors_out(model)
         keep_still(model)
-        record(model, adapter_name)
+        record(model, adapter_name, [*(t.name for t in plan.targets), *plan.saved, *plan.biases])
         if first:
             activate(model, {adapter_name: 1.0}, trained=[adapter_name] if trainable else ())
         else:

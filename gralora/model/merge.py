@@ -21,6 +21,7 @@ from gralora.model.control import weights_of
 from gralora.model.inject import unload
 from gralora.model.saved import SAVED_CHILD, bias_swaps, remove_swap, saved_modules
 from gralora.model.state import SHARED, all_or_nothing, check_known, put_back_weight
+from gralora.model.statistics import keep_moved
 
 CACHED = 2**19  # numbers
 
@@ -123,6 +124,7 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None)
     for (_, layer, _), linear in zip(packed, plain, strict=True):
         _become(layer, linear)
     _keep_active_copies(model)
+    keep_moved(model)
     return unload(model)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from gralora.engines.walk import named_modules
@@ -20,9 +22,9 @@ def parts_of(model: nn.Module, adapter_name: str) -> list[str]:
     return layers + saved + [key for key, _, swap in bias_swaps(model) if adapter_name in swap.names]
 
 
-def record(model: nn.Module, adapter_name: str) -> None:
-    """Write down what the adapter has in `model` now."""
-    model.__dict__[RECORD] = {**model.__dict__.get(RECORD, {}), adapter_name: tuple(parts_of(model, adapter_name))}
+def record(model: nn.Module, adapter_name: str, names: Iterable[str]) -> None:
+    """Write down what the adapter has in `model`: layers, saved modules and biases by name."""
+    model.__dict__[RECORD] = {**model.__dict__.get(RECORD, {}), adapter_name: tuple(names)}
 
 
 def forget(model: nn.Module, adapter_name: str | None = None) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from gralora.engines.distributed import is_spread
 from gralora.engines.walk import modules, named_modules
-from gralora.layers.base import PREFIX
 from gralora.layers.class_change import change_class, join, restore_class
 from gralora.layers.still import StillModule
+from gralora.model.saved import saved_modules
 
 REMEMBERED = "_gralora_buffers"
 """On each module that owns some: the values of its buffers when the first adapter came, by name."""
@@ -21,8 +21,10 @@ REMEMBERED = "_gralora_buffers"
 
 def keep_still(model: nn.Module) -> None:
     """Keep the statistics of every frozen norm as they are, and remember what else could move."""
-    for name, module in named_modules(model):
-        if PREFIX in name:
+    owners = [module for module in modules(model) if module._buffers]
+    copies = {id(m) for _, saved in saved_modules(model) for m in modules(saved.gralora_saved)} if owners else set()
+    for module in owners:
+        if id(module) in copies:
             continue
         if StillModule.accepts(module):
             change_class(module, StillModule)
@@ -41,6 +43,12 @@ def let_move(model: nn.Module) -> None:
         module.__dict__.pop(REMEMBERED, None)
         if isinstance(module, StillModule):
             restore_class(module)
+
+
+def keep_moved(model: nn.Module) -> None:
+    """Leave the buffers as they are now, for good."""
+    for module in modules(model):
+        module.__dict__.pop(REMEMBERED, None)
 
 
 @torch.no_grad()

@@ -104,6 +104,8 @@ def test_what_else_a_forward_writes_is_the_models_and_the_bases_values_come_back
     assert same_bits(model(x), y)
     with pytest.warns(UserWarning, match=r"training has moved buffers that belong to no adapter.*: 1\.codes"):
         gralora.save_adapter(model, tmp_path / "adapter")
+    merged = gralora.merge_and_unload(copy.deepcopy(model))  # keeps what the model has learned
+    assert relative(merged(x), y) < 1e-5
     assert same_bits(gralora.unload(model)(x), base(x))
     model = gralora.inject(copy.deepcopy(base), "0", random_config(modules_to_save=["1"]))
     train(model, x)

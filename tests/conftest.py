@@ -42,6 +42,12 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Any:
     return _no_skip((yield))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Every test has the seed that `_seed` gives it: with DeepSpeed installed, pytest-randomly would give torch another."""
+    if hasattr(config.option, "randomly_reset_seed"):
+        config.option.randomly_reset_seed = False
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -63,4 +63,4 @@ def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _wraps(module: nn.Module) -> bool:
-    return isinstance(module, (DataParallel, DistributedDataParallel)) or not WRAPPED.isdisjoint(module._modules)
+    return isinstance(module, (DataParallel, DistributedDataParallel)) or any(key in module._modules for key in WRAPPED)

@@ -186,3 +186,22 @@ def test_deberta_which_edits_the_output_of_its_projections():
     gralora.inject(model, "all-linear", random_config())
     model(torch.arange(12)[None]).last_hidden_state.square().sum().backward()
     assert all(p.grad is not None for p in gralora.adapter_parameters(model))
+
+
+def test_deformable_detr_which_adds_to_a_slice_of_its_predicted_boxes():
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+
+    stages = {"depths": [1] * 4, "out_features": ["stage2", "stage3", "stage4"]}
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 64], **stages)
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 2), ("ffn_dim", 32))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = DeformableDetrConfig(backbone_config=backbone, d_model=32, num_queries=6, dropout=0.0, **sizes, **heads)
+    model, x = DeformableDetrForObjectDetection(config).train(), torch.randn(1, 3, 128, 128)
+    gralora.inject(model, r".*(bbox_embed.*|layers.*(fc\d|value_proj|output_proj|[qkv]_proj))$", random_config())
+    adapted = model(x).pred_boxes
+    adapted.square().sum().backward()
+    assert all(p.grad is not None for p in gralora.adapter_parameters(model))
+    with gralora.disable_adapter(model):
+        assert not torch.allclose(model(x).pred_boxes, adapted, atol=1e-3)
+    gralora.merge(model)
+    assert torch.allclose(model(x).pred_boxes, adapted, atol=1e-4)

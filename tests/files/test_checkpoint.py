@@ -26,6 +26,7 @@ from ..models import (
     randomize_,
     same_bits,
 )
+from ..written import GOOD, write
 
 X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
 
@@ -155,17 +156,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
                 gralora.save_adapter(one, tmp_path / "a")
         assert (tmp_path / "a").read_bytes() == old
         assert os.listdir(tmp_path) == ["a"]
-
-
-GOOD = {"r": 4, "hybrid_r": 0, "alpha": 8, "gralora_k": 2, "gralora_dropout": 0.0}
-
-
-def write(path, modules=None, tensors=None, **metadata):
-    if tensors is None:
-        tensors = {"q.gralora_A": torch.randn(2, 8, 4), "q.gralora_B": torch.randn(2, 4, 8)}
-    modules = modules if isinstance(modules, str) else json.dumps({"q": GOOD} if modules is None else modules)
-    save_file(tensors, path, {"format": "gralora", "format_version": "1", "modules": modules, **metadata})
-    return path
 
 
 @pytest.mark.parametrize(
@@ -374,7 +364,6 @@ def test_the_warning_of_another_base_points_at_the_caller(tmp_path):
 
 
 def test_a_folder_says_which_model_it_is_for(tmp_path):
-    import json
 
     model = bert()
     model.config._name_or_path = "somebody/some-bert"

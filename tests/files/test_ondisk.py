@@ -18,6 +18,7 @@ from gralora.layers.base import gralora_layers
 
 from ..command_line import run
 from ..models import Block, bert, gpt2, llama, logits, random_config, relative, same_bits
+from ..written import big_checkpoint
 
 
 def saved_checkpoint(model, folder, shard="200MB", **kwargs):
@@ -208,19 +209,6 @@ def test_extract_on_disk_equals_extract_in_memory(tmp_path, capsys):
         assert run("extract", one, two, tmp_path / "out2", *args) == 1
         assert text in capsys.readouterr().err
     assert not (tmp_path / "out2").exists()
-
-
-def big_checkpoint(folder, mebibytes, width=1024):
-    """Square float32 layers in shards of 32 MiB, written one at a time."""
-    folder.mkdir()
-    weight_map, per_shard = {}, 8
-    for shard in range(mebibytes // 32):
-        tensors = {f"l.{shard * per_shard + i}.weight": torch.randn(width, width) for i in range(per_shard)}
-        save_file(tensors, folder / f"model-{shard}.safetensors", {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, f"model-{shard}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    layers = nn.ModuleDict({"l": nn.ModuleList(nn.Linear(width, width, bias=False, device="meta") for _ in weight_map)})
-    return layers
 
 
 def test_an_interrupted_merge_leaves_nothing_under_the_final_name(tmp_path):

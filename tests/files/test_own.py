@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 import gralora
 from gralora import AdapterFileError
 
 from ..models import MIXED, assert_same, fingerprint, pair
+from ..written import GOOD, write
 
 X = torch.linspace(-1, 1, 160).reshape(2, 5, 16)
 
@@ -33,17 +33,6 @@ def test_the_file_describes_itself(tmp_path):
     }
     assert {"q.gralora_A", "q.gralora_B", "mlp.0.gralora_A_general.weight", "mlp.2.gralora_B_general.weight"} <= keys
     assert keys == set(gralora.adapter_state_dict(one))
-
-
-GOOD = {"r": 4, "hybrid_r": 0, "alpha": 8, "gralora_k": 2, "gralora_dropout": 0.0}
-
-
-def write(path, modules=None, tensors=None, **metadata):
-    if tensors is None:
-        tensors = {"q.gralora_A": torch.randn(2, 8, 4), "q.gralora_B": torch.randn(2, 4, 8)}
-    modules = modules if isinstance(modules, str) else json.dumps({"q": GOOD} if modules is None else modules)
-    save_file(tensors, path, {"format": "gralora", "format_version": "1", "modules": modules, **metadata})
-    return path
 
 
 def test_a_file_written_by_hand_loads(tmp_path):

@@ -16,6 +16,7 @@ from gralora.layers.base import gralora_layers
 
 from ..command_line import run
 from ..models import gpt2, random_config, relative, same_bits
+from ..written import big_checkpoint
 
 
 def test_other_prefixes_are_matched_or_refused_by_name(tmp_path, capsys):
@@ -57,19 +58,6 @@ def test_added_tensors_lie_where_readers_expect_them(tmp_path):
     with open(tmp_path / "out", "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     assert header["head.bias"]["data_offsets"][0] % 4 == 0
-
-
-def big_checkpoint(folder, mebibytes, width=1024):
-    """Square float32 layers in shards of 32 MiB, written one at a time."""
-    folder.mkdir()
-    weight_map, per_shard = {}, 8
-    for shard in range(mebibytes // 32):
-        tensors = {f"l.{shard * per_shard + i}.weight": torch.randn(width, width) for i in range(per_shard)}
-        save_file(tensors, folder / f"model-{shard}.safetensors", {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, f"model-{shard}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    layers = nn.ModuleDict({"l": nn.ModuleList(nn.Linear(width, width, bias=False, device="meta") for _ in weight_map)})
-    return layers
 
 
 PEAK = """

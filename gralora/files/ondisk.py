@@ -22,10 +22,11 @@ from gralora.files.shards import CONV1D_MODELS, DTYPES, INDEX, Checkpoint, Shard
 from gralora.layers.adapter import legal_k
 from gralora.layers.attention import PACKED, third
 from gralora.layers.class_change import join
+from gralora.layers.loading import FACTORS
 from gralora.maths import functional
 from gralora.model.extract import difference, fitted
 from gralora.model.merge import write_merged
-from gralora.model.state import FACTORS, adapter_keys
+from gralora.model.state import adapter_keys
 from gralora.model.targets import nearest
 
 WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from gralora.config import GraloraConfig
 from gralora.files.atomic import write_atomically
-from gralora.layers.adapter import Tensors
 from gralora.layers.class_change import join
-from gralora.model.state import FACTORS, adapter_keys
+from gralora.layers.loading import FACTORS
+from gralora.maths.functional import Tensors
+from gralora.model.state import adapter_keys
 from gralora.version import __version__
 
 FORMAT_VERSION = 1

@@ -20,8 +20,8 @@ from gralora.layers.class_change import LOADED
 from gralora.layers.pending import check_unchanged
 from gralora.layers.scope import OFF, Switchable
 from gralora.maths import functional
+from gralora.maths.functional import Tensors
 
-Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 MERGED = ".merged"
 FULL = (torch.float32, torch.float64)
 _told: ContextVar[bool] = ContextVar("gralora_told", default=False)

@@ -20,11 +20,12 @@ from gralora.config import GraloraConfig
 from gralora.engines.distributed import is_spread
 from gralora.engines.offload import device_of
 from gralora.engines.walk import named_modules
-from gralora.layers.adapter import FULL, GraloraAdapter, GraloraAdapters, Tensors, is_hooked
+from gralora.layers.adapter import FULL, GraloraAdapter, GraloraAdapters, is_hooked
 from gralora.layers.class_change import join
 from gralora.layers.scope import Rows
 from gralora.layers.unevaluated import Sum, forward_runs, unevaluated
 from gralora.maths import autograd, functional
+from gralora.maths.functional import Tensors
 
 PREFIX = "gralora_"
 CHILD = "gralora_adapters"

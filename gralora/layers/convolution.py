@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
-from gralora.layers.adapter import GraloraAdapter, Tensors
+from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import held
 from gralora.layers.in_place import InPlaceLayer
 from gralora.maths import functional
+from gralora.maths.functional import Tensors
 
 _CONV: Any = (F.conv1d, F.conv2d, F.conv3d)
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

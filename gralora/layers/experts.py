@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gralora.engines.distributed import is_spread
-from gralora.layers.adapter import GraloraAdapter, Tensors, each
+from gralora.layers.adapter import GraloraAdapter, each
 from gralora.layers.base import PREFIX, GraloraLayer
 from gralora.layers.class_change import change_class
 from gralora.layers.parts import PartHost, PartLayer
 from gralora.layers.unevaluated import Stack, Sum, forward_runs
 from gralora.maths import autograd, functional
+from gralora.maths.functional import Tensors
 from gralora.maths.grouped import update_by_groups, update_of_each
 
 _read: ContextVar[dict[tuple[int, bool, int], Tensor] | None] = ContextVar("gralora_experts", default=None)

@@ -13,7 +13,13 @@ from typing import Any
 
 from torch import nn
 
-FACTOR_KEYS = ("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight")
+FACTORS = ("A", "B", "A_general", "B_general")
+"""The tensors of one adapter, in the order in which the functions of `gralora.maths.functional` take them."""
+
+
+def factor_key(name: str) -> str:
+    """The key of an adapter's tensor in `adapter_state_dict` and in a file, behind its layer's name: PEFT's."""
+    return f"gralora_{name}.weight" if name.endswith("_general") else f"gralora_{name}"
 
 
 class _Load:
@@ -78,6 +84,6 @@ class Appendage(nn.Module):
 
 def refuse_adapter_keys(state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
     """Add an error where the keys of `adapter_state_dict` have come to a `load_state_dict`, which would pass them over."""
-    for key in [prefix + factor for factor in FACTOR_KEYS if prefix + factor in state_dict]:
+    for key in [key for key in (prefix + factor_key(name) for name in FACTORS) if key in state_dict]:
         state_dict.pop(key)
         errors.append(f"{key} is a key of adapter_state_dict, not of state_dict: load_adapter_state_dict takes it.")

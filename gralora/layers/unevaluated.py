@@ -362,19 +362,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 _GETTERS = (
     *("shape", "dtype", "device", "layout", "ndim", "names", "requires_grad", "is_leaf", "grad_fn", "grad", "_version"),
-    *(
-        "is_cuda",
-        "is_cpu",
-        "is_meta",
-        "is_sparse",
-        "is_quantized",
-        "is_nested",
-        "is_mkldnn",
-        "is_xpu",
-        "is_mps",
-        "itemsize",
-    ),
-    *("output_nr", "retains_grad", "nbytes"),
+    *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xpu", "is_mps"),
+    *("itemsize", "output_nr", "retains_grad", "nbytes"),
 )
 _METHODS = (
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset", "get_device"),

@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from gralora.maths import functional
+from gralora.maths.functional import Tensors
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class Saved(NamedTuple):
@@ -57,7 +57,7 @@ def usable(x: Tensor, A: Tensor) -> bool:
 
 
 def linear_with_adapter(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tensors: _Tensors, scaling: float, dropout: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, scaling: float, dropout: float
 ) -> Tensor:
     """x @ weightᵀ + bias + update, weight (out, in) of any strides; in the dtype of the base product."""
     dtype = _autocast_dtype(x)
@@ -67,7 +67,7 @@ def linear_with_adapter(
     return _run(None, x, weight, bias, tensors, scaling, dropout)
 
 
-def add_adapter_(y: Tensor, x: Tensor, tensors: _Tensors, scaling: float, dropout: float) -> Tensor:
+def add_adapter_(y: Tensor, x: Tensor, tensors: Tensors, scaling: float, dropout: float) -> Tensor:
     """y + update, into y itself where nobody else holds its memory."""
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -78,7 +78,7 @@ def add_adapter_(y: Tensor, x: Tensor, tensors: _Tensors, scaling: float, dropou
     return _run(y, x, None, None, tensors, scaling, dropout)
 
 
-def updates_of_groups(x: Tensor, counts: Sequence[int], groups: Sequence[tuple[_Tensors, float]]) -> Tensor:
+def updates_of_groups(x: Tensor, counts: Sequence[int], groups: Sequence[tuple[Tensors, float]]) -> Tensor:
     """The updates for rows of `x` (rows, ..., in) that lie grouped by adapter, without gradients: (rows, ..., out).
 
     Args:
@@ -118,7 +118,7 @@ def _run(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    tensors: _Tensors,
+    tensors: Tensors,
     scaling: float,
     dropout: float,
 ) -> Tensor:
@@ -162,7 +162,7 @@ def _forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    tensors: _Tensors,
+    tensors: Tensors,
     scaling: float,
     dropout: float,
 ) -> tuple[Tensor, Saved]:
@@ -198,7 +198,7 @@ def _backward(
     x: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    tensors: _Tensors,
+    tensors: Tensors,
     saved: Saved,
 ) -> tuple[Tensor | None, ...]:
     _, need_x, need_weight, need_bias, need_A, need_B, need_A_general, need_B_general = ctx.needs_input_grad[:8]
@@ -239,7 +239,7 @@ def _backward(
 def _add_input_grad(
     grad_x: Tensor | None,
     dtype: torch.dtype,
-    tensors: _Tensors,
+    tensors: Tensors,
     grad_z: Tensor,
     grad_z_general: Tensor | None,
     saved: Saved,
@@ -267,7 +267,7 @@ def _backward_of_plain(
     x: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    tensors: _Tensors,
+    tensors: Tensors,
     saved: Saved,
 ) -> tuple[Tensor | None, ...]:
     """The same gradients through the definition, for a caller who wants to differentiate them again."""
@@ -333,7 +333,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _cast(tensors: _Tensors, dtype: torch.dtype) -> _Tensors:
+def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     A, B, A_general, B_general = tensors
     if A_general is None or B_general is None:
         return A.to(dtype), B.to(dtype), None, None

@@ -16,6 +16,9 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""(A, B, A_general, B_general) of one adapter."""
+
 
 def gralora_update(
     x: Tensor,

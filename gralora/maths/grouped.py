@@ -15,8 +15,7 @@ from torch import Tensor
 
 from gralora.maths import functional
 from gralora.maths.autograd import _blocks, _drop, _masked, _product, _regroup
-
-Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+from gralora.maths.functional import Tensors
 
 
 def update_by_groups(x: Tensor, counts: Sequence[int], tensors: Tensors, scaling: float, dropout: float) -> Tensor:

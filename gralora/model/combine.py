@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from gralora.config import GraloraConfig, divisors
 from gralora.engines.distributed import copy_into
-from gralora.layers.adapter import GraloraAdapter, Tensors
+from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import PREFIX, GraloraLayer, gralora_layers
 from gralora.maths import functional
+from gralora.maths.functional import Tensors
 from gralora.model.control import weights_of
 from gralora.model.extract import fill, widened
 from gralora.model.inject import Plan, install

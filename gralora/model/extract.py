@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from gralora.config import GraloraConfig
 from gralora.engines.distributed import check_unwrapped, copy_into, whole
 from gralora.engines.walk import named_modules
-from gralora.layers.adapter import Tensors
 from gralora.layers.base import gralora_layers
 from gralora.layers.class_change import join
 from gralora.maths import functional
+from gralora.maths.functional import Tensors
 from gralora.model.inject import inject
 from gralora.model.state import all_or_nothing, check_known, check_unmerged, named_adapter_parameters
 from gralora.model.targets import Targets, shorten

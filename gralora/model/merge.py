@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from gralora.config import divisors
 from gralora.engines.distributed import is_spread
 from gralora.engines.walk import modules
-from gralora.layers.adapter import FULL, Tensors, each
+from gralora.layers.adapter import FULL, each
 from gralora.layers.base import HALF, GraloraLayer, gralora_layers
 from gralora.layers.in_place import InPlaceLayer
 from gralora.maths import functional
+from gralora.maths.functional import Tensors
 from gralora.model.control import weights_of
 from gralora.model.inject import unload
 from gralora.model.saved import SAVED_CHILD, bias_swaps, remove_swap, saved_modules

@@ -13,6 +13,7 @@ from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapters, check_adapter_name
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import join
+from gralora.layers.loading import factor_key
 from gralora.layers.pending import set_trained
 from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
 
@@ -82,16 +83,9 @@ def named_adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parame
     return found
 
 
-FACTORS = ("A", "B", "A_general", "B_general")
-"""The tensors of one adapter, in the order in which the functions of `gralora.maths.functional` take them."""
-
-
 def adapter_keys(path: str, tensors: Mapping[str, T]) -> dict[str, T]:
     """The keys of one layer's adapter in a file: PEFT's, without its prefix."""
-    return {
-        join(path, f"gralora_{key}.weight" if key.endswith("_general") else f"gralora_{key}"): tensor
-        for key, tensor in tensors.items()
-    }
+    return {join(path, factor_key(name)): tensor for name, tensor in tensors.items()}
 
 
 def activate(

@@ -12,8 +12,9 @@ from gralora.engines.distributed import copy_into, gathered, whole
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import gralora_layers
 from gralora.layers.class_change import join
+from gralora.layers.loading import FACTORS
 from gralora.model.saved import saved_modules
-from gralora.model.state import FACTORS, adapter_keys, check_known, check_unmerged, named_adapter_parameters
+from gralora.model.state import adapter_keys, check_known, check_unmerged, named_adapter_parameters
 from gralora.model.targets import shorten
 
 
@@ -59,27 +60,8 @@ def load_adapter_state_dict(
         raise KeyError(
             f"the state dict does not fit adapter {adapter_name!r}; {'; '.join(parts)}. strict=False passes them."
         )
-    shared = [key for key in own if key in state_dict]
-    wrong = [
-        f"{key} is {tuple(state_dict[key].shape)} there and {tuple(own[key].shape)} here"
-        for key in shared
-        if state_dict[key].shape != own[key].shape
-    ]
-    if wrong:
-        raise ValueError(f"shapes differ, nothing was loaded: {shorten(wrong)}")
-    kinds = [
-        f"{key} is {state_dict[key].dtype} there and {own[key].dtype} here"
-        for key in shared
-        if state_dict[key].is_floating_point() != own[key].is_floating_point() or state_dict[key].is_complex()
-    ]
-    if kinds:
-        raise ValueError(f"types differ, nothing was loaded: {shorten(kinds)}")
-    away = [key for key in shared if own[key].is_meta]
-    if away:
-        raise ValueError(f"nothing to load into, on the meta device: {shorten(away)}. First to_empty, then load.")
-    torn_pair = torn({key: own[key] for key in shared}, state_dict)
-    if torn_pair:
-        raise ValueError(f"{' and '.join(torn_pair)} are one tensor here, and differ there: nothing was loaded.")
+    shared = {key: tensor for key, tensor in own.items() if key in state_dict}
+    _check_fits(shared, state_dict)
     if own and state_dict and not shared:
         raise ValueError(
             f"none of the keys is one of adapter {adapter_name!r}: nothing was loaded. Given: {shorten(state_dict)}; wanted: "
@@ -88,10 +70,35 @@ def load_adapter_state_dict(
     filled = [
         layer.gralora_adapters[adapter_name]
         for path, layer in gralora_layers(model)
-        if adapter_name in layer.gralora_adapters and set(adapter_keys(path, dict.fromkeys(FACTORS[:2]))) <= set(shared)
+        if adapter_name in layer.gralora_adapters
+        and set(adapter_keys(path, dict.fromkeys(FACTORS[:2]))) <= shared.keys()
     ]
-    _overwrite({key: own[key] for key in shared}, state_dict, filled)
+    _overwrite(shared, state_dict, filled)
     return result
+
+
+def _check_fits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the keys, unless every value in `own` can be overwritten by that of its key in `given`."""
+    wrong = [
+        f"{key} is {tuple(given[key].shape)} there and {tuple(own[key].shape)} here"
+        for key in own
+        if given[key].shape != own[key].shape
+    ]
+    if wrong:
+        raise ValueError(f"shapes differ, nothing was loaded: {shorten(wrong)}")
+    kinds = [
+        f"{key} is {given[key].dtype} there and {own[key].dtype} here"
+        for key in own
+        if given[key].is_floating_point() != own[key].is_floating_point() or given[key].is_complex()
+    ]
+    if kinds:
+        raise ValueError(f"types differ, nothing was loaded: {shorten(kinds)}")
+    away = [key for key in own if own[key].is_meta]
+    if away:
+        raise ValueError(f"nothing to load into, on the meta device: {shorten(away)}. First to_empty, then load.")
+    torn_pair = torn(own, given)
+    if torn_pair:
+        raise ValueError(f"{' and '.join(torn_pair)} are one tensor here, and differ there: nothing was loaded.")
 
 
 def live_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from gralora.engines.distributed import copy_into, is_spread, spread_like, sprea
 from gralora.engines.offload import HOOK, bring_back
 from gralora.layers.class_change import LOADED
 from gralora.layers.pending import check_unchanged
-from gralora.layers.scope import OFF, Switchable
+from gralora.layers.scope import OFF, Only, Switchable
 from gralora.maths import functional
 from gralora.maths.functional import Tensors
 
@@ -302,11 +302,14 @@ class GraloraAdapters(Switchable):
 
     def applied(self) -> list[tuple[GraloraAdapter, float]]:
         """The adapters that a forward must add now, with their weights."""
+        mode = self.mode
+        if isinstance(mode, Only):
+            return [(self[mode.name], 1.0)] if mode.name in self else []
         if torch.compiler.is_compiling():
-            return [] if self.mode is OFF else list(self.acting)
+            return [] if mode is OFF else list(self.acting)
         if self.changed:
             check_unchanged(self.changed)
-        if not self.active or self.mode is OFF:
+        if not self.active or mode is OFF:
             return []
         return [(self[name], weight) for name, weight in self.active.items() if name not in self.merged]
 

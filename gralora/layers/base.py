@@ -22,10 +22,11 @@ from gralora.engines.offload import device_of
 from gralora.engines.walk import named_modules
 from gralora.layers.adapter import FULL, GraloraAdapter, GraloraAdapters, is_hooked
 from gralora.layers.class_change import join
+from gralora.layers.running import forward_runs
 from gralora.layers.scope import Rows
-from gralora.layers.unevaluated import Sum, forward_runs, unevaluated
+from gralora.layers.sums import Share, Sum, evaluation, part_of
+from gralora.layers.unevaluated import unevaluated
 from gralora.maths import autograd, functional
-from gralora.maths.functional import Tensors
 
 PREFIX = "gralora_"
 CHILD = "gralora_adapters"
@@ -113,7 +114,6 @@ class GraloraLayer(nn.Module):
     part: str = ""
     what: ClassVar[str] = "linear"  # as files call it
     in_all_linear: ClassVar[bool] = True
-    by_row: ClassVar[bool] = True  # whether rows of a batch can have adapters of their own
 
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:
@@ -294,30 +294,22 @@ class GraloraLayer(nn.Module):
             applied = adapters.applied()
         if not applied:
             return weight
-        for adapter, _ in applied:
-            adapter.check_values()
-        tensors = [t for adapter, _ in applied for t in adapter.tensors if t is not None]
-
-        def evaluate(weight: Tensor, *tensors: Tensor) -> Tensor:
-            if isinstance(mode, Rows):
-                raise ValueError(
-                    f"the weight of {self} is read whole, and can't be another one for every row of the batch."
-                )
-            left, total = iter(tensors), torch.zeros((), dtype=applied[0][0].A.dtype, device=weight.device)
-            for adapter, share in applied:
-                own = cast(Tensors, tuple(t if t is None else next(left) for t in adapter.tensors))
-                total = total + functional.delta_weight(*own, scaling=share * adapter.config.scaling)
-            return (weight + self.in_layout(self.host, self.part, total)).to(weight.dtype)
-
+        sum = self.sum(weight, [adapter.arguments(share) for adapter, share in applied])
+        if isinstance(mode, Rows):
+            sum = sum._replace(evaluate=self._refuse_rows, stack=None, part=None)
         if not autograd.eager():
-            return evaluate(weight, *tensors)
-        turned = type(self).transposed(self.host, self.part)
-        sum = Sum((weight, *tensors), evaluate, self.product(weight), turned)
-        return cast(Tensor, unevaluated(self.as_read(sum, applied)))
+            return sum.evaluate(*sum.parameters)
+        return cast(Tensor, unevaluated(sum))
 
-    def as_read(self, sum: Sum, applied: list[tuple[GraloraAdapter, float]]) -> Sum:
-        """The sum with what else is known of it."""
-        return sum
+    def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
+        """What `weight` stands for with these adapters: W + Σ ΔW."""
+        parameters, evaluate = evaluation(weight, shares, partial(self.in_layout, self.host, self.part))
+        product, turned = self.product(weight), type(self).transposed(self.host, self.part)
+        part = None if product is None else partial(part_of, weight, shares, turned)
+        return Sum(parameters, evaluate, product, turned, part=part)
+
+    def _refuse_rows(self, *tensors: Tensor) -> Tensor:
+        raise ValueError(f"the weight of {self} is read whole, and can't be another one for every row of the batch.")
 
     def is_read(self, weight: Tensor) -> bool:
         """Whether whoever reads the weight now means to compute with it, and is not the map itself."""

@@ -7,7 +7,6 @@ and a product with the chosen weights, one by one, batched or grouped, is the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -15,17 +14,14 @@ from weakref import WeakKeyDictionary
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gralora.engines.distributed import is_spread
-from gralora.layers.adapter import GraloraAdapter, each
 from gralora.layers.base import PREFIX, GraloraLayer
 from gralora.layers.class_change import change_class
 from gralora.layers.parts import PartHost, PartLayer
-from gralora.layers.unevaluated import Stack, Sum, forward_runs
-from gralora.maths import autograd, functional
-from gralora.maths.functional import Tensors
-from gralora.maths.grouped import update_by_groups, update_of_each
+from gralora.layers.running import forward_runs
+from gralora.layers.scope import OFF, Only, Rows, switched
+from gralora.layers.sums import Share, Sum, sum_of_many
 
 _read: ContextVar[dict[tuple[int, bool, int], Tensor] | None] = ContextVar("gralora_experts", default=None)
 _read_again: WeakKeyDictionary[Any, dict[tuple[int, bool, int], Tensor]] = WeakKeyDictionary()
@@ -37,7 +33,6 @@ class ExpertWeights(PartLayer):
 
     what = "experts"
     in_all_linear = False
-    by_row = False
 
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:
@@ -86,105 +81,46 @@ class ExpertWeights(PartLayer):
     def is_read(self, weight: Tensor) -> bool:
         return torch.compiler.is_compiling() or forward_runs(None)
 
-    def as_read(self, sum: Sum, applied: list[tuple[GraloraAdapter, float]]) -> Sum:
-        shares = [adapter.arguments(share) for adapter, share in applied]
-        return _sum_of_many(sum.parameters[0], shares, sum.transposed)
-
-
-Shares = list[tuple[Tensors, float, float]]
-"""(tensors, scaling, dropout) of every adapter that acts."""
-
-
-def _stack_of(weight: Tensor, shares: Shares, transposed: bool) -> Stack:
-    """What can be done with maps (n, out, in), or (n, in, out) if `transposed`, and adapters for each of them."""
-    apart: list[list[Tensors]] = []  # taken apart once: each time would cost a gradient of all of A and B
-
-    def one(index: int) -> Sum:
-        if not apart:
-            apart.extend(each(tensors) for tensors, _, _ in shares)
-        own = [(tensors[index], share[1], share[2]) for tensors, share in zip(apart, shares, strict=True)]
-        return _sum_of_one(weight[index], own, transposed)
-
-    def some(index: Tensor) -> Sum:
-        picked = [cast(Tensors, tuple(None if t is None else t[index] for t in tensors)) for tensors, _, _ in shares]
-        own = [(tensors, share[1], share[2]) for tensors, share in zip(picked, shares, strict=True)]
-        return _sum_of_many(weight[index], own, transposed)
-
-    def of_each(x: Tensor) -> Tensor:
-        y = torch.bmm(x, weight if transposed else weight.mT)
-        for tensors, scaling, dropout in shares:
-            y = y + update_of_each(x, tensors, scaling, dropout).to(y.dtype)
-        return y
-
-    def grouped(function: Callable[..., Tensor], x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        y = function(x, weight if transposed else weight.mT, **kwargs)
-        ends = kwargs["offs"].tolist()
-        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        for tensors, scaling, dropout in shares:
-            y = y + update_by_groups(x, counts, tensors, scaling, dropout).to(y.dtype)
-        return y
-
-    return Stack(one, some, of_each, grouped)
-
-
-def _sum_of_many(weight: Tensor, shares: Shares, transposed: bool) -> Sum:
-    """A stack of maps, with the adapters of each."""
-    parameters, evaluate = _evaluation(weight, shares, transposed)
-    stack = _stack_of(weight, shares, transposed)
-    return Sum(
-        parameters, evaluate, None, transposed, stack, lambda: _sum_of_many(weight, swapped(shares), not transposed)
-    )
-
-
-def swapped(shares: Shares) -> Shares:
-    """The adapters of the transposed maps: A and B change roles."""
-    return [
-        (tuple(None if t is None else t.mT for t in (B, A, B_general, A_general)), scaling, dropout)  # type: ignore[misc]
-        for (A, B, A_general, B_general), scaling, dropout in shares
-    ]
-
-
-def _sum_of_one(weight: Tensor, shares: Shares, transposed: bool) -> Sum:
-    """One map of a stack, with its own adapters."""
-    matrix = weight.mT if transposed else weight
-
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        first, *more = shares
-        if not autograd.usable(x, first[0][0]):
-            y = F.linear(x, matrix, bias)
-            for tensors, scaling, dropout in shares:
-                own = x.to(tensors[0].dtype)
-                y = (y + functional.gralora_update(own, *tensors, scaling=scaling, dropout=dropout)).to(y.dtype)
-            return y
-        y = autograd.linear_with_adapter(x, matrix, bias, *first)
-        for rest in more:
-            y = autograd.add_adapter_(y, x, *rest)
-        return y
-
-    parameters, evaluate = _evaluation(weight, shares, transposed)
-    return Sum(
-        parameters, evaluate, product, transposed, other=lambda: _sum_of_one(weight, swapped(shares), not transposed)
-    )
-
-
-def _evaluation(weight: Tensor, shares: Shares, transposed: bool) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
-    """What a sum is computed from, and how."""
-
-    def evaluate(weight: Tensor, *tensors: Tensor) -> Tensor:
-        left, total = iter(tensors), weight
-        for own, scaling, _ in shares:
-            mine = cast(Tensors, tuple(t if t is None else next(left) for t in own))
-            delta = functional.delta_weight(*mine, scaling=scaling)
-            total = total + (delta.mT if transposed else delta)
-        return total.to(weight.dtype)
-
-    return (weight, *(t for own, _, _ in shares for t in own if t is not None)), evaluate
+    def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
+        return sum_of_many(weight, shares, self.transposed(self.host, self.part))
 
 
 class GraloraExperts(PartHost):
     """Mixin of a module that owns fused expert weights: they are read with their adapters in them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        modes = (layer.gralora_adapters.mode for layer in self.part_layers())
+        rows = next((mode for mode in modes if isinstance(mode, Rows)), None)
+        return self._reading(*args, **kwargs) if rows is None else self._by_row(rows, *args, **kwargs)
+
+    def _by_row(self, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        """Each token through its row's adapters: one run for every adapter, which sees its own tokens and their routing."""
+        x, routed = (*args, *kwargs.values(), None, None)[:2]
+        if not isinstance(x, Tensor) or not isinstance(routed, Tensor) or routed.is_floating_point():
+            routed = None
+        if routed is None or x.dim() != 2 or routed.shape[:1] != x.shape[:1]:
+            raise ValueError(
+                f"mixed_batch can't tell the rows apart in {self._base_class.__name__}, which holds fused experts: it is not "
+                "given tokens (t, in) and the experts of each (t, n), as transformers' own are."
+            )
+        containers = [layer.gralora_adapters for layer in self.part_layers()]
+        known = dict.fromkeys(name for container in containers for name in container)
+        rows.axis(x)
+        order, back, names, counts = rows.sort(len(x), known, x.device)
+
+        def own(value: Any, tokens: Tensor) -> Any:
+            per_token = isinstance(value, Tensor) and value.shape[:1] == x.shape[:1]
+            return value.index_select(0, tokens) if per_token else value
+
+        done = []
+        for name, tokens in zip(names, torch.split(order, counts), strict=True):
+            if len(tokens):
+                with switched(containers, OFF if name is None else Only(name)):
+                    mine = [own(value, tokens) for value in args]
+                    done.append(self._reading(*mine, **{key: own(value, tokens) for key, value in kwargs.items()}))
+        return torch.cat(done).index_select(0, back)
+
+    def _reading(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.base_forward(*args, **kwargs)
         token = _read.set({})  # a forward may read a parameter once for every expert

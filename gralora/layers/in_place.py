@@ -16,7 +16,7 @@ from gralora.layers.adapter import check_adapter_name
 from gralora.layers.base import CHILD, GraloraLayer, one_line, overwritten
 from gralora.layers.class_change import InPlaceModule, change_class, freeze_own, is_restorable, restore_class
 from gralora.layers.loading import refuse_adapter_keys
-from gralora.layers.unevaluated import forward_runs
+from gralora.layers.running import forward_runs
 
 
 class _Running(threading.local):

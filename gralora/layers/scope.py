@@ -74,7 +74,14 @@ class Rows:
         return self._sorted[key]
 
 
-Mode = Rows | str
+class Only:
+    """The mode of a container in which one adapter acts, whichever are active."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+Mode = Rows | Only | str
 
 
 class Block:

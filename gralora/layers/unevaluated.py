@@ -11,84 +11,15 @@ Who calls the layer never meets one.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-FORWARDS = {"forward", "training_step", "validation_step", "test_step", "predict_step"}
-"""Methods of a module that compute, by name; the last four are Lightning's."""
-
-ENGINES = ("torch.distributed", "torch.nn.parallel", "accelerate", "deepspeed", "diffusers.hooks")
-"""Packages that keep parameters elsewhere, and fetch them when a forward begins."""
-
-_CALL = nn.Module._call_impl.__code__
-
-
-def forward_runs(module: nn.Module | None) -> bool:
-    """Whether this thread is within the forward of some module, the innermost of which is not `module` itself.
-
-    Outside of any, a weight that is read is the parameter, for those who tie, initialise, prune, shard or compare it. So it
-    is to `module`'s own forward, to whose output the update is added, and to engines, which move it within a forward.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if str(frame.f_globals.get("__name__")).startswith(ENGINES):
-            return False
-        if code is _CALL or code.co_name in FORWARDS:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module):
-                return owner is not module
-        frame = frame.f_back  # type: ignore[assignment]
-    return torch._C._current_graph_task_id() != -1  # a checkpointed forward runs again, by whatever function
-
-
-class Sum(NamedTuple):
-    """What an unevaluated weight stands for.
-
-    Args:
-        parameters: W as it is held, and the adapters' tensors.
-        evaluate: the sum, in the shape of W, out of `parameters`, differentiably.
-        product: x (..., in), bias -> x @ (W + ΔW)ᵀ + bias; None where W is no matrix.
-        transposed: W is (in, out).
-        stack: of W (n, out, in), many maps in one.
-        other: the same, where W is taken for the transposed map, as in a decoder that uses its encoder's weight.
-    """
-
-    parameters: tuple[Tensor, ...]
-    evaluate: Callable[..., Tensor]
-    product: Callable[[Tensor, Tensor | None], Tensor] | None
-    transposed: bool
-    stack: Stack | None = None
-    other: Callable[[], Sum] | None = None
-
-    def as_(self, transposed: bool) -> Sum | None:
-        """The same in the layout that is asked for: W (in, out) or (out, in)."""
-        if self.transposed == transposed:
-            return self
-        return None if self.other is None else self.other()
-
-
-class Stack(NamedTuple):
-    """What can be done with many maps in one weight.
-
-    Args:
-        one: the map of an index.
-        some: those of a tensor of indices, a stack again.
-        each: x (n, t, in) -> (n, t, out), each of the n through its own.
-        grouped: rows that lie grouped by map, with the function that multiplies them by weights (n, in, out), and its other
-            arguments.
-    """
-
-    one: Callable[[int], Sum]
-    some: Callable[[Tensor], Sum]
-    each: Callable[[Tensor], Tensor]
-    grouped: Callable[[Callable[..., Tensor], Tensor, dict[str, Any]], Tensor]
+from gralora.layers.sums import Sum
 
 
 class Form(NamedTuple):
@@ -221,6 +152,7 @@ def _turned(weight: UnevaluatedWeight) -> Any:
         transposed=not sum.transposed,
         # what is turned once more is taken the other way round as well
         other=None if other is None else lambda: other()._replace(transposed=sum.transposed),
+        look_up=None,
     )
     *axes, first, second = range(len(form.shape))
     order = (*axes, second, first)
@@ -241,10 +173,14 @@ def _t(weight: Any) -> Any:
 
 
 def _chosen(weight: Any, index: Any) -> Any:
-    """W[index]: one of many maps, or those of a tensor of indices."""
-    stack = weight.sum_.stack if isinstance(weight, UnevaluatedWeight) else None
-    if stack is None or not weight.attached:
+    """W[index]: one of many maps, or those of a tensor of indices; of one map, whole blocks of its rows or columns."""
+    if not isinstance(weight, UnevaluatedWeight) or not weight.attached:
         return NotImplemented
+    stack = weight.sum_.stack
+    if stack is None:
+        return _cut_out(weight, index)
+    if isinstance(index, slice):
+        index = torch.arange(*index.indices(weight.form.shape[0]), device=weight.form.device)
     if isinstance(index, Tensor) and (index.is_floating_point() or index.dtype is torch.bool or index.dim() > 1):
         return NotImplemented
     if isinstance(index, Tensor) and index.dim() == 1:
@@ -253,8 +189,44 @@ def _chosen(weight: Any, index: Any) -> Any:
         sum = stack.one(range(weight.form.shape[0])[int(index)])
     else:
         return NotImplemented
+    return _in_layout_of(weight, sum)
+
+
+def _in_layout_of(weight: UnevaluatedWeight, sum: Sum) -> Any:
     found = unevaluated(sum)
     return found if sum.transposed == weight.sum_.transposed else _turned(found)
+
+
+def _cut_out(weight: UnevaluatedWeight, index: Any) -> Any:
+    for axis, each in enumerate(index if isinstance(index, tuple) else (index,)):
+        if not isinstance(each, slice) or axis >= len(weight.form.shape) or each.step not in (None, 1):
+            return NotImplemented
+        first, last, _ = each.indices(weight.form.shape[axis])
+        found = weight if (first, last) == (0, weight.form.shape[axis]) else _narrow(weight, axis, first, last - first)
+        if found is NotImplemented:
+            return NotImplemented
+        weight = found
+    return weight
+
+
+def _narrow(weight: Any, dim: int, start: Any, length: int) -> Any:
+    if not isinstance(weight, UnevaluatedWeight) or weight.sum_.part is None or not weight.attached or _stands(start):
+        return NotImplemented
+    first, axis = int(start), dim % len(weight.form.shape)
+    sum = weight.sum_.part(first, first + length, (axis == 1) != weight.sum_.transposed)
+    return NotImplemented if sum is None else _in_layout_of(weight, sum)
+
+
+def _split(weight: Any, size: Any, dim: int = 0) -> Any:
+    count = weight.form.shape[dim]
+    sizes = [min(size, count - first) for first in range(0, count, size)] if isinstance(size, int) else list(size)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    found = [_narrow(weight, dim, start, length) for start, length in zip(starts, sizes, strict=True)]
+    return NotImplemented if NotImplemented in found or sum(sizes) != count else tuple(found)
+
+
+def _chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
+    return _split(weight, -(-weight.form.shape[dim] // chunks), dim)
 
 
 def _index_select(weight: Any, dim: int, index: Tensor) -> Any:
@@ -281,6 +253,62 @@ def _bmm(x: Any, other: Any) -> Any:
     if sum is None or sum.stack is None or not weight.attached or not _types_fit(x, weight):
         return NotImplemented
     return sum.stack.each(x.mT).mT if turned else sum.stack.each(x)
+
+
+def _baddbmm(bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> Any:
+    if beta != 1 or alpha != 1 or out is not None or not isinstance(bias, Tensor) or _stands(bias):
+        return NotImplemented
+    result = _bmm(x, weight)
+    return result if result is NotImplemented else bias + result
+
+
+def _einsum(equation: Any, *operands: Any) -> Any:
+    """Where it is one product of an input and a map, or of many inputs each with a map of its own."""
+    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
+    if not isinstance(equation, str) or len(operands) != 2 or equation.count("->") != 1:
+        return NotImplemented
+    ins, out = equation.replace(" ", "").split("->")
+    terms = ins.split(",")
+    (a, x), (b, weight) = zip(terms, operands, strict=True)
+    if _stands(x):
+        (a, x), (b, weight) = (b, weight), (a, x)
+    if not isinstance(weight, UnevaluatedWeight) or _stands(x) or "." in b or len(set(b)) != len(weight.form.shape):
+        return NotImplemented
+    summed = [letter for letter in b if letter in a and letter not in out]
+    made = [letter for letter in b if letter not in a and letter in out]
+    own = [letter for letter in b if letter in a and letter in out]  # of the map, where there are many
+    if (
+        len(summed) != 1
+        or len(made) != 1
+        or b[: len(own)] != "".join(own)
+        or len(set(a) - {"."}) != len(a.replace(".", ""))
+    ):
+        return NotImplemented
+    rest = a.replace(summed[0], "")
+    if len(own) == 0:
+        y = _product(_permuted(x, a, rest + summed[0]), weight, None, transposed=b == summed[0] + made[0])
+        return y if y is NotImplemented else _permuted(y, rest + made[0], out)
+    if len(own) > 1 or "." in a:
+        return NotImplemented
+    rest = rest.replace(own[0], "")
+    x = _permuted(x, a, own[0] + rest + summed[0])
+    turned = weight if b[1:] == summed[0] + made[0] else _turned(weight)
+    y = _bmm(x.flatten(1, -2) if rest else x[:, None], turned)
+    if y is NotImplemented:
+        return y
+    return _permuted(y.reshape(*x.shape[:-1], y.shape[-1]), own[0] + rest + made[0], out)
+
+
+def _permuted(x: Tensor, letters: str, wanted: str) -> Tensor:
+    return x if letters == wanted else torch.einsum(f"{letters}->{wanted}", x)
+
+
+def _embedding(
+    x: Any, weight: Any, padding_idx: int | None = None, max_norm: Any = None, *more: Any, **named: Any
+) -> Any:
+    if not isinstance(weight, UnevaluatedWeight) or weight.sum_.look_up is None or max_norm is not None:
+        return NotImplemented
+    return weight.sum_.look_up(x, padding_idx) if weight.attached else NotImplemented
 
 
 def _grouped(func: Any, x: Any, weight: Any, **kwargs: Any) -> Any:
@@ -349,10 +377,16 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
     **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
     **dict.fromkeys((torch.bmm, Tensor.bmm), _bmm),
+    **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), _baddbmm),
+    torch.einsum: _einsum,
+    F.embedding: _embedding,
     **dict.fromkeys((torch.t, Tensor.t, _TENSOR.T.__get__), _t),
     _TENSOR.mT.__get__: _turned,
     Tensor.__getitem__: _chosen,
     **dict.fromkeys((torch.index_select, Tensor.index_select), _index_select),
+    **dict.fromkeys((torch.narrow, Tensor.narrow), _narrow),
+    **dict.fromkeys((torch.split, Tensor.split), _split),
+    **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
     **dict.fromkeys((torch.unbind, Tensor.unbind), _unbound),
     Tensor.__iter__: _iterated,
     **dict.fromkeys((torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes), _transpose),

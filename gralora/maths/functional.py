@@ -63,11 +63,11 @@ def delta_weight(
 ) -> Tensor:
     """ΔW of shape (..., out, in): every block a product of rank s, so r * in * out / k multiply-adds in all.
 
-    Leading axes of all tensors alike, as of an adapter for each of many experts, go through.
+    Leading axes of all tensors alike, as of an adapter for each of many experts, go through. A and B may be the part of some
+    block columns or rows, which is not square.
     """
-    k = A.shape[-3]
-    down = rearrange(A, "... i m (j s) -> ... i m j s", j=k)
-    up = rearrange(B, "... j (i s) o -> ... j i s o", i=k)
+    down = rearrange(A, "... i m (j s) -> ... i m j s", j=B.shape[-3])
+    up = rearrange(B, "... j (i s) o -> ... j i s o", i=A.shape[-3])
     delta = rearrange(einsum(down, up, "... i m j s, ... j i s o -> ... j o i m"), "... j o i m -> ... (j o) (i m)")
     if A_general is not None and B_general is not None:
         delta = delta + B_general @ A_general

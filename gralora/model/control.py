@@ -209,10 +209,6 @@ def _refuse_mixing(model: nn.Module, names: Collection[str]) -> None:
     for path, layer in gralora_layers(model):
         if layer.gralora_adapters.merged:
             raise ValueError(f"{path!r} has an adapter merged into it, for every row alike: unmerge first.")
-        if not layer.by_row and any(name in layer.gralora_adapters for name in names):
-            raise ValueError(
-                f"{path!r} holds adapters of fused experts, whose module mixes the rows: they can't be chosen per row."
-            )
     for key, _, swap in bias_swaps(model):
         both = [name for name in names if name in swap.names]
         if both:

@@ -337,6 +337,14 @@ WAYS = {
         ids, torch.arange(len(x))
     ],
     "grouped": grouped,
+    "baddbmm": lambda self, x, ids: torch.baddbmm(x.new_zeros(1), x[:, None], self.matrix(self.up[ids]).mT)[:, 0],
+    "einsum": lambda self, x, ids: torch.einsum("ti,toi->to", x, self.matrix(self.up[ids])),
+    "einsum of all": lambda self, x, ids: torch.einsum("eti,eoi->teo", x.expand(4, -1, -1), self.matrix(self.up))[
+        torch.arange(len(x)), ids
+    ],
+    "cut along the experts": lambda self, x, ids: torch.cat(
+        [torch.bmm(x.expand(2, -1, -1), self.matrix(up).mT) for up in (self.up[:2], self.up[2:])]
+    )[ids, torch.arange(len(x))],
     "computed": lambda self, x, ids: torch.einsum("t i, t o i -> t o", x, self.matrix(self.up * 1)[ids]),
     "checkpointed": lambda self, x, ids: checkpoint(one_by_one, self, x, ids, use_reentrant=False),
 }
@@ -543,3 +551,37 @@ def test_a_wrong_guess_makes_no_tensor_of_the_weights_size_either():
     with Kernels() as counter:
         model(torch.randn(4, 5, 512, requires_grad=True)).sum().backward()
     assert counter.largest < 4 * 512 * 12
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_a_batch_with_adapters_of_their_own(name, implementation):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    model.config._experts_implementation = implementation
+    targets = [*PARAMETERS, "q_proj"]
+    for adapter in "ab":
+        gralora.inject(model, targets, random_config(), adapter_name=adapter)
+    randomize_(model)
+    x, rows = torch.randint(32, (4, 6), generator=torch.Generator().manual_seed(1)), ["a", None, "b", "a"]
+
+    def alone(row, name):
+        if name is None:
+            with gralora.disable_adapter(model):
+                return model(row[None]).logits[0]
+        gralora.set_adapter(model, name)
+        return model(row[None]).logits[0]
+
+    expected = torch.stack([alone(row, name) for row, name in zip(x, rows, strict=True)])
+    gralora.set_adapter(model, "b", trainable=["a", "b"])
+    with gralora.mixed_batch(model, rows, repeat="interleave"):
+        mixed = model(x).logits
+    assert relative(mixed, expected) < 1e-5
+    assert relative(mixed, model(x).logits) > 1e-3
+    with gralora.mixed_batch(model, rows), pytest.raises(ValueError, match='repeat="interleave"'):
+        model(x)  # whose the tokens are is not said
+    with gralora.mixed_batch(model, rows, repeat="interleave"):
+        model(x).logits[0].square().sum().backward()  # of a row of a: the gradients are a's
+    gradients = {n: p.grad for n, p in model.named_parameters() if "gralora_" in n and p.grad is not None}
+    assert any(".a." in n and g.any() for n, g in gradients.items())
+    assert not any(".b." in n and g.any() for n, g in gradients.items())

@@ -70,8 +70,24 @@ HOW = {
     "variable": in_a_variable,
     "cast": lambda self, x: F.linear(x, self.fc.weight.to(x.dtype).to(x.device), self.fc.bias),
     "computed": lambda self, x: F.linear(x, 2 * self.fc.weight / 2, self.fc.bias),
+    "cut along blocks": lambda self, x: (
+        (
+            torch.cat([F.linear(x, w) for w in self.fc.weight.chunk(2)], -1)
+            + sum(F.linear(p, w) for p, w in zip(x.split(8, -1), self.fc.weight.split([8, 8], 1), strict=True))
+            + F.linear(x[..., 8:], self.fc.weight[:, 8:])
+            + F.linear(x[..., :8], self.fc.weight.T[:8].T)
+            + torch.cat([F.linear(x, self.fc.weight[:8]), x @ self.fc.weight.narrow(0, 8, 8).mT], -1)
+        )
+        / 4
+        + self.fc.bias
+    ),
     "cut": lambda self, x: torch.cat([F.linear(x, w) for w in self.fc.weight.chunk(3)], -1) + self.fc.bias,
     "einsum": lambda self, x: torch.einsum("b t i, o i -> b t o", x, self.fc.weight) + self.fc.bias,
+    "einsum, turned": lambda self, x: torch.einsum("io,...i->...o", self.fc.weight.T, x) + self.fc.bias,
+    "einsum, in another order": lambda self, x: (
+        torch.einsum("bit,oi->obt", x.mT, self.fc.weight).permute(1, 2, 0) + self.fc.bias
+    ),
+    "einsum, no product": lambda self, x: F.linear(x, torch.einsum("oi->io", self.fc.weight).mT, self.fc.bias),
     "fused": lambda self, x: FusedHead.apply(x, self.fc.weight, self.fc.bias),
     "dispatched": lambda self, x: torch.ops.aten.linear(x, self.fc.weight, self.fc.bias),
     "called": lambda self, x: self.fc(x),
@@ -124,7 +140,7 @@ def test_the_numbers_are_those_of_w_plus_delta_w_and_a_and_b_are_trained(how, hy
 def test_a_linear_map_computes_no_tensor_of_the_weights_size():
     model = gralora.inject(Parent("linear", nn.Linear(256, 256)), ["fc"], random_config())
     x = torch.randn(3, 256, requires_grad=True)
-    for how in ("linear", "matmul", "mT", "variable", "addmm", "cast", "helper"):
+    for how in ("linear", "matmul", "mT", "variable", "addmm", "cast", "helper", "einsum", "einsum, turned"):
         model.how = how
         with Kernels() as counter:
             model(x[None]).sum().backward()

@@ -44,12 +44,13 @@ def info(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    if args.rank is not None and args.to != "lora":
-        args.parser.error("--rank is for --to lora")
+    for option in ("rank", "experts"):
+        if getattr(args, option) is not None and args.to != "lora":
+            args.parser.error(f"--{option} is for --to lora")
     refuse_existing(args.out, args.force)
     file = read_adapter(args.adapter)
     errors: dict[str, float] = {}
-    FORMATS[args.to].write(convertible(file, args.to, args.rank, errors), args.out)
+    FORMATS[args.to].write(convertible(file, args.to, args.rank, errors, args.experts or "fused"), args.out)
     if args.rank is not None:
         print(_table(("layer", "relative error"), list(errors.items())))
     print(f"wrote {args.out}")
@@ -95,6 +96,9 @@ def parser() -> argparse.ArgumentParser:
     converted = command(convert, "Rewrite an adapter in another format.", "adapter", "out")
     converted.add_argument("--to", choices=list(FORMATS), required=True)
     converted.add_argument("--rank", type=int, help="for lora: the rank of every layer; by default exact")
+    converted.add_argument(
+        "--experts", choices=["fused", "each"], help="for lora: fused experts as one, or each for itself"
+    )
     command(merge, "Merge an adapter into a checkpoint, a file or a folder.", "model", "adapter", "out")
     extracted = command(extract, "The best GraLoRA for TUNED - BASE, two checkpoints.", "base", "tuned", "out")
     extracted.add_argument("--targets", required=True, metavar="REGEX", help="for the whole name of a layer")

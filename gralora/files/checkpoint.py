@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gralora.config import GraloraConfig
 from gralora.engines.distributed import check_whole, is_spread, write_once
 from gralora.engines.walk import named_modules
+from gralora.files.experts import apart, together
 from gralora.files.lora import as_lora, lora_pairs
 from gralora.files.own import (
     GRALORA,
@@ -48,6 +49,7 @@ def save_adapter(
     format: str = "gralora",
     rank: int | None = None,
     errors: dict[str, float] | None = None,
+    experts: str = "fused",
     allow_missing: bool = False,
 ) -> None:
     """Write one adapter to `path`, atomically. In a process group every process calls, and rank 0 writes.
@@ -56,6 +58,8 @@ def save_adapter(
         format: "gralora": one safetensors file that describes itself. "peft": a folder that PEFT reads as GraLoRA.
             "lora": a folder that PEFT and every server of LoRA reads as plain LoRA of rank k * r + hybrid_r; exact.
         rank: for "lora": the rank of every layer. A higher one is cut by SVD, a lower one padded with zeros.
+        experts: for "lora": "fused", as PEFT has fused experts, and vLLM where its own code fuses them; "each", a pair for every
+            expert under the names of a checkpoint, as vLLM and SGLang read all others.
         errors: a dict to be filled with ‖what is written - ΔW‖ / ‖ΔW‖ of each layer.
         allow_missing: write what is there, where layers that were adapted have been replaced since by others without an
             adapter.
@@ -81,17 +85,26 @@ def save_adapter(
             UserWarning,
             stacklevel=2,
         )
-    file = convertible(adapter_file(model, adapter_name), format, rank, errors)
+    file = convertible(adapter_file(model, adapter_name), format, rank, errors, experts)
     sharded = any(is_spread(tensor) for tensor in live_tensors(model, adapter_name).values())
     write_once(lambda: FORMATS[format].write(file, Path(path)), together=sharded)
 
 
 def convertible(
-    file: AdapterFile, format: str, rank: int | None = None, errors: dict[str, float] | None = None
+    file: AdapterFile,
+    format: str,
+    rank: int | None = None,
+    errors: dict[str, float] | None = None,
+    experts: str = "fused",
 ) -> AdapterFile:
     """`file` as `format` can express it: for "lora" as pairs of rank `rank`, or of their own, exactly."""
+    if experts not in ("fused", "each"):
+        raise ValueError(f'experts={experts!r} is not legal: it must be "fused" or "each".')
     if format == "lora":
-        return as_lora(file, rank, errors)
+        pairs = as_lora(file, rank, errors)
+        return apart(pairs) if experts == "each" else pairs
+    if experts != "fused":
+        raise ValueError(f'experts={experts!r} is for format="lora".')
     if rank is not None:
         raise ValueError(f'rank={rank} is for format="lora"; the rank of GraLoRA is its r.')
     if errors is not None:
@@ -207,6 +220,7 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
     modules: dict[str, nn.Module] = {name: module for _, its, module in names for name in its}
     spots: dict[str, Spot] = {name: spot for its, spot in names.spots for name in its}
     known = [*modules, *(name for name in spots if name not in modules)]
+    together(file, set(known))
 
     def lacking(name: str) -> AdapterFileError:
         return AdapterFileError(f"the file adapts {name!r}, which this model lacks. Nearest: {nearest(name, known)}.")

@@ -7,6 +7,7 @@ formats an adapter is rewritten as an `AdapterFile` with k = 1; its pairs are la
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from einops import rearrange
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
+from gralora.files.experts import is_experts
 from gralora.files.own import AdapterFile, layer_keys, layer_tensors
 from gralora.layers.attention import PACKED, PARTS  # PEFT adapts q, k and v as the one matrix in which they are packed
 from gralora.layers.class_change import join
@@ -34,7 +36,6 @@ def as_lora(file: AdapterFile, rank: int | None = None, errors: dict[str, float]
         raise ValueError(
             f"rank={rank!r} is not legal: it must be an integer of at least 1, or None for the exact rank."
         )
-    refuse_experts(file, "plain LoRA")
     fold = rank is not None and len({config.scaling for config in file.configs.values()}) > 1
     configs, tensors = {}, {}
     for name, config in file.configs.items():
@@ -42,7 +43,7 @@ def as_lora(file: AdapterFile, rank: int | None = None, errors: dict[str, float]
         dtype, error = down.dtype, 0.0
         if rank is not None:
             down, up, error = _of_rank(down, up, rank)
-        r, up = len(down), up * config.scaling if fold else up
+        r, up = down.shape[-2], up * config.scaling if fold else up
         alpha = r if fold else r * config.alpha / (config.r + config.hybrid_r)
         configs[name] = _plain_config(r, alpha, config.gralora_dropout)
         tensors.update(_as_k_1(name, down.to(dtype), up.to(dtype)))
@@ -60,14 +61,15 @@ def tensors_beside(file: AdapterFile) -> dict[str, Tensor]:
 def lora_pairs(file: AdapterFile, *, scaled: bool = False) -> dict[str, Tensor]:
     """The pairs of a file with k = 1 under PEFT's names; `scaled`: with the scaling in lora_B.
 
-    Of a convolution they are kernels, as PEFT has them: lora_A (R, in, *kernel), lora_B (out, R, 1, ...).
+    Of a convolution they are kernels, as PEFT has them: lora_A (R, in, *kernel), lora_B (out, R, 1, ...). Of fused experts they
+    have a leading axis of experts.
     """
     result = {}
     for name, config in file.configs.items():
         down, up = _pair(file, name)
         up = up * (config.scaling if scaled else 1)
-        shape = file.base[name].shape if name in file.base else ()
-        result[join(name, "lora_A.weight")] = down.reshape(-1, *(shape[1:] or down.shape[1:])).contiguous()
+        shape = file.base[name].shape if name in file.base and not is_experts(file, name) else ()
+        result[join(name, "lora_A.weight")] = down.reshape(len(down), *(shape[1:] or down.shape[1:])).contiguous()
         result[join(name, "lora_B.weight")] = up.reshape(*up.shape, *[1] * len(shape[2:])).contiguous()
     return result
 
@@ -126,40 +128,36 @@ def is_projection(file: AdapterFile, name: str) -> bool:
     return name in file.base and file.base[name].kind == "attention"
 
 
-def is_experts(file: AdapterFile, name: str) -> bool:
-    return layer_tensors(file, name)[0].dim() > 3
-
-
-def refuse_experts(file: AdapterFile, what: str) -> None:
-    """Raise ValueError if some adapter is one of fused experts, whose tensors have an axis more."""
-    for name in file.configs:
-        if is_experts(file, name):
-            raise ValueError(
-                f'{name!r} holds adapters of fused experts, which {what} can\'t express here. format="gralora" can, or merge.'
-            )
-
-
 def _plain_config(r: int, alpha: float, dropout: float) -> GraloraConfig:
     return GraloraConfig(r=r, alpha=int(alpha) if alpha == int(alpha) else alpha, gralora_k=1, gralora_dropout=dropout)
 
 
 def _as_k_1(name: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-    pair = {"A": rearrange(down, "r i -> 1 i r"), "B": rearrange(up, "o r -> 1 r o")}
+    pair = {"A": rearrange(down, "... r i -> ... 1 i r"), "B": rearrange(up, "... o r -> ... 1 r o")}
     return adapter_keys(name, {key: tensor.contiguous() for key, tensor in pair.items()})
 
 
 def _pair(file: AdapterFile, name: str) -> tuple[Tensor, Tensor]:
-    """down (r, in) and up (out, r) of a layer with k = 1; the reverse of `_as_k_1`."""
+    """down (..., r, in) and up (..., out, r) of a layer with k = 1; the reverse of `_as_k_1`."""
     A, B, _, _ = layer_tensors(file, name)
-    return rearrange(A, "1 i r -> r i"), rearrange(B, "1 r o -> o r")
+    return rearrange(A, "... 1 i r -> ... r i"), rearrange(B, "... 1 r o -> ... o r")
 
 
 def _of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    if len(down) > rank:
+    if down.shape[-2] <= rank:
+        return *_padded(down, up, rank), 0.0
+    if down.dim() == 2:
         return functional.truncated(down.double(), up.double(), rank)
-    return *_padded(down, up, rank), 0.0
+    cut = [functional.truncated(one.double(), other.double(), rank) for one, other in zip(down, up, strict=True)]
+    norms = [functional.product_norm(one.double(), other.double()) for one, other in zip(down, up, strict=True)]
+    lost = math.hypot(*(error * norm for (*_, error), norm in zip(cut, norms, strict=True)))
+    return (
+        torch.stack([one for one, _, _ in cut]),
+        torch.stack([up for _, up, _ in cut]),
+        lost / (math.hypot(*norms) or 1),
+    )
 
 
 def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    missing = rank - len(down)
+    missing = rank - down.shape[-2]
     return F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gralora.config import GraloraConfig
 from gralora.files.atomic import write_atomically, write_folder
-from gralora.files.lora import is_experts, is_projection, tensors_beside
+from gralora.files.experts import is_experts
+from gralora.files.lora import is_projection, tensors_beside
 from gralora.files.own import FLOATS, GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in
 from gralora.files.shards import CONV1D_MODELS, DTYPES, INDEX, Checkpoint, Shard
 from gralora.layers.adapter import legal_k

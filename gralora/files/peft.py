@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gralora.config import GraloraConfig
 from gralora.files.atomic import write_folder
-from gralora.files.lora import is_projection, lora_pairs, packed, refuse_experts, tensors_beside, unpacked
+from gralora.files.experts import is_experts, refuse_experts, stacked, unstacked, unwrapped, wrapped
+from gralora.files.lora import is_projection, lora_pairs, packed, tensors_beside, unpacked
 from gralora.files.own import (
     LAYER_FIELDS,
     AdapterFile,
@@ -29,6 +30,7 @@ from gralora.files.own import (
     layer_keys,
     opened,
     out_in,
+    parse_json,
     read_json,
     unshared,
     write_tensors,
@@ -40,6 +42,8 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LARGEST_CONFIG = 2**24  # bytes
 REGEXES = 32
+EXPERTS = "gralora_parameters"
+"""In the weights' metadata: parameters of fused experts in the order of their modules, which PEFT's config does not tell."""
 DEEPEST = 200  # dots in a name
 
 HARMLESS = {
@@ -47,7 +51,7 @@ HARMLESS = {
     *("fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout"),
     *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
     *("revision", "target_modules", "task_type", "use_rslora", "corda_config", "eva_config", "lora_ga_config"),
-    *("init_lora_weights", "loftq_config"),
+    *("init_lora_weights", "loftq_config", "target_parameters"),
 }
 """Fields of PEFT's LoRA config that leave a trained adapter plain LoRA; any other that is set names a variant."""
 
@@ -92,19 +96,26 @@ def write_lora(file: AdapterFile, path: Path) -> None:
         )
     common = Counter((config.r, config.alpha) for config in file.configs.values()).most_common(1)
     r, alpha = common[0][0] if common else (1, 1)
+    experts = wrapped([name for name in file.configs if is_experts(file, name)])
     dropouts = {config.gralora_dropout for config in file.configs.values()}
     fields = {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
+        "lora_dropout": dropouts.pop() if len(dropouts) == 1 and not experts else 0.0,  # PEFT's experts take none
         "rank_pattern": {_exactly(name): c.r for name, c in file.configs.items() if c.r != r},
         "alpha_pattern": {_exactly(name): c.alpha for name, c in file.configs.items() if c.alpha != alpha},
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
     }
-    _write(file, path, fields, "lora_only", {**lora_pairs(file), **tensors_beside(file)}, attentions)
+    pairs = lora_pairs(file)
+    for inner, name in experts:
+        both = stacked(*(pairs.pop(join(name, f"lora_{letter}.weight")) for letter in "AB"))
+        pairs.update({join(inner, f"lora_{letter}.weight"): each for letter, each in zip("AB", both, strict=True)})
+    _write(
+        file, path, fields, "lora_only", {**pairs, **tensors_beside(file)}, attentions, [e.parameter for e in experts]
+    )
 
 
 def read_folder(path: Path) -> AdapterFile:
@@ -125,15 +136,15 @@ def read_folder(path: Path) -> AdapterFile:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in READERS:
         raise AdapterFileError(f"{path}: peft_type={kind!r} is not known; known are {', '.join(READERS)}.")
-    with opened(path / WEIGHTS) as (_, shapes, dtypes, get):
+    with opened(path / WEIGHTS) as (metadata, shapes, dtypes, get):
         # in full, `base_layer` and `modules_to_save` are PEFT's wrappers; `original_module` is the base's own
         wanted = [key for key in shapes if ".original_module." not in key and ".modules_to_save." not in key]
-        keys = {key.removeprefix(PREFIX).replace(".base_layer.", "."): key for key in wanted}
+        keys, experts = _without_wrappers(path, config, wanted, metadata)
         stripped = {key: shapes[full] for key, full in keys.items()}
         for key, full in keys.items():
             if _last(key.removesuffix(".weight")).startswith(("lora_", "gralora_")):
                 check_dtype(path, key, dtypes[full])
-        file, names = READERS[kind](path, config, stripped, lambda key: get(keys[key]))
+        file, names = READERS[kind](path, config, stripped, lambda key: get(keys[key]), experts)
         rest = [key for key in keys if key not in names]
         file.tensors.update({key: get(keys[key]) for key in rest})
     _sort_out(file, rest, config.get("modules_to_save") or [])
@@ -149,7 +160,33 @@ def read_folder(path: Path) -> AdapterFile:
 Loader = Callable[[str], Tensor]
 
 
-def _read_gralora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loader) -> tuple[AdapterFile, set[str]]:
+def _without_wrappers(
+    path: Path, config: Mapping[str, Any], keys: Iterable[str], metadata: Mapping[str, str]
+) -> tuple[dict[str, str], Collection[str]]:
+    """The file's keys by their names without PEFT's wrappers, and which parameters of fused experts are among these."""
+    bare = {key.removeprefix(PREFIX): key for key in keys}
+    parameters = config.get("target_parameters") or []
+    ordered = parse_json(path, f"the metadata {EXPERTS!r}", metadata.get(EXPERTS, "[]"))
+    if not all(isinstance(part, list) and all(isinstance(n, str) for n in part) for part in (parameters, ordered)):
+        raise AdapterFileError(f"{path}: target_parameters is no list of names.")
+    paths = [key.removesuffix(".lora_A.weight") for key in bare if key.endswith(".lora_A.weight")]
+    try:
+        found = unwrapped(paths, parameters, ordered)
+    except ValueError as error:
+        raise AdapterFileError(f"{path}: {error}") from error
+    result: dict[str, str] = {}
+    for name, key in bare.items():
+        inner = re.sub(r"\.lora_[AB]\.weight$", "", name)
+        renamed = name.replace(".base_layer.", ".") if inner not in found else found[inner] + name.removeprefix(inner)
+        if renamed in result:
+            raise AdapterFileError(f"{path}: {key} and {result[renamed]} are of one layer.")
+        result[renamed] = key
+    return result, set(found.values())
+
+
+def _read_gralora(
+    path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loader, experts: Collection[str]
+) -> tuple[AdapterFile, set[str]]:
     names = [key.rpartition(".")[0] for key in shapes if _last(key) == "gralora_A"]
     given = {field: config[field] for field in LAYER_FIELDS if field in config}
     configs = {name: layer_config(path, name, given) for name in names}
@@ -158,8 +195,11 @@ def _read_gralora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Lo
     return AdapterFile(configs, {key: get(key) for key in owned}, format="peft"), owned
 
 
-def _read_lora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loader) -> tuple[AdapterFile, set[str]]:
+def _read_lora(
+    path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loader, experts: Collection[str]
+) -> tuple[AdapterFile, set[str]]:
     _refuse_variants(path, config, shapes)
+    rank_of = _pattern(path, config.get("rank_pattern"), config.get("r", 8), "rank_pattern")
     alpha_of = _pattern(path, config.get("alpha_pattern"), config.get("lora_alpha", 8))
     configs, tensors, owned = {}, {}, set()
     base: dict[str, BaseWeight] = {}
@@ -173,13 +213,16 @@ def _read_lora(path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loade
             )
         if len(down) > 2:
             base[name] = BaseWeight((up[0], *down[1:]), "unknown", False, None, "convolution")
-        alpha, r = alpha_of(name), down[0]
+        alpha, r = alpha_of(name), rank_of(name) if name in experts else down[0]
+        if name in experts and (not isinstance(r, int) or r < 1 or down[0] % r or len(down) > 2):
+            raise AdapterFileError(f"{path}: {name!r} has lora_A of shape {down}, no multiple of its rank {r!r}.")
         fields = {"r": r, "alpha": alpha, "gralora_k": 1, "gralora_dropout": config.get("lora_dropout", 0.0)}
         configs[name] = layer_config(path, name, fields)
         if config.get("use_rslora"):  # its scaling is alpha / √r
             configs[name] = layer_config(path, name, {**fields, "alpha": configs[name].alpha * r**0.5})
         A, B = (get(key).flatten(1) for key in pair)
-        A, B = rearrange(A, "r i -> 1 i r"), rearrange(B, "o r -> 1 r o")
+        A, B = unstacked(A, B, r) if name in experts else (A, B)
+        A, B = rearrange(A, "... r i -> ... 1 i r"), rearrange(B, "... o r -> ... 1 r o")
         tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
         owned.update(pair)
     return unpacked(AdapterFile(configs, tensors, base=base, format="lora")), owned
@@ -208,10 +251,10 @@ def _refuse_variants(path: Path, config: Mapping[str, Any], shapes: Shapes) -> N
             )
 
 
-def _pattern(path: Path, patterns: Any, default: Any) -> Callable[[str], Any]:
-    """What PEFT's `alpha_pattern` says of a layer: the first pattern that matches the name, or its end after a dot."""
+def _pattern(path: Path, patterns: Any, default: Any, field: str = "alpha_pattern") -> Callable[[str], Any]:
+    """What a pattern of PEFT's says of a layer: the first that matches the name, or its end after a dot."""
     if not isinstance(patterns or {}, dict):
-        raise AdapterFileError(f"{path}: alpha_pattern is no JSON object.")
+        raise AdapterFileError(f"{path}: {field} is no JSON object.")
     plain: dict[str, tuple[int, Any]] = {}  # a name as it stands, "^" before it if it must be the whole
     regexes: list[tuple[re.Pattern[str], bool, tuple[int, Any]]] = []
     for position, (text, value) in enumerate((patterns or {}).items()):
@@ -219,11 +262,9 @@ def _pattern(path: Path, patterns: Any, default: Any) -> Callable[[str], Any]:
         if re.fullmatch(r"\^?[\w.\-]+", bare):
             plain.setdefault(bare, (position, value))
         else:
-            regexes.append((_trusted(path, text), text.startswith("^"), (position, value)))
+            regexes.append((_trusted(path, text, field), text.startswith("^"), (position, value)))
     if len(regexes) > REGEXES:
-        raise AdapterFileError(
-            f"{path}: alpha_pattern holds {len(regexes)} regular expressions; up to {REGEXES} are read."
-        )
+        raise AdapterFileError(f"{path}: {field} holds {len(regexes)} regular expressions; up to {REGEXES} are read.")
 
     def value_of(name: str) -> Any:
         parts = name.split(".")
@@ -239,14 +280,14 @@ def _pattern(path: Path, patterns: Any, default: Any) -> Callable[[str], Any]:
     return value_of
 
 
-def _trusted(path: Path, text: str) -> re.Pattern[str]:
+def _trusted(path: Path, text: str, field: str) -> re.Pattern[str]:
     """A stranger's regular expression, refused if it could take for ever."""
     if len(text) > 500 or re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > 2:
-        raise AdapterFileError(f"{path}: alpha_pattern holds {text[:80]!r}, too complex an expression to be trusted.")
+        raise AdapterFileError(f"{path}: {field} holds {text[:80]!r}, too complex an expression to be trusted.")
     try:
         return re.compile(text.removeprefix("^").removesuffix("$"))
     except re.error as error:
-        raise AdapterFileError(f"{path}: alpha_pattern holds an illegal expression: {error}.") from error
+        raise AdapterFileError(f"{path}: {field} holds an illegal expression: {error}.") from error
 
 
 def _sort_out(file: AdapterFile, keys: Iterable[str], saved: Any) -> None:
@@ -272,15 +313,18 @@ def _write(
     some_biases: str,
     tensors: Mapping[str, Tensor],
     attentions: Collection[str] = (),
+    experts: Collection[str] = (),
 ) -> None:
-    """Write a folder. `attentions` are layers that belong to a target, and are none of their own."""
-    if "" in file.configs:
+    """Write a folder. `attentions` are layers that belong to a target, `experts` parameters: no targets of their own."""
+    if "" in file.configs or any("." not in name for name in experts):
         raise ValueError(
-            "the model itself is the adapted layer; PEFT can't name that. Put it into a module, and inject there."
+            "the model itself is the adapted layer, or holds it as a parameter; PEFT can't name that. Put it into a module, and "
+            "inject there."
         )
     adapted = {join(name, "bias") for name in file.configs}
     bias = "none" if not file.biases else some_biases if adapted.issuperset(file.biases) else "all"
-    layouts = {file.base[name].fan_in_fan_out for name in file.configs if name in file.base}
+    layers = [name for name in file.configs if name not in experts]
+    layouts = {file.base[name].fan_in_fan_out for name in layers if name in file.base}
     config = {
         **fields,
         "base_model_name_or_path": file.base_name,
@@ -288,13 +332,16 @@ def _write(
         "fan_in_fan_out": layouts == {True},
         "inference_mode": True,
         "modules_to_save": _named_by_end(file.modules_to_save, file.module_names) or None,
-        "target_modules": _target_modules([n for n in file.configs if n not in attentions], file.module_names),
+        "target_modules": _target_modules([n for n in layers if n not in attentions], file.module_names),
         "task_type": None,
+        **({"target_parameters": list(experts)} if experts else {}),
     }
     renamed = {PREFIX + _renamed(key, adapted, attentions): tensor for key, tensor in unshared(tensors).items()}
 
     def write(folder: Path) -> None:
-        write_tensors(renamed, folder / WEIGHTS, {"format": "pt"})
+        write_tensors(
+            renamed, folder / WEIGHTS, {"format": "pt", **({EXPERTS: json.dumps(list(experts))} if experts else {})}
+        )
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     write_folder(path, write, keep_others=True)

@@ -13,6 +13,7 @@ from gralora.files.checkpoint import load_adapter, save_adapter, to_lora
 from gralora.files.own import AdapterFileError
 from gralora.layers.base import GraloraLayer, delta_weight
 from gralora.layers.convolution import GraloraConv
+from gralora.layers.embedding import GraloraEmbedding
 from gralora.layers.kinds import adapted_class
 from gralora.layers.linear import GraloraConv1D, GraloraLinear
 from gralora.model.combine import combine
@@ -43,6 +44,7 @@ __all__ = [
     "GraloraConfig",
     "GraloraConv",
     "GraloraConv1D",
+    "GraloraEmbedding",
     "GraloraLayer",
     "GraloraLinear",
     "UnknownAdapterError",

@@ -26,6 +26,9 @@ class GraloraConfig:
         fan_in_fan_out: accepted from users of PEFT; the layout is read off each layer.
         bias: biases trained with the adapter: "none", "all", or "gralora_only" (those of adapted layers).
         modules_to_save: names of modules trained whole and saved with the adapter, such as a new head.
+        trainable_token_indices: tokens whose rows of the embedding are trained whole, and saved with the adapter: a list, for
+            the model's input embedding, or a mapping from an embedding's name to a list. Held as tuples.
+        ensure_weight_tying: layers that share one weight, such as an embedding and its head, share one adapter.
         init_weights: True: B is zero, the model's output unchanged. False: B random too, for tests.
 
     Raises:
@@ -43,6 +46,8 @@ class GraloraConfig:
     bias: str = "none"
     modules_to_save: tuple[str, ...] | None = None
     init_weights: bool = True
+    trainable_token_indices: Any = None
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("r", 1), ("hybrid_r", 0), ("gralora_k", 1)):
@@ -69,6 +74,9 @@ class GraloraConfig:
             raise TypeError(f"fan_in_fan_out={self.fan_in_fan_out!r} is not legal: it must be None, True or False.")
         if not isinstance(self.init_weights, bool):
             raise TypeError(f"init_weights={self.init_weights!r} is not legal: it must be True or False.")
+        if not isinstance(self.ensure_weight_tying, bool):
+            raise TypeError(f"ensure_weight_tying={self.ensure_weight_tying!r} is not legal: it must be True or False.")
+        self._set("trainable_token_indices", _tokens(self.trainable_token_indices))
         self._set("target_modules", _names("target_modules", self.target_modules, may_be_regex=True))
         self._set("exclude_modules", _names("exclude_modules", self.exclude_modules, may_be_regex=True))
         self._set("modules_to_save", _names("modules_to_save", self.modules_to_save, may_be_regex=False))
@@ -117,3 +125,22 @@ def _names(name: str, value: Any, *, may_be_regex: bool) -> str | tuple[str, ...
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
         raise TypeError(f"{name}={value!r} is not legal: it must be {forms}.")
     return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+
+
+def _tokens(value: Any) -> Any:
+    """Indices as tuples: of one embedding, or as pairs (name, indices)."""
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        value = tuple(value.items())
+    rule = "it must be a list of token indices, or a mapping from names of embeddings to such lists"
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError(f"trainable_token_indices={value!r} is not legal: {rule}, and not empty.")
+    if all(isinstance(each, (list, tuple)) and len(each) == 2 and isinstance(each[0], str) for each in value):
+        return tuple((name, _tokens(list(indices))) for name, indices in value)
+    if any(isinstance(index, bool) or not hasattr(index, "__index__") or index < 0 for index in value):
+        raise TypeError(f"trainable_token_indices={value!r} is not legal: {rule}, from 0 on.")
+    indices = tuple(operator.index(index) for index in value)
+    if len(set(indices)) != len(indices):
+        raise ValueError("trainable_token_indices names a token twice.")
+    return indices

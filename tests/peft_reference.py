@@ -19,8 +19,8 @@ from gralora.layers.base import gralora_layers
 
 
 def peft_config(config: GraloraConfig, targets: list[str] | str) -> peft.GraloraConfig:
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    fields.pop("exclude_modules")
+    known = {f.name for f in dataclasses.fields(peft.GraloraConfig)}
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in known}
     fields["fan_in_fan_out"] = False
     if fields["modules_to_save"]:
         fields["modules_to_save"] = list(fields["modules_to_save"])

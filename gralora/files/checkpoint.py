@@ -25,17 +25,19 @@ from gralora.files.own import (
     layer_shapes,
 )
 from gralora.files.peft import LORA, PEFT
+from gralora.files.tokens import token_modules
 from gralora.layers.adapter import GraloraAdapter, check_adapter_name
 from gralora.layers.base import GraloraLayer, Spot, gralora_layers
 from gralora.layers.class_change import join
 from gralora.layers.pending import set_trained
 from gralora.model.inject import Plan, install
 from gralora.model.record import vanished
-from gralora.model.saved import bias_swaps, is_bias, saved_modules, units
+from gralora.model.saved import SavedModule, bias_swaps, is_bias, saved_modules, units
 from gralora.model.state import all_or_nothing, check_known, known_adapters, named_adapter_parameters
 from gralora.model.state_dict import adapter_state_dict, live_tensors, load_adapter_state_dict, torn
 from gralora.model.statistics import moved_buffers
 from gralora.model.targets import Names, Target, nearest, shorten, unfit
+from gralora.model.tokens import check_tokens
 
 FORMATS: dict[str, Format] = {"gralora": GRALORA, "peft": PEFT, "lora": LORA}
 """The table of file formats, by the name that `save_adapter` takes; the first that matches reads."""
@@ -139,12 +141,16 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
     return AdapterFile(
         tensors=tensors,
         configs={name: layer.gralora_adapters[adapter_name].config for name, layer in layers},
-        modules_to_save=[name for name, saved in saved_modules(model) if adapter_name in saved.gralora_saved],
+        modules_to_save=[name for name, saved in saved_modules(model) if _has_own(saved, adapter_name)],
         biases=[key for key, _, swap in bias_swaps(model) if adapter_name in swap.names],
         base={name: _base_of(layer.spot) for name, layer in layers},
         module_names=[name for name, _ in named_modules(model) if "gralora_" not in name],
         base_name=origin if isinstance(origin, str) and origin else None,
     )
+
+
+def _has_own(saved: SavedModule, adapter_name: str) -> bool:
+    return adapter_name in saved.gralora_saved and bool(saved.gralora_saved[adapter_name].state_dict())
 
 
 def _check_shapes(layers: list[tuple[str, GraloraLayer]], adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -249,7 +255,12 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
                 )
             dtypes[name] = tensor.dtype
         targets.append(Target(name, spot, config))
-    saved = {unit: m for name in file.modules_to_save for unit, m in units(module_at(name), name)}
+    rows = token_modules(file)
+    whole = [name for name in file.modules_to_save if name not in rows]
+    saved = {unit: m for name in whole for unit, m in units(module_at(name), name)}
+    tokens = {name: (module_at(name), indices) for name, indices in rows.items()}
+    for name, (module, indices) in tokens.items():
+        check_tokens(name, module, indices, "any")
     biases = {}
     for key in file.biases:
         owner = module_at(key.rpartition(".")[0])
@@ -258,7 +269,8 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
             raise AdapterFileError(f"the file holds {key!r}, which is no bias of this model.")
         biases[key] = owner, parameter
     parameters = {join(name, key): p for name, unit in saved.items() for key, p in unit.named_parameters()}
-    return Plan(targets, saved, biases, dtypes, reset=False, tied=not torn(parameters, file.tensors))
+    tied = not torn(parameters, file.tensors)
+    return Plan(targets, saved, biases, dtypes, reset=False, tied=tied, tokens=tokens)
 
 
 def _base_of(spot: Spot) -> BaseWeight:

@@ -124,6 +124,10 @@ def unpacked(file: AdapterFile) -> AdapterFile:
     return file
 
 
+def is_embedding(file: AdapterFile, name: str) -> bool:
+    return name in file.base and file.base[name].kind == "embedding"
+
+
 def is_projection(file: AdapterFile, name: str) -> bool:
     return name in file.base and file.base[name].kind == "attention"
 

@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gralora.config import GraloraConfig
 from gralora.files.atomic import write_atomically, write_folder
 from gralora.files.experts import is_experts
-from gralora.files.lora import is_projection, tensors_beside
+from gralora.files.lora import is_embedding, is_projection, tensors_beside
 from gralora.files.own import FLOATS, GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in
 from gralora.files.shards import CONV1D_MODELS, DTYPES, INDEX, Checkpoint, Shard
+from gralora.files.tokens import token_modules
 from gralora.layers.adapter import legal_k
 from gralora.layers.attention import PACKED, third
 from gralora.layers.class_change import join
@@ -29,6 +31,7 @@ from gralora.model.extract import difference, fitted
 from gralora.model.merge import write_merged
 from gralora.model.state import adapter_keys
 from gralora.model.targets import nearest
+from gralora.model.tokens import ROWS
 
 WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -81,6 +84,7 @@ class _Merging:
         stored, rename = _places(file, checkpoint)
         self.checkpoint, self.file = checkpoint, file
         self.maps: dict[str, list[str]] = {}
+        _check_tied(checkpoint, file)
         for name, key in stored.items():
             self.maps.setdefault(rename(key), []).append(name)
         self.layouts = {n: _check_layer(checkpoint, key, file, n) for key, names in self.maps.items() for n in names}
@@ -246,10 +250,31 @@ def _check_layer(checkpoint: Checkpoint, key: str, file: AdapterFile, name: str)
     )
 
 
+def _check_tied(checkpoint: Checkpoint, file: AdapterFile) -> None:
+    """Raise ValueError where the embedding's weight is the head's as well, and the adapter is of the embedding alone."""
+    embeddings = [name for name in file.configs if is_embedding(file, name)]
+    if embeddings and checkpoint.tied:
+        raise ValueError(
+            f"{checkpoint.path} ties its head to an embedding (tie_word_embeddings in config.json): with the adapter of "
+            f"{embeddings[0]!r} in it, the head would change as well. Merge in memory, and save with "
+            "config.tie_word_embeddings = False."
+        )
+
+
 def _replaced(file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]) -> dict[str, Tensor]:
     """Biases and saved modules, under the checkpoint's names and, where they are there, in its types."""
-    result = {}
-    for key, tensor in tensors_beside(file).items():
+    result, rows = {}, token_modules(file)
+    for module, tokens in rows.items():
+        name = rename(join(module, "weight"))
+        if name not in checkpoint.where:
+            raise ValueError(f"{checkpoint.path} lacks {name}, of which the adapter trains tokens.")
+        weight, _ = checkpoint.where[name].read(name)
+        if max(tokens) >= len(weight):
+            raise ValueError(f"{name} has {len(weight)} tokens, and the adapter trains token {max(tokens)}.")
+        own = file.tensors[join(module, ROWS)].to(weight.dtype)
+        result[name] = weight.index_copy(0, torch.tensor(tokens), own)
+    beside = [key for key in tensors_beside(file) if key.rpartition(".")[0] not in rows]
+    for key, tensor in ((key, file.tensors[key]) for key in beside):
         name = rename(key)
         if name in checkpoint.where:
             entry = checkpoint.entry(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import warnings
@@ -16,7 +17,7 @@ from torch import Tensor
 from gralora.config import GraloraConfig
 from gralora.files.atomic import write_folder
 from gralora.files.experts import is_experts, refuse_experts, stacked, unstacked, unwrapped, wrapped
-from gralora.files.lora import is_projection, lora_pairs, packed, tensors_beside, unpacked
+from gralora.files.lora import is_embedding, is_projection, lora_pairs, packed, tensors_beside, unpacked
 from gralora.files.own import (
     LAYER_FIELDS,
     AdapterFile,
@@ -35,25 +36,28 @@ from gralora.files.own import (
     unshared,
     write_tensors,
 )
+from gralora.files.patterns import pattern
+from gralora.files.tokens import for_peft, from_peft
 from gralora.layers.class_change import join
 from gralora.model.state import adapter_keys
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LARGEST_CONFIG = 2**24  # bytes
-REGEXES = 32
 EXPERTS = "gralora_parameters"
 """In the weights' metadata: parameters of fused experts in the order of their modules, which PEFT's config does not tell."""
-DEEPEST = 200  # dots in a name
 
 HARMLESS = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules"),
     *("fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout"),
     *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
     *("revision", "target_modules", "task_type", "use_rslora", "corda_config", "eva_config", "lora_ga_config"),
-    *("init_lora_weights", "loftq_config", "target_parameters"),
+    *("init_lora_weights", "loftq_config", "target_parameters", "trainable_token_indices"),
 }
 """Fields of PEFT's LoRA config that leave a trained adapter plain LoRA; any other that is set names a variant."""
+
+PAIRS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+"""Ends of the keys of plain LoRA."""
 
 PLAIN_INITS = (True, False, None, "true", "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base weights alone."""
@@ -110,6 +114,9 @@ def write_lora(file: AdapterFile, path: Path) -> None:
         "use_dora": False,
     }
     pairs = lora_pairs(file)
+    for name in [name for name in file.configs if is_embedding(file, name)]:  # PEFT's is the transposed map
+        down, up = (pairs.pop(join(name, f"lora_{letter}.weight")) for letter in "AB")
+        pairs.update(dict(zip(_embedding_keys(name), (up.mT.contiguous(), down.mT.contiguous()), strict=True)))
     for inner, name in experts:
         both = stacked(*(pairs.pop(join(name, f"lora_{letter}.weight")) for letter in "AB"))
         pairs.update({join(inner, f"lora_{letter}.weight"): each for letter, each in zip("AB", both, strict=True)})
@@ -145,9 +152,18 @@ def read_folder(path: Path) -> AdapterFile:
             if _last(key.removesuffix(".weight")).startswith(("lora_", "gralora_")):
                 check_dtype(path, key, dtypes[full])
         file, names = READERS[kind](path, config, stripped, lambda key: get(keys[key]), experts)
-        rest = [key for key in keys if key not in names]
+        embeddings = {
+            join(name, "weight") for name in file.configs if is_embedding(file, name)
+        }  # PEFT adds the base's own
+        rest = [key for key in keys if key not in names | embeddings]
+        for key in embeddings & keys.keys():
+            name, weight = key.rpartition(".")[0], get(keys[key])
+            file.base[name] = BaseWeight.of(weight.dtype, file.base[name].shape, False, weight, "embedding")
         file.tensors.update({key: get(keys[key]) for key in rest})
+    tokens = from_peft(file, config)
+    rest = [key for key in rest if key in file.tensors]
     _sort_out(file, rest, config.get("modules_to_save") or [])
+    file.modules_to_save += tokens
     base_name = config.get("base_model_name_or_path")
     layout = config.get("fan_in_fan_out")
     if isinstance(layout, bool):  # all that a folder says of the weights beneath
@@ -199,18 +215,21 @@ def _read_lora(
     path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loader, experts: Collection[str]
 ) -> tuple[AdapterFile, set[str]]:
     _refuse_variants(path, config, shapes)
-    rank_of = _pattern(path, config.get("rank_pattern"), config.get("r", 8), "rank_pattern")
-    alpha_of = _pattern(path, config.get("alpha_pattern"), config.get("lora_alpha", 8))
+    rank_of = pattern(path, config.get("rank_pattern"), config.get("r", 8), "rank_pattern")
+    alpha_of = pattern(path, config.get("alpha_pattern"), config.get("lora_alpha", 8))
     configs, tensors, owned = {}, {}, set()
     base: dict[str, BaseWeight] = {}
-    for key in [key for key in shapes if key.endswith("lora_A.weight")]:
-        name = key.removesuffix("lora_A.weight").removesuffix(".")
-        pair = [join(name, f"lora_{letter}.weight") for letter in "AB"]
+    for key in [key for key in shapes if key.endswith(("lora_A.weight", "lora_embedding_A"))]:
+        embedding = key.endswith("lora_embedding_A")
+        name = re.sub(r"\.?lora_(A\.weight|embedding_A)$", "", key)
+        pair = _embedding_keys(name) if embedding else [join(name, f"lora_{letter}.weight") for letter in "AB"]
         down, up = (shapes.get(each, ()) for each in pair)
         if len(down) < 2 or 0 in down + up or len(up) != len(down) or down[0] != up[1] or set(up[2:]) - {1}:
             raise AdapterFileError(
                 f"{path}: {name!r} has lora_A of shape {down} and lora_B of {up}: no pair of matrices or of kernels."
             )
+        if embedding:
+            base[name] = BaseWeight((down[1], up[0]), "unknown", False, None, "embedding")
         if len(down) > 2:
             base[name] = BaseWeight((up[0], *down[1:]), "unknown", False, None, "convolution")
         alpha, r = alpha_of(name), rank_of(name) if name in experts else down[0]
@@ -221,7 +240,7 @@ def _read_lora(
         if config.get("use_rslora"):  # its scaling is alpha / √r
             configs[name] = layer_config(path, name, {**fields, "alpha": configs[name].alpha * r**0.5})
         A, B = (get(key).flatten(1) for key in pair)
-        A, B = unstacked(A, B, r) if name in experts else (A, B)
+        A, B = unstacked(A, B, r) if name in experts else (B.mT, A.mT) if embedding else (A, B)
         A, B = rearrange(A, "... r i -> ... 1 i r"), rearrange(B, "... o r -> ... 1 r o")
         tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
         owned.update(pair)
@@ -245,49 +264,8 @@ def _refuse_variants(path: Path, config: Mapping[str, Any], shapes: Shapes) -> N
             "not the whole update. Let PEFT convert it: save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     for key in shapes:
-        if "lora_" in _last(key.removesuffix(".weight")) and not key.endswith(("lora_A.weight", "lora_B.weight")):
-            raise AdapterFileError(
-                f"{path}: {key} belongs to a variant of LoRA, or to an embedding; neither can be read."
-            )
-
-
-def _pattern(path: Path, patterns: Any, default: Any, field: str = "alpha_pattern") -> Callable[[str], Any]:
-    """What a pattern of PEFT's says of a layer: the first that matches the name, or its end after a dot."""
-    if not isinstance(patterns or {}, dict):
-        raise AdapterFileError(f"{path}: {field} is no JSON object.")
-    plain: dict[str, tuple[int, Any]] = {}  # a name as it stands, "^" before it if it must be the whole
-    regexes: list[tuple[re.Pattern[str], bool, tuple[int, Any]]] = []
-    for position, (text, value) in enumerate((patterns or {}).items()):
-        bare = re.sub(r"\\([.\-])", r"\1", text).removesuffix("$")
-        if re.fullmatch(r"\^?[\w.\-]+", bare):
-            plain.setdefault(bare, (position, value))
-        else:
-            regexes.append((_trusted(path, text, field), text.startswith("^"), (position, value)))
-    if len(regexes) > REGEXES:
-        raise AdapterFileError(f"{path}: {field} holds {len(regexes)} regular expressions; up to {REGEXES} are read.")
-
-    def value_of(name: str) -> Any:
-        parts = name.split(".")
-        if len(parts) > DEEPEST:
-            raise AdapterFileError(f"{path}: {name[:80]!r}... is nested too deep for a name of a module.")
-        ends = [".".join(parts[start:]) for start in range(len(parts))]
-        found = [plain[each] for each in (f"^{name}", *ends) if each in plain]
-        for regex, whole, rule in regexes:
-            if any(regex.fullmatch(end) for end in (ends[:1] if whole else ends)):
-                found.append(rule)
-        return min(found, key=lambda rule: rule[0])[1] if found else default
-
-    return value_of
-
-
-def _trusted(path: Path, text: str, field: str) -> re.Pattern[str]:
-    """A stranger's regular expression, refused if it could take for ever."""
-    if len(text) > 500 or re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > 2:
-        raise AdapterFileError(f"{path}: {field} holds {text[:80]!r}, too complex an expression to be trusted.")
-    try:
-        return re.compile(text.removeprefix("^").removesuffix("$"))
-    except re.error as error:
-        raise AdapterFileError(f"{path}: {field} holds an illegal expression: {error}.") from error
+        if "lora_" in _last(key.removesuffix(".weight")) and not key.endswith(PAIRS):
+            raise AdapterFileError(f"{path}: {key} belongs to a variant of LoRA; only plain LoRA can be read.")
 
 
 def _sort_out(file: AdapterFile, keys: Iterable[str], saved: Any) -> None:
@@ -321,6 +299,7 @@ def _write(
             "the model itself is the adapted layer, or holds it as a parameter; PEFT can't name that. Put it into a module, and "
             "inject there."
         )
+    file, tokens = for_peft(dataclasses.replace(file, tensors=dict(tensors)))
     adapted = {join(name, "bias") for name in file.configs}
     bias = "none" if not file.biases else some_biases if adapted.issuperset(file.biases) else "all"
     layers = [name for name in file.configs if name not in experts]
@@ -335,8 +314,9 @@ def _write(
         "target_modules": _target_modules([n for n in layers if n not in attentions], file.module_names),
         "task_type": None,
         **({"target_parameters": list(experts)} if experts else {}),
+        **({"trainable_token_indices": tokens} if tokens else {}),
     }
-    renamed = {PREFIX + _renamed(key, adapted, attentions): tensor for key, tensor in unshared(tensors).items()}
+    renamed = {PREFIX + _renamed(key, adapted, attentions): tensor for key, tensor in unshared(file.tensors).items()}
 
     def write(folder: Path) -> None:
         write_tensors(
@@ -373,6 +353,10 @@ def _named_by_end(saved: list[str], names: list[str]) -> list[str]:
             'Rename the module, or save with format="gralora".'
         )
     return saved
+
+
+def _embedding_keys(name: str) -> list[str]:
+    return [join(name, f"lora_embedding_{letter}") for letter in "AB"]
 
 
 def _exactly(name: str) -> str:

@@ -100,6 +100,7 @@ class Checkpoint:
     shards: list[Shard]
     index: dict[str, Any] | None = None
     model_type: str | None = None
+    tied: bool = False
     where: dict[str, Shard] = field(default_factory=dict)
 
     @classmethod
@@ -117,6 +118,7 @@ class Checkpoint:
                 raise ValueError(f"{path} is no checkpoint: it holds neither {INDEX} nor model.safetensors.")
             config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
             result = cls(path, [Shard.open(path / name) for name in names], index, config.get("model_type"))
+            result.tied = bool(config.get("tie_word_embeddings"))
         result.where = {key: shard for shard in result.shards for key in shard.entries}
         return result
 

@@ -189,7 +189,7 @@ class GraloraAdapter(nn.Module):
             update: computes it, where the map is no matrix, from x, the tensors, the scaling and the dropout.
         """
         tensors, scaling, dropout = self.arguments(weight)
-        x = x.to(self.A.dtype)
+        x = x.to(self.A.dtype) if x.is_floating_point() else x
         if update is not None:
             return update(x, tensors, scaling, dropout)
         if type(self.A) is not nn.Parameter and is_spread(self.A):

@@ -74,8 +74,8 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         """Whether the base class computes what its kind does, and nothing else."""
         raise NotImplementedError
 
-    def probe(self, generator: torch.Generator) -> Tensor:
-        """A small input that the layer takes."""
+    def probe(self, generator: torch.Generator) -> Tensor | None:
+        """A small input that the layer takes; None where its forward can't differ from merging."""
         return torch.randn(4, self.sizes(self, "")[0], generator=generator)
 
     @classmethod

@@ -11,16 +11,37 @@ from gralora.layers.attention import Projection
 from gralora.layers.base import GraloraLayer, Spot
 from gralora.layers.class_change import made_class
 from gralora.layers.convolution import GraloraConv
+from gralora.layers.embedding import GraloraEmbedding
 from gralora.layers.experts import ExpertWeights
 from gralora.layers.in_place import InPlaceLayer
 from gralora.layers.linear import GraloraConv1D, GraloraLinear
 
-KINDS: list[type[GraloraLayer]] = [GraloraLinear, GraloraConv1D, GraloraConv, Projection, ExpertWeights]
+KINDS: list[type[GraloraLayer]] = [
+    GraloraLinear,
+    GraloraConv1D,
+    GraloraEmbedding,
+    GraloraConv,
+    Projection,
+    ExpertWeights,
+]
 
 ADAPTABLE = (
-    "nn.Linear, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d and their subclasses, GPT-2's Conv1D, and 3-D "
-    "parameters of fused experts"
+    "nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d and their subclasses, GPT-2's Conv1D, and "
+    "3-D parameters of fused experts"
 )
+
+REFUSED: dict[type[nn.Module], str] = {
+    nn.EmbeddingBag: "its bags are summed in C++, where no look-up of an adapter can come between; use nn.Embedding and a sum",
+    nn.Bilinear: "it multiplies two inputs, and has no one input that a pair A, B could take",
+    nn.RNNBase: "its weights are read by kernels that run over all time steps at once, whose inputs nobody sees",
+    nn.RNNCellBase: "its two weights are read by one kernel, and their outputs are never seen apart",
+}
+"""Layers that people ask for and that can't be adapted, with the reason."""
+
+
+def why_refused(module: nn.Module) -> str | None:
+    """Why a module that holds weights can't be adapted, where there is more to say than that it can't."""
+    return next((reason for cls, reason in REFUSED.items() if isinstance(module, cls)), None)
 
 
 def kind_of(cls: type[nn.Module]) -> type[GraloraLayer] | None:

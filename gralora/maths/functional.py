@@ -53,6 +53,44 @@ def gralora_update(
     return y * scaling
 
 
+def gralora_rows(
+    rows: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    padding: int | None = None,
+) -> Tensor:
+    """Rows of ΔW, without ΔW: what the adapter of an embedding adds for the tokens `rows`.
+
+        ΔW[n, i] = scaling * B[j][i*s:(i+1)*s, n mod o] @ A[i][:, j*s:(j+1)*s]ᵀ        j = n div o, the block row of token n
+
+    Args:
+        rows: integers (...), below k * o.
+        dropout: probability that a token, the input of this map, is dropped.
+        padding: a row that gets no gradient.
+
+    Returns:
+        (..., in).
+    """
+    block, column = rows // B.shape[2], rows % B.shape[2]
+
+    def chosen(found: Tensor) -> Tensor:
+        found = found if padding is None else torch.where((rows == padding)[..., None], found.detach(), found)
+        return found * dropped(found.new_ones(rows.shape), dropout)[..., None] if dropout else found
+
+    up = rearrange(chosen(B[block, :, column]), "... (i s) -> ... i s", i=len(A))
+    here = (block[..., None] == torch.arange(len(B), device=rows.device)).to(up.dtype)
+    z = rearrange(einsum(up, here, "... i s, ... j -> ... i j s"), "... i j s -> ... i (j s)")
+    y = rearrange(einsum(z, A, "... i r, i m r -> ... i m"), "... i m -> ... (i m)")
+    if A_general is not None and B_general is not None:
+        y = y + chosen(B_general[rows]) @ A_general
+    return y * scaling
+
+
 def delta_weight(
     A: Tensor,
     B: Tensor,

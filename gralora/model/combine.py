@@ -20,10 +20,11 @@ from gralora.maths.functional import Tensors
 from gralora.model.control import weights_of
 from gralora.model.extract import fill, widened
 from gralora.model.inject import Plan, install
-from gralora.model.saved import bias_swaps, saved_modules
+from gralora.model.saved import bias_swaps, saved_modules, token_modules
 from gralora.model.state import all_or_nothing, check_known, check_new
 from gralora.model.state_dict import adapter_state_dict, load_adapter_state_dict
 from gralora.model.targets import Target
+from gralora.model.tokens import tied_to
 
 HOW = ("exact", "svd")
 
@@ -85,7 +86,13 @@ class _Layer(NamedTuple):
 
 
 def _plan(model: nn.Module, layers: Mapping[str, _Layer], names: Collection[str]) -> Plan:
-    saved = {path: m for path, m in saved_modules(model) if any(name in m.gralora_saved for name in names)}
+    tokens = {path: own for name in names for path, own in token_modules(model, name).items()}
+    follow = {id(tied) for module, _ in tokens.values() for tied in tied_to(model, module)}
+    saved = {
+        path: m
+        for path, m in saved_modules(model)
+        if any(name in m.gralora_saved for name in names) and path not in tokens and id(m) not in follow
+    }
     swaps = [(key, owner, swap) for key, owner, swap in bias_swaps(model) if any(name in swap.names for name in names)]
     return Plan(
         [Target(path, each.layer.spot, each.config) for path, each in layers.items()],
@@ -93,6 +100,7 @@ def _plan(model: nn.Module, layers: Mapping[str, _Layer], names: Collection[str]
         {key: (owner, swap.parameter) for key, owner, swap in swaps},
         {path: reduce(torch.promote_types, (a.A.dtype for a, _ in each.parts)) for path, each in layers.items()},
         reset=False,
+        tokens=tokens,
     )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gralora.config import GraloraConfig
 from gralora.engines.distributed import check_unwrapped
 from gralora.engines.offload import is_offloaded
 from gralora.engines.walk import modules
+from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own, join, restore_class, thaw_own
 from gralora.model.record import forget, record
@@ -39,6 +41,7 @@ from gralora.model.state import (
 )
 from gralora.model.statistics import keep_still, let_move
 from gralora.model.targets import Names, Target, Targets, nearest, resolve
+from gralora.model.tokens import TiedRows, TokenRows, tied_to, wanted_tokens
 
 NESTED = "_gralora_use_nested_tensor"
 
@@ -53,6 +56,7 @@ class Plan:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     reset: bool = True
     tied: bool = True
+    tokens: dict[str, tuple[nn.Module, tuple[int, ...]]] = field(default_factory=dict)
 
 
 def inject(
@@ -85,6 +89,7 @@ def inject(
     found = resolve(model, targets, config, names)
     configs = list(dict.fromkeys([*(t.config for t in found), *([config] if config else [])]))
     plan = Plan(found, _saved_units(model, configs, names))
+    plan.tokens = _tokens(model, configs, names)
     plan.biases = _biases(plan, configs, names)
     if dtype is not None:
         plan.dtypes = {t.name: dtype for t in found}
@@ -107,7 +112,8 @@ def install(
     first = not known_adapters(model)
     trainable = first if trainable is None else trainable
     check_units(model, plan.saved, [t.spot.module for t in plan.targets])
-    adapters = [t.spot.new_adapter(t.config, plan.dtypes.get(t.name), reset=plan.reset) for t in plan.targets]
+    rows = _token_rows(model, plan)
+    adapters = _adapters(plan)
     copies = copies_of(plan.saved.values(), tied=plan.tied)
     shared: dict[int, nn.Parameter] = {}
     bases = [base_bias(owner, parameter) for owner, parameter in plan.biases.values()]
@@ -121,16 +127,66 @@ def install(
             spot.kind.attach(spot.module, spot.part).gralora_adapters.add(adapter_name, adapter)
         for unit, replica in zip(plan.saved.values(), copies, strict=True):
             add_copy(unit, adapter_name, replica)
+        for unit, own in rows:
+            add_copy(unit, adapter_name, own)
         for (owner, parameter), bias in zip(plan.biases.values(), biases, strict=True):
             add_bias(owner, parameter, adapter_name, bias)
         _keep_nested_tensors_out(model)
         keep_still(model)
-        record(model, adapter_name, [*(t.name for t in plan.targets), *plan.saved, *plan.biases])
+        record(model, adapter_name, [*(t.name for t in plan.targets), *plan.saved, *plan.tokens, *plan.biases])
         if first:
             activate(model, {adapter_name: 1.0}, trained=[adapter_name] if trainable else ())
         else:
             for trained in named_adapter_parameters(model, adapter_name).values():
                 trained.requires_grad_(trainable)
+
+
+def _adapters(plan: Plan) -> list[GraloraAdapter]:
+    """One for each target; one for several where they share a weight and `ensure_weight_tying` is set."""
+    shared: dict[tuple[int, tuple[int, int]], GraloraAdapter] = {}
+    result = []
+    for target in plan.targets:
+        key = id(target.spot.weight), target.spot.sizes
+        own = shared.get(key) if target.config.ensure_weight_tying else None
+        if own is None:
+            own = target.spot.new_adapter(target.config, plan.dtypes.get(target.name), reset=plan.reset)
+        shared[key] = own
+        result.append(own)
+    return result
+
+
+def _tokens(
+    model: nn.Module, configs: list[GraloraConfig], names: Names
+) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    known = {name: module for _, its, module in names for name in its}
+    found: dict[str, tuple[nn.Module, tuple[int, ...]]] = {}
+    for wanted in dict.fromkeys(c.trainable_token_indices for c in configs if c.trainable_token_indices is not None):
+        for name, tokens in wanted_tokens(model, wanted, known).items():
+            found[name] = known[name], tokens
+    unique = {id(module): name for name, (module, _) in reversed(found.items())}
+    return {name: found[name] for name in found if name in unique.values()}
+
+
+def _token_rows(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, TokenRows]]:
+    """The rows of every embedding whose tokens are trained, and of what is tied to it."""
+    adapted = {id(t.spot.module): t.name for t in plan.targets}
+    adapted.update({id(layer): path for path, layer in gralora_layers(model)})
+    whole = {id(m) for unit in plan.saved.values() for m in modules(unit)}
+    result: list[tuple[nn.Module, TokenRows]] = []
+    for name, (embedding, tokens) in plan.tokens.items():
+        weight = cast(Tensor, embedding._parameters["weight"])
+        if weight.is_meta or is_offloaded(embedding, "weight"):
+            raise ValueError(f"the weight of {name!r} is on the meta device, or offloaded: there are no rows to train.")
+        leader = TokenRows(weight, torch.tensor(tokens, device=weight.device))
+        result.append((embedding, leader))
+        result += [(tied, TiedRows(leader)) for tied in tied_to(model, embedding)]
+    for module, _ in result:
+        if id(module) in adapted or id(module) in whole:
+            raise ValueError(
+                f"tokens of {adapted.get(id(module), 'an embedding')!r} are in trainable_token_indices, and the layer is adapted "
+                "or in modules_to_save as well: one of them."
+            )
+    return result
 
 
 def unload(model: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from gralora.model.inject import unload
 from gralora.model.saved import SAVED_CHILD, bias_swaps, remove_swap, saved_modules
 from gralora.model.state import SHARED, all_or_nothing, check_known, put_back_weight
 from gralora.model.statistics import keep_moved
+from gralora.model.tokens import TokenRows
 
 CACHED = 2**19  # numbers
 
@@ -112,10 +113,13 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None)
             _check_same_function(layer, weights, _merged_parameters([(layer, weights)], safe=True)[_place(layer)])
     unmerge(model)
     owners = Counter(id(parameter) for module in modules(model) for parameter in module._parameters.values())
+    together = _sharing(layers, owners)
     for _, layer, weights in layers:
         owner, name = layer.place
         weight = cast(nn.Parameter, owner._parameters[name])
-        if owners[id(weight)] > 1 and weights:  # tied: the others keep the base's weight
+        if id(layer) in together:  # all that hold the weight have this adapter, and the first of them has written it
+            continue
+        if owners[id(weight)] > 1 and weights and id(weight) not in together:  # the others keep the base's weight
             tied = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             owner._parameters[name] = tied
             _write_merged(layer, weight.data, tied.data, weights, safe=False)
@@ -175,11 +179,37 @@ def _become(layer: nn.Module, linear: nn.Linear) -> None:
     layer.__dict__.update(state)
 
 
+@torch.no_grad()
+def _settle(owner: nn.Module, rows: TokenRows, written: dict[int, nn.Parameter]) -> None:
+    """Write trained tokens into the weight, once where several modules hold it."""
+    weight = cast(nn.Parameter, owner._parameters["weight"])
+    if id(weight) not in written:
+        new = nn.Parameter(weight.detach().clone(), weight.requires_grad) if hasattr(weight, SHARED) else weight
+        written[id(weight)] = new
+        new.data.copy_(rows.put_into(weight.data, rows.rows))
+    owner._parameters["weight"] = written[id(weight)]
+
+
+def _sharing(layers: Sequence[tuple[str, GraloraLayer, Mapping[str, float]]], owners: Mapping[int, int]) -> set[int]:
+    """Ids of weights all of whose owners share their adapters, and of the layers there but the first."""
+    found: dict[tuple[object, ...], list[GraloraLayer]] = {}
+    for _, layer, weights in layers:
+        owner, name = layer.place
+        acting = tuple((id(layer.gralora_adapters[n]), share) for n, share in weights.items())
+        found.setdefault((id(owner._parameters[name]), acting), []).append(layer)
+    whole = {key[0]: own for key, own in found.items() if key[1] and 1 < len(own) == owners[cast(int, key[0])]}
+    return {cast(int, key) for key in whole} | {id(layer) for own in whole.values() for layer in own[1:]}
+
+
 def _keep_active_copies(model: nn.Module) -> None:
+    written: dict[int, nn.Parameter] = {}
     for _, saved in list(saved_modules(model)):
         copies = saved.gralora_saved
         if copies.active is not None:
             replica = copies[copies.active]
+            if isinstance(replica, TokenRows):
+                _settle(saved, replica, written)
+                continue
             frozen = {name for name, p in saved._parameters.items() if p is not None and not p.requires_grad}
             saved._parameters.update(replica._parameters)
             saved._buffers.update(replica._buffers)
@@ -302,7 +332,10 @@ def _check_same_function(layer: GraloraLayer, weights: Mapping[str, float], merg
     adapters = layer.gralora_adapters
     now = layer._parameters["weight"]
     base = cast(nn.Parameter, layer.spot.base_weight)
-    x = layer.probe(torch.Generator().manual_seed(0)).to(base.device, base.dtype)
+    probe = layer.probe(torch.Generator().manual_seed(0))
+    if probe is None:
+        return
+    x = probe.to(base.device, base.dtype)
     try:
         layer._parameters["weight"] = base
         y = layer.base_forward(x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -20,7 +21,9 @@ from gralora.engines.walk import modules, named_modules
 from gralora.layers.base import PREFIX, GraloraLayer
 from gralora.layers.class_change import InPlaceModule, change_class, join
 from gralora.layers.loading import Appendage
+from gralora.layers.running import forward_runs
 from gralora.layers.scope import OFF, Rows, Switchable
+from gralora.model.tokens import TiedRows, TokenRows, running
 
 SAVED_CHILD = "gralora_saved"
 
@@ -28,8 +31,8 @@ SAVED_CHILD = "gralora_saved"
 class SavedCopies(Switchable):
     """The copies of one saved module by adapter name; `active` names the one that stands in for it, if any."""
 
-    fresh: Mapping[str, list[tuple[Tensor, Tensor]]] = MappingProxyType({})
-    """While the base is loaded: copies that nobody has trained, (their tensors, the base's)."""
+    fresh: Mapping[str, list[tuple[Tensor, Tensor, Tensor | None]]] = MappingProxyType({})
+    """While the base is loaded: copies that nobody has trained, (their tensors, the base's, which rows of it)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,8 +55,8 @@ class SavedCopies(Switchable):
         super()._load_from_state_dict(state_dict, prefix, *args)
         with torch.no_grad():
             for pairs in self.fresh.values():
-                for own, base in pairs:
-                    own.copy_(base)
+                for own, base, rows in pairs:
+                    own.copy_(base if rows is None else base[rows])
         self.__dict__.pop("fresh", None)
 
     def is_as_it_was(self, name: str, parameter: nn.Parameter | None) -> bool:
@@ -74,14 +77,18 @@ class SavedModule(InPlaceModule):
             return self._by_row(mode, *args, **kwargs)
         if copies.active is None or mode is OFF:
             return self.base_forward(*args, **kwargs)
-        return copies[copies.active](*args, **kwargs)
+        return self._run_copy(copies.active, *args, **kwargs)
+
+    def _run_copy(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        replica = self.gralora_saved[name]
+        return replica.call(self, *args, **kwargs) if isinstance(replica, TokenRows) else replica(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         copies = self.gralora_saved
         if not any(key.startswith(f"{prefix}{SAVED_CHILD}.") for key in state_dict):
             # a checkpoint of the base: copies that nobody has trained follow it
             base = {n: t for n, t in self.state_dict().items() if not n.startswith(SAVED_CHILD)}
-            pairs = {name: [(t, base[n]) for n, t in copies[name].state_dict().items() if n in base] for name in copies}
+            pairs = {name: _pairs(copies[name], base) for name in copies}
             copies.__dict__["fresh"] = {name: own for name, own in pairs.items() if all(_alike(*pair) for pair in own)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -95,7 +102,7 @@ class SavedModule(InPlaceModule):
         dim = rows.axis(x)
         order, back, names, counts = rows.sort(x.shape[dim], list(copies), x.device)
         parts = torch.split(x.index_select(dim, order), counts, dim)
-        runs = [self.base_forward if name is None else copies[name] for name in names]
+        runs = [self.base_forward if name is None else partial(self._run_copy, name) for name in names]
         done = [run(part) for run, part in zip(runs, parts, strict=True) if part.shape[dim]]
         return torch.cat(done, dim).index_select(dim, back)
 
@@ -104,6 +111,14 @@ class SavedModule(InPlaceModule):
         children = self.__dict__.get("_modules", {})
         copies = children.get(SAVED_CHILD)
         own = self.__dict__.get("_parameters", {}).get(name)
+        tokens = running(self) if name == "weight" else None
+        if tokens is not None and own is not None:
+            return tokens.read(own)
+        if copies is not None and isinstance(copies.mode, Rows) and own is not None and forward_runs(self):
+            raise ValueError(
+                f"mixed_batch: {name!r} of a {self._base_class.__name__} that adapters train is read by another module, and "
+                "can't be another one for every row."
+            )
         ours = own is not None or name in self.__dict__.get("_buffers", {})  # not while somebody exchanges it
         if (
             ours
@@ -113,6 +128,8 @@ class SavedModule(InPlaceModule):
             and copies.is_as_it_was(name, own)
         ):
             replica = copies[copies.active]
+            if isinstance(replica, TokenRows):
+                return replica.read(own) if name == "weight" and own is not None else super().__getattr__(name)
             if name in replica._parameters or name in replica._buffers:
                 return getattr(replica, name)
         return super().__getattr__(name)
@@ -279,7 +296,16 @@ def _load_hooks(owner: nn.Module) -> list[int]:
     return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _load_base_biases]
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def _pairs(replica: nn.Module, base: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Each tensor of a copy with the base's own, and which rows of that it is."""
+    if isinstance(replica, TokenRows):
+        return [] if isinstance(replica, TiedRows) else [(replica.rows, base["weight"], replica.indices)]
+    return [(tensor, base[name], None) for name, tensor in replica.state_dict().items() if name in base]
+
+
+def _alike(one: Tensor, other: Tensor, rows: Tensor | None = None) -> bool:
+    if rows is not None and not other.is_meta and not is_spread(other):
+        other = other[rows]
     return not one.is_meta and not is_spread(one) and not is_spread(other) and torch.equal(one, other)
 
 
@@ -287,6 +313,17 @@ def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
     for name, module in named_modules(model):
         if isinstance(module, SavedModule):
             yield name, module
+
+
+def token_modules(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """The embeddings of which an adapter trains some rows, with the tokens; what is tied to them left out."""
+    return {
+        path: (saved, tuple(replica.indices.tolist()))
+        for path, saved in saved_modules(model)
+        if adapter_name in saved.gralora_saved
+        and isinstance(replica := saved.gralora_saved[adapter_name], TokenRows)
+        and not isinstance(replica, TiedRows)
+    }
 
 
 def bias_swaps(model: nn.Module) -> Iterator[tuple[str, nn.Module, BiasSwap]]:

@@ -19,7 +19,7 @@ from gralora.engines.walk import all_named_modules, modules
 from gralora.layers.adapter import legal_k, suggested
 from gralora.layers.base import PREFIX, Spot
 from gralora.layers.class_change import join
-from gralora.layers.kinds import ADAPTABLE, spots
+from gralora.layers.kinds import ADAPTABLE, spots, why_refused
 from gralora.model.saved import SavedModule
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -267,6 +267,9 @@ def unfit(spot: Spot, names: Names) -> str | None:
 
 def _stranger(name: str, module: nn.Module, listed: bool) -> str:
     """What is said of a module that is taken and can't be adapted."""
+    reason = why_refused(module)
+    if reason is not None:
+        return f"{name!r} is a {type(module).__name__}, which can't be adapted: {reason}."
     if listed or not name:
         return f"{name!r} is a {type(module).__name__}; adaptable are {ADAPTABLE}."
     return (

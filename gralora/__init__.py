@@ -12,7 +12,7 @@ from gralora.files import former as former
 from gralora.files.checkpoint import load_adapter, save_adapter, to_lora
 from gralora.files.own import AdapterFileError
 from gralora.layers.base import GraloraLayer, delta_weight
-from gralora.layers.convolution import GraloraConv
+from gralora.layers.convolution import GraloraConv, GraloraConvTranspose
 from gralora.layers.embedding import GraloraEmbedding
 from gralora.layers.kinds import adapted_class
 from gralora.layers.linear import GraloraConv1D, GraloraLinear
@@ -44,6 +44,7 @@ __all__ = [
     "GraloraConfig",
     "GraloraConv",
     "GraloraConv1D",
+    "GraloraConvTranspose",
     "GraloraEmbedding",
     "GraloraLayer",
     "GraloraLinear",

@@ -260,7 +260,10 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
     saved = {unit: m for name in whole for unit, m in units(module_at(name), name)}
     tokens = {name: (module_at(name), indices) for name, indices in rows.items()}
     for name, (module, indices) in tokens.items():
-        check_tokens(name, module, indices, "any")
+        try:
+            check_tokens(name, module, indices, "any")
+        except ValueError as error:
+            raise AdapterFileError(str(error)) from error
     biases = {}
     for key in file.biases:
         owner = module_at(key.rpartition(".")[0])

@@ -37,7 +37,8 @@ class Wrapped(NamedTuple):
 
 
 def is_experts(file: AdapterFile, name: str) -> bool:
-    return layer_tensors(file, name)[0].dim() > 3
+    grouped = name in file.base and file.base[name].kind == "convolution"  # groups lie on a leading axis as well
+    return layer_tensors(file, name)[0].dim() > 3 and not grouped
 
 
 def refuse_experts(file: AdapterFile, what: str) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,7 +61,8 @@ def tensors_beside(file: AdapterFile) -> dict[str, Tensor]:
 def lora_pairs(file: AdapterFile, *, scaled: bool = False) -> dict[str, Tensor]:
     """The pairs of a file with k = 1 under PEFT's names; `scaled`: with the scaling in lora_B.
 
-    Of a convolution they are kernels, as PEFT has them: lora_A (R, in, *kernel), lora_B (out, R, 1, ...). Of fused experts they
+    Of a convolution they are kernels, as PEFT has them: lora_A (R, in, *kernel), lora_B (out, R, 1, ...). Where it
+    has groups, lora_A sees all channels, and is zero for those of other groups; lora_B has the groups. Of fused experts they
     have a leading axis of experts.
     """
     result = {}
@@ -69,9 +70,19 @@ def lora_pairs(file: AdapterFile, *, scaled: bool = False) -> dict[str, Tensor]:
         down, up = _pair(file, name)
         up = up * (config.scaling if scaled else 1)
         shape = file.base[name].shape if name in file.base and not is_experts(file, name) else ()
+        if len(shape) > 2 and down.dim() > 2:  # of a grouped convolution both are grouped kernels
+            down, up = _over_all_channels(down, shape), rearrange(up, "g o r -> (g o) r")
+            shape = (shape[0], shape[1] * (len(down) // up.shape[1]), *shape[2:])
         result[join(name, "lora_A.weight")] = down.reshape(len(down), *(shape[1:] or down.shape[1:])).contiguous()
         result[join(name, "lora_B.weight")] = up.reshape(*up.shape, *[1] * len(shape[2:])).contiguous()
     return result
+
+
+def _over_all_channels(down: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """down (groups, r, in / groups * kernel) -> (groups * r, in * kernel)."""
+    same = torch.eye(len(down), dtype=down.dtype, device=down.device)
+    wide = einsum(down, same, "g r m, g h -> g r h m")
+    return rearrange(wide, "g r h m -> (g r) (h m)")
 
 
 def packed(file: AdapterFile) -> AdapterFile:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from gralora.config import GraloraConfig
@@ -200,7 +201,10 @@ def _matrix(tensor: Tensor, file: AdapterFile, name: str, transposed: bool) -> T
         return third(tensor, name.rpartition(".")[2])
     if is_experts(file, name) or tensor.dim() == 2:
         return tensor.mT if transposed else tensor
-    return tensor.flatten(1)
+    if file.base[name].kind == "transposed convolution":
+        return tensor.flatten(1).mT
+    A = layer_tensors(file, name)[0]
+    return tensor.flatten(1) if A.dim() == 3 else rearrange(tensor.flatten(1), "(g o) m -> g o m", g=len(A))
 
 
 def _renaming(names: list[str], have: set[str], checkpoint: Checkpoint) -> Callable[[str], str]:

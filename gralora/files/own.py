@@ -49,7 +49,7 @@ class BaseWeight:
         fan_in_fan_out: the layer stores it as (in, out), as GPT-2's Conv1D does.
         values: a hash of values spread over the weight, each rounded to bfloat16 so that a cast of the same weight agrees;
             None where they can't be read (quantised, offloaded, sharded).
-        kind: "linear", "convolution", "embedding" (tokens are its outputs), "attention" (a projection
+        kind: "linear", "convolution", "transposed convolution", "embedding" (tokens are its outputs), "attention" (a projection
             within one) or "experts".
     """
 

@@ -29,6 +29,7 @@ from gralora.files.own import (
     check_shapes,
     layer_config,
     layer_keys,
+    layer_tensors,
     opened,
     out_in,
     parse_json,
@@ -98,7 +99,14 @@ def write_lora(file: AdapterFile, path: Path) -> None:
             UserWarning,
             stacklevel=3,
         )
-    common = Counter((config.r, config.alpha) for config in file.configs.values()).most_common(1)
+    refused = [name for name in file.configs if name in file.base and file.base[name].kind == "transposed convolution"]
+    if refused:
+        raise ValueError(
+            f'{refused[0]!r} is a transposed convolution, for which there is no LoRA. format="gralora" holds it.'
+        )
+    groups = {name: _groups(file, name) for name in file.configs}  # PEFT counts the ranks of all groups
+    sizes = {name: (config.r * groups[name], config.alpha * groups[name]) for name, config in file.configs.items()}
+    common = Counter(sizes.values()).most_common(1)
     r, alpha = common[0][0] if common else (1, 1)
     experts = wrapped([name for name in file.configs if is_experts(file, name)])
     dropouts = {config.gralora_dropout for config in file.configs.values()}
@@ -107,8 +115,8 @@ def write_lora(file: AdapterFile, path: Path) -> None:
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 and not experts else 0.0,  # PEFT's experts take none
-        "rank_pattern": {_exactly(name): c.r for name, c in file.configs.items() if c.r != r},
-        "alpha_pattern": {_exactly(name): c.alpha for name, c in file.configs.items() if c.alpha != alpha},
+        "rank_pattern": {_exactly(name): own for name, (own, _) in sizes.items() if own != r},
+        "alpha_pattern": {_exactly(name): own for name, (_, own) in sizes.items() if own != alpha},
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
@@ -224,22 +232,30 @@ def _read_lora(
         name = re.sub(r"\.?lora_(A\.weight|embedding_A)$", "", key)
         pair = _embedding_keys(name) if embedding else [join(name, f"lora_{letter}.weight") for letter in "AB"]
         down, up = (shapes.get(each, ()) for each in pair)
-        if len(down) < 2 or 0 in down + up or len(up) != len(down) or down[0] != up[1] or set(up[2:]) - {1}:
+        groups = down[0] // up[1] if len(down) > 2 and len(up) > 1 and up[1] and not down[0] % up[1] else 1
+        fits = len(down) >= 2 and len(up) == len(down) and 0 not in down + up and not set(up[2:]) - {1}
+        if not fits or down[0] != up[1] * groups or up[0] % groups or down[1] % groups:
             raise AdapterFileError(
                 f"{path}: {name!r} has lora_A of shape {down} and lora_B of {up}: no pair of matrices or of kernels."
             )
         if embedding:
             base[name] = BaseWeight((down[1], up[0]), "unknown", False, None, "embedding")
         if len(down) > 2:
-            base[name] = BaseWeight((up[0], *down[1:]), "unknown", False, None, "convolution")
-        alpha, r = alpha_of(name), rank_of(name) if name in experts else down[0]
+            kernel = (down[1] // groups, *down[2:])
+            base[name] = BaseWeight((up[0], *kernel), "unknown", False, None, "convolution")
+        alpha, r = alpha_of(name), rank_of(name) if name in experts else down[0] // groups
         if name in experts and (not isinstance(r, int) or r < 1 or down[0] % r or len(down) > 2):
             raise AdapterFileError(f"{path}: {name!r} has lora_A of shape {down}, no multiple of its rank {r!r}.")
         fields = {"r": r, "alpha": alpha, "gralora_k": 1, "gralora_dropout": config.get("lora_dropout", 0.0)}
         configs[name] = layer_config(path, name, fields)
-        if config.get("use_rslora"):  # its scaling is alpha / √r
-            configs[name] = layer_config(path, name, {**fields, "alpha": configs[name].alpha * r**0.5})
+        factor = (
+            (r * groups) ** 0.5 / groups if config.get("use_rslora") else 1 / groups
+        )  # rsLoRA's scaling is alpha / √r
+        if factor != 1:
+            configs[name] = layer_config(path, name, {**fields, "alpha": configs[name].alpha * factor})
         A, B = (get(key).flatten(1) for key in pair)
+        if groups > 1:
+            A, B = _own_channels(path, name, A, groups), rearrange(B, "(g o) r -> g o r", g=groups)
         A, B = unstacked(A, B, r) if name in experts else (B.mT, A.mT) if embedding else (A, B)
         A, B = rearrange(A, "... r i -> ... 1 i r"), rearrange(B, "... o r -> ... 1 r o")
         tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
@@ -353,6 +369,23 @@ def _named_by_end(saved: list[str], names: list[str]) -> list[str]:
             'Rename the module, or save with format="gralora".'
         )
     return saved
+
+
+def _own_channels(path: Path, name: str, A: Tensor, groups: int) -> Tensor:
+    """lora_A (groups · r, in · kernel) of a grouped convolution -> (groups, r, in / groups · kernel)."""
+    wide = rearrange(A, "(g r) (h m) -> g h r m", g=groups, h=groups)
+    own = wide[range(groups), range(groups)]
+    if wide.count_nonzero() != own.count_nonzero():
+        raise AdapterFileError(
+            f"{path}: the pair of {name!r}, a convolution of {groups} groups, mixes channels of different groups, which no "
+            "weight of such a convolution can."
+        )
+    return own
+
+
+def _groups(file: AdapterFile, name: str) -> int:
+    A = layer_tensors(file, name)[0]
+    return len(A) if A.dim() > 3 and not is_experts(file, name) else 1
 
 
 def _embedding_keys(name: str) -> list[str]:

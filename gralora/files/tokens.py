@@ -57,6 +57,8 @@ def from_peft(file: AdapterFile, config: Mapping[str, Any]) -> list[str]:
         AdapterFileError: the config does not say which tokens the rows are of.
     """
     said = config.get("trainable_token_indices")
+    if said and not any(key.endswith(PEFT_ROWS) for key in file.tensors):
+        raise AdapterFileError("trainable_token_indices names tokens, but the folder holds no rows of them.")
     names = [key.removesuffix(PEFT_ROWS).removesuffix(".") for key in file.tensors if key.endswith(PEFT_ROWS)]
     for name in names:
         own = said

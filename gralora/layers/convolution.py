@@ -1,16 +1,20 @@
-"""`GraloraConv`: convolutions in 1, 2 and 3 dimensions.
+"""`GraloraConv` and `GraloraConvTranspose`: convolutions in 1, 2 and 3 dimensions.
 
 The same method on channels. The down-projection is a grouped convolution with the layer's own kernel, the regrouping acts
 on channels, the up-projection is a grouped 1x1 convolution:
 
     z = conv(x, A, groups=k)       "b (i j s) p -> b (j i s) p"       y += scaling * conv1x1(z, B, groups=k)
 
-As a matrix the weight is (out, in * kernel), which is how A and ΔW are stored and saved: A (k, in * kernel / k, r).
+As a matrix the weight is (out, in * kernel), which is how A and ΔW are stored and saved: A (k, in * kernel / k, r). A
+transposed convolution has its kernel on the way up: z = conv1x1(x, A), y += scaling * conv_transpose(z, B), the matrix is
+(out * kernel, in). A convolution of g groups is g maps of (out / g, in / g * kernel), each with a pair of its own on a leading
+axis, as experts have; all of them run in one grouped convolution of g * k groups.
 """
 
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -26,14 +30,18 @@ from gralora.maths import functional
 from gralora.maths.functional import Tensors
 
 _CONV: Any = (F.conv1d, F.conv2d, F.conv3d)
+_CONV_TRANSPOSE: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 _ConvNd = nn.modules.conv._ConvNd
 
+_output_size: ContextVar[Any] = ContextVar("gralora_output_size", default=None)
+"""What the forward of a transposed convolution was asked for."""
+
 
 class GraloraConv(InPlaceLayer):
-    """A convolution with GraLoRA adapters; see the text of this file. Any kernel, stride, padding and dilation, one group.
+    """A convolution with GraLoRA adapters; see the text of this file. Any kernel, stride, padding, dilation and groups.
 
     `adapted_class(nn.Conv2d)` and so on are its classes; it is built from a convolution that exists.
     """
@@ -51,7 +59,7 @@ class GraloraConv(InPlaceLayer):
 
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:
-        return issubclass(original, (*_PLAIN, *_TRANSPOSED))
+        return issubclass(original, _PLAIN)
 
     def plain_forward(self, x: Tensor) -> Tensor:
         return self._conv._conv_forward(x, held(self, "weight"), held(self, "bias"))
@@ -61,17 +69,9 @@ class GraloraConv(InPlaceLayer):
         return any(cls._base_class.forward is each.forward for each in _PLAIN)
 
     @classmethod
-    def unfit(cls, module: nn.Module, part: str) -> str | None:
-        conv = cast(_ConvNd, module)
-        if isinstance(conv, _TRANSPOSED):
-            return f"is a transposed convolution ({type(conv).__name__}), which cannot be adapted"
-        if conv.groups != 1:
-            return f"is a convolution of {conv.groups} groups; only those of one group can be adapted"
-        return None
-
-    @classmethod
     def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
-        return weight.flatten(1)
+        groups = cast(_ConvNd, module).groups
+        return weight.flatten(1) if groups == 1 else rearrange(weight.flatten(1), "(g o) m -> g o m", g=groups)
 
     @classmethod
     def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
@@ -79,18 +79,23 @@ class GraloraConv(InPlaceLayer):
 
     @classmethod
     def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        conv = cast(_ConvNd, module)
-        return conv.in_channels * math.prod(conv.kernel_size), conv.out_channels
+        n_in, n_out = cls.cut(module, part)
+        return n_in * math.prod(cast(_ConvNd, module).kernel_size), n_out
 
     @classmethod
     def cut(cls, module: nn.Module, part: str) -> tuple[int, int]:
         conv = cast(_ConvNd, module)
-        return conv.in_channels, conv.out_channels
+        return conv.in_channels // conv.groups, conv.out_channels // conv.groups
+
+    @classmethod
+    def copies(cls, module: nn.Module, part: str) -> int | None:
+        groups = cast(_ConvNd, module).groups
+        return None if groups == 1 else groups
 
     @classmethod
     def shape(cls, module: nn.Module, part: str) -> tuple[int, ...]:
         conv = cast(_ConvNd, module)
-        return conv.out_channels, conv.in_channels, *conv.kernel_size
+        return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
 
     def fast(self, x: Tensor, A: Tensor) -> bool:
         return False
@@ -101,14 +106,15 @@ class GraloraConv(InPlaceLayer):
 
     def _convolved(self, x: Tensor, tensors: Tensors, scaling: float, dropout: float) -> Tensor:
         A, B, A_general, B_general = tensors
-        k = len(A)
+        k, g = A.shape[-3], self._conv.groups
         batched = x.dim() == len(self._conv.kernel_size) + 2
         x = x if batched else x[None]
-        z = self._down(functional.dropped(x, dropout), rearrange(A, "i m r -> (i r) m"), k)
-        z = rearrange(z, "b (i j s) ... -> b (j i s) ...", i=k, j=k)
-        y = self._up(z, rearrange(B, "j r o -> (j o) r"), k)
+        z = self._down(functional.dropped(x, dropout), rearrange(A, "... i m r -> (... i r) m"), g * k)
+        z = rearrange(z, "b (g i j s) ... -> b (g j i s) ...", g=g, i=k, j=k)
+        y = _pointwise(z, rearrange(B, "... j r o -> (... j o) r"), g * k)
         if A_general is not None and B_general is not None:
-            y = y + self._up(self._down(functional.dropped(x, dropout), A_general, 1), B_general, 1)
+            down = self._down(functional.dropped(x, dropout), rearrange(A_general, "... h m -> (... h) m"), g)
+            y = y + _pointwise(down, rearrange(B_general, "... o h -> (... o) h"), g)
         y = y * scaling
         return y if batched else y[0]
 
@@ -125,11 +131,115 @@ class GraloraConv(InPlaceLayer):
         convolve = _CONV[len(conv.kernel_size) - 1]
         return cast(Tensor, convolve(x, kernel, None, conv.stride, padding, conv.dilation, groups))
 
-    def _up(self, z: Tensor, weight: Tensor, groups: int) -> Tensor:
-        dimensions = len(self._conv.kernel_size)
-        return cast(Tensor, _CONV[dimensions - 1](z, weight[(..., *[None] * dimensions)], groups=groups))
-
     def probe(self, generator: torch.Generator) -> Tensor:
         conv = self._conv
         size = max(dilation * kernel for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)) + 1
         return torch.randn(2, conv.in_channels, *[size] * len(conv.kernel_size), generator=generator)
+
+
+class GraloraConvTranspose(InPlaceLayer):
+    """A transposed convolution of one group with GraLoRA adapters; see the text of this file."""
+
+    what = "transposed convolution"
+    in_all_linear = False
+    batch_axis = 0
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Module, config: GraloraConfig | None = None, *, adapter_name: str = "default"
+    ) -> GraloraConvTranspose:
+        """A `GraloraConvTranspose` over the very weight and bias of `conv` (shared, and frozen); `conv` keeps its class."""
+        return cls._adapting(conv, config, adapter_name)
+
+    @classmethod
+    def accepts(cls, original: type[nn.Module]) -> bool:
+        return issubclass(original, _TRANSPOSED)
+
+    @classmethod
+    def is_plain(cls) -> bool:
+        return any(cls._base_class.forward is each.forward for each in _TRANSPOSED)
+
+    @classmethod
+    def unfit(cls, module: nn.Module, part: str) -> str | None:
+        groups = cast(_ConvNd, module).groups
+        return (
+            f"is a transposed convolution of {groups} groups; only those of one group can be adapted"
+            if groups > 1
+            else None
+        )
+
+    @classmethod
+    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
+        return weight.flatten(1).mT
+
+    @classmethod
+    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
+        return delta.mT.reshape(cls.shape(module, part))
+
+    @classmethod
+    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
+        conv = cast(_ConvNd, module)
+        return conv.in_channels, conv.out_channels * math.prod(conv.kernel_size)
+
+    @classmethod
+    def cut(cls, module: nn.Module, part: str) -> tuple[int, int]:
+        conv = cast(_ConvNd, module)
+        return conv.in_channels, conv.out_channels
+
+    @classmethod
+    def shape(cls, module: nn.Module, part: str) -> tuple[int, ...]:
+        conv = cast(_ConvNd, module)
+        return conv.in_channels, conv.out_channels, *conv.kernel_size
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """x (b, in, *positions), output_size -> (b, out, *positions)."""
+        token = _output_size.set(args[1] if len(args) > 1 else kwargs.get("output_size"))
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _output_size.reset(token)
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        batched = x.dim() == len(cast(_ConvNd, self).kernel_size) + 2
+        y = self._convolve(x if batched else x[None], held(self, "weight"), held(self, "bias"), 1)
+        return y if batched else y[0]
+
+    def fast(self, x: Tensor, A: Tensor) -> bool:
+        return False
+
+    def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
+        """x (b, in, *positions), or without b -> the same of out channels, in the adapter's dtype."""
+        return cast(Tensor, adapter(x, share, self._convolved))
+
+    def _convolved(self, x: Tensor, tensors: Tensors, scaling: float, dropout: float) -> Tensor:
+        A, B, A_general, B_general = tensors
+        k, conv = len(A), cast(_ConvNd, self)
+        batched = x.dim() == len(conv.kernel_size) + 2
+        x = x if batched else x[None]
+        z = _pointwise(functional.dropped(x, dropout), rearrange(A, "i m r -> (i r) m"), k)
+        z = rearrange(z, "b (i j s) ... -> b (j i s) ...", i=k, j=k)
+        y = self._convolve(z, rearrange(B, "j r o -> (j r) o"), None, k)
+        if A_general is not None and B_general is not None:
+            y = y + self._convolve(_pointwise(functional.dropped(x, dropout), A_general, 1), B_general.mT, None, 1)
+        y = y * scaling
+        return y if batched else y[0]
+
+    def _convolve(self, z: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """The base's transposed convolution with another weight (channels of z, outputs of a group and kernel)."""
+        conv = cast(Any, self)
+        dimensions, kernel = len(conv.kernel_size), weight.reshape(len(weight), -1, *conv.kernel_size)
+        padding = conv._output_padding(
+            z, _output_size.get(), conv.stride, conv.padding, conv.kernel_size, dimensions, conv.dilation
+        )
+        convolve = _CONV_TRANSPOSE[dimensions - 1]
+        return cast(Tensor, convolve(z, kernel, bias, conv.stride, conv.padding, padding, groups, conv.dilation))
+
+    def probe(self, generator: torch.Generator) -> Tensor:
+        conv = cast(_ConvNd, self)
+        return torch.randn(2, conv.in_channels, *[3] * len(conv.kernel_size), generator=generator)
+
+
+def _pointwise(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """A convolution of kernel 1."""
+    dimensions = x.dim() - 2
+    return cast(Tensor, _CONV[dimensions - 1](x, weight[(..., *[None] * dimensions)], groups=groups))

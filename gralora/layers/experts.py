@@ -44,6 +44,12 @@ class ExpertWeights(PartLayer):
         return tuple(name for name, p in parameters if p is not None and p.dim() == 3 and len(p) > 1)
 
     @classmethod
+    def unfit(cls, module: nn.Module, part: str) -> str | None:
+        weight = cast(Tensor, module._parameters[part])
+        packed = f"holds experts of {weight.dtype}, quantised in a format that its module alone can read"
+        return None if weight.is_floating_point() else packed
+
+    @classmethod
     def weight_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
         return module, part
 

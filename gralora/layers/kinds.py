@@ -10,24 +10,20 @@ from torch import nn
 from gralora.layers.attention import Projection
 from gralora.layers.base import GraloraLayer, Spot
 from gralora.layers.class_change import made_class
-from gralora.layers.convolution import GraloraConv
+from gralora.layers.convolution import GraloraConv, GraloraConvTranspose
 from gralora.layers.embedding import GraloraEmbedding
 from gralora.layers.experts import ExpertWeights
 from gralora.layers.in_place import InPlaceLayer
 from gralora.layers.linear import GraloraConv1D, GraloraLinear
 
 KINDS: list[type[GraloraLayer]] = [
-    GraloraLinear,
-    GraloraConv1D,
-    GraloraEmbedding,
-    GraloraConv,
-    Projection,
-    ExpertWeights,
+    *(GraloraLinear, GraloraConv1D, GraloraEmbedding, GraloraConv, GraloraConvTranspose),
+    *(Projection, ExpertWeights),
 ]
 
 ADAPTABLE = (
-    "nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d and their subclasses, GPT-2's Conv1D, and "
-    "3-D parameters of fused experts"
+    "nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d, their transposed ones, subclasses of all "
+    "these, GPT-2's Conv1D, and 3-D parameters of fused experts"
 )
 
 REFUSED: dict[type[nn.Module], str] = {

@@ -269,7 +269,10 @@ def _stranger(name: str, module: nn.Module, listed: bool) -> str:
     """What is said of a module that is taken and can't be adapted."""
     reason = why_refused(module)
     if reason is not None:
-        return f"{name!r} is a {type(module).__name__}, which can't be adapted: {reason}."
+        return (
+            f"{name!r} is a {type(module).__name__}, which can't be adapted: {reason}. Leave it out with "
+            f'exclude_modules, or take "{ALL_LINEAR}".'
+        )
     if listed or not name:
         return f"{name!r} is a {type(module).__name__}; adaptable are {ADAPTABLE}."
     return (

@@ -600,6 +600,46 @@ def test_models_of_transformers(processes):
     processes.run(_transformers)
 
 
+def _weights_of_language_models(rank):
+    """Fused experts, an embedding, single tokens and a head that is tied to them, under DDP and FSDP2."""
+    from ..layers.test_experts import mixtral
+
+    mesh, tokens = init_device_mesh("cpu", (WORLD,)), torch.arange(16).reshape(2, 8)
+    for how, targets, tokens_trained in (
+        ("ddp", ["embed_tokens", "gate_up_proj", "down_proj"], None),
+        ("ddp", ["gate_up_proj", "down_proj"], [3, 9]),
+        ("fsdp", ["embed_tokens", "gate_up_proj", "down_proj"], None),
+        ("fsdp", ["gate_up_proj", "down_proj"], [3, 9]),
+    ):
+        torch.manual_seed(0)
+        model = mixtral()
+        if tokens_trained:
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
+        gralora.inject(model, targets, random_config(trainable_token_indices=tokens_trained))
+        alone = copy.deepcopy(model)
+        if how == "fsdp":
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        run = DistributedDataParallel(model, find_unused_parameters=True) if how == "ddp" else model
+        run(mine(rank, tokens)).logits.square().mean().backward()
+        alone(tokens).logits.square().mean().backward()
+        grads = {name: p.grad for name, p in alone.named_parameters()}
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert len(trained) == 8 + (1 if tokens_trained else 2)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                grad = p.grad.full_tensor() if how == "fsdp" else p.grad
+                torch.testing.assert_close(grad, grads[name], rtol=1e-3, atol=1e-5)
+        state, wanted = gralora.adapter_state_dict(model), gralora.adapter_state_dict(alone)
+        assert state.keys() == wanted.keys() and all(same_bits(state[key], wanted[key]) for key in wanted)
+
+
+def test_experts_embeddings_and_tokens_give_the_gradients_of_one_process(processes):
+    processes.run(_weights_of_language_models)
+
+
 class Unspeakable(OSError):
     def __reduce__(self):
         raise TypeError("not to be sent")

@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import gralora
-from gralora import GraloraConfig
+from gralora import GraloraConfig, GraloraConv, GraloraConvTranspose
 from gralora.layers.base import gralora_layers
-from gralora.layers.convolution import GraloraConv
 
 from ..models import assert_same, fingerprint, random_config, relative, same_bits
 
@@ -28,6 +27,14 @@ KINDS = {
         (2, 4, 9, 8),
     ),
     "2d patches": (lambda **kw: nn.Conv2d(4, 16, 4, stride=4, **kw), (2, 4, 8, 8)),
+    "1d grouped": (lambda **kw: nn.Conv1d(8, 16, 3, padding=1, groups=2, **kw), (2, 8, 11)),
+    "2d grouped": (lambda **kw: nn.Conv2d(16, 16, (3, 2), stride=2, groups=4, bias=False, **kw), (2, 16, 9, 8)),
+    "1d transposed": (lambda **kw: nn.ConvTranspose1d(8, 12, 3, stride=2, output_padding=1, **kw), (2, 8, 5)),
+    "2d transposed": (
+        lambda **kw: nn.ConvTranspose2d(8, 4, (3, 2), stride=(2, 3), padding=1, dilation=(1, 2), bias=False, **kw),
+        (2, 8, 5, 4),
+    ),
+    "3d transposed": (lambda **kw: nn.ConvTranspose3d(4, 8, 2, stride=2, **kw), (2, 4, 3, 2, 3)),
     "3d": (lambda **kw: nn.Conv3d(4, 8, (1, 3, 2), dilation=(1, 1, 2), padding=(0, 1, 0), **kw), (2, 4, 3, 6, 5)),
 }
 
@@ -125,13 +132,14 @@ def test_the_output_is_unchanged_at_the_start_and_dropout_falls_on_the_input_in_
     assert same_bits(conv(x), conv(x))
 
 
-def test_grouped_and_transposed_convolutions_are_refused_by_name():
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+def test_what_k_does_not_divide_and_grouped_transposed_convolutions_are_refused_by_name():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.ConvTranspose2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3))
     before = fingerprint(model)
     with pytest.raises(ValueError) as error:
         gralora.inject(model, ["0", "1", "2"], random_config())
-    assert "'0' is a convolution of 2 groups" in str(error.value)
-    assert "'1' is a transposed convolution (ConvTranspose2d)" in str(error.value)
+    depthwise = "gralora_k=2 does not divide in_features=1 and out_features=1 of '0' (r=4). Legal here: 1."
+    assert depthwise in str(error.value)
+    assert "'1' is a transposed convolution of 2 groups" in str(error.value)
     assert_same(fingerprint(model), before)
 
 
@@ -154,7 +162,7 @@ def test_from_conv_shares_the_weight():
     x = torch.randn(1, 4, 5, 5)
     assert not torch.allclose(adapted(x), conv(x))
     with pytest.raises(ValueError, match="2 groups"):
-        GraloraConv.from_conv(nn.Conv2d(4, 4, 3, groups=2))
+        GraloraConvTranspose.from_conv(nn.ConvTranspose2d(4, 4, 3, groups=2))
 
 
 class Scaled(nn.Conv2d):
@@ -314,3 +322,37 @@ def test_the_unet_of_diffusers_with_every_convolution_and_linear_layer_adapted(t
         torch.testing.assert_close(model(*inputs).sample, y, rtol=1e-3, atol=1e-4)
         gralora.unload(model)
         assert same_bits(model(*inputs).sample, plain)
+
+
+def test_a_transposed_convolution_is_asked_for_a_size():
+    conv, x = nn.ConvTranspose2d(8, 4, 3, stride=3).double(), torch.randn(2, 8, 4, 5).double()
+    base = conv(x, output_size=[14, 16])
+    gralora.inject(conv, "", random_config())
+    y = conv(x, output_size=[14, 16])
+    assert y.shape == base.shape == (2, 4, 14, 16)
+    expected = reference(conv, x, conv.weight + gralora.delta_weight(conv))
+    torch.testing.assert_close(y[..., :12, :15], expected, rtol=1e-12, atol=1e-12)
+    assert relative(y, base) > 1e-2
+    gralora.merge(conv)
+    torch.testing.assert_close(conv(x, [14, 16]), y, rtol=1e-12, atol=1e-12)
+
+
+def test_transposed_convolutions_have_no_lora(tmp_path):
+    model = gralora.inject(nn.Sequential(nn.ConvTranspose2d(8, 4, 3)), ["0"], random_config())
+    with pytest.raises(ValueError, match="'0' is a transposed convolution, for which there is no LoRA"):
+        gralora.save_adapter(model, tmp_path / "a", format="lora")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pair_of_pefts_that_mixes_groups_is_refused(tmp_path):
+    import warnings
+
+    theirs = nn.Sequential(nn.Conv2d(8, 4, 3, groups=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        peft.get_peft_model(theirs, config).save_pretrained(tmp_path)
+    with pytest.raises(
+        gralora.AdapterFileError, match="'0', a convolution of 2 groups, mixes channels of different groups"
+    ):
+        gralora.load_adapter(nn.Sequential(nn.Conv2d(8, 4, 3, groups=2)), tmp_path)

@@ -585,3 +585,12 @@ def test_rows_of_a_batch_with_adapters_of_their_own(name, implementation):
     gradients = {n: p.grad for n, p in model.named_parameters() if "gralora_" in n and p.grad is not None}
     assert any(".a." in n and g.any() for n, g in gradients.items())
     assert not any(".b." in n and g.any() for n, g in gradients.items())
+
+
+def test_packed_experts_are_refused_by_name():
+    model = Experts()
+    model.up = nn.Parameter(torch.zeros(3, 12, 8, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(
+        ValueError, match="'up' holds experts of torch.uint8, quantised in a format that its module alone"
+    ):
+        gralora.inject(model, ["up"], GraloraConfig(r=4))

@@ -248,11 +248,11 @@ def test_errors_say_no_more_and_no_less():
         with pytest.raises(error) as raised:
             gralora.inject(Block(), *arguments)
         assert str(raised.value) == text
-    model = nn.ModuleList([nn.Conv1d(4, 4, 1, groups=2), nn.Linear(6, 6), nn.ReLU()])
+    model = nn.ModuleList([nn.ConvTranspose1d(4, 4, 1, groups=2), nn.Linear(6, 6), nn.ReLU()])
     with pytest.raises(ValueError) as raised:
         gralora.inject(model, ["0", "1", "2"], GraloraConfig(r=4, gralora_k=4))
     first, second, third = str(raised.value).split("\n")  # one does not hide the next
-    assert first == "'0' is a convolution of 2 groups; only those of one group can be adapted."
+    assert first == "'0' is a transposed convolution of 2 groups; only those of one group can be adapted."
     assert (
         second
         == "gralora_k=4 does not divide in_features=6 and out_features=6 of '1' (r=4). Legal here: 1, 2. suggest_k gives 2."

@@ -11,10 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gralora.config import GraloraConfig
-from gralora.files.checkpoint import FORMATS, convertible, read_adapter
+from gralora.files.checkpoint import FORMATS, LORA_FORMATS, convertible, model_fields, read_adapter
 from gralora.files.ondisk import extract_checkpoint, merge_checkpoint, refuse_existing
-from gralora.files.own import AdapterFile, layer_tensors, out_in
+from gralora.files.own import AdapterFile, layer_tensors, out_in, read_json
 from gralora.maths import functional
 from gralora.model.summary import table
 from gralora.version import __version__
@@ -44,13 +46,18 @@ def info(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    for option in ("rank", "experts"):
-        if getattr(args, option) is not None and args.to != "lora":
-            args.parser.error(f"--{option} is for --to lora")
+    if args.rank is not None and args.to not in LORA_FORMATS:
+        args.parser.error(f"--rank is for --to {', '.join(sorted(LORA_FORMATS))}")
+    if args.experts is not None and args.to != "lora":
+        args.parser.error("--experts is for --to lora")
     refuse_existing(args.out, args.force)
     file = read_adapter(args.adapter)
+    if args.base is not None:
+        config = args.base / "config.json" if args.base.is_dir() else args.base
+        file.model = model_fields(read_json(config))
     errors: dict[str, float] = {}
-    FORMATS[args.to].write(convertible(file, args.to, args.rank, errors, args.experts or "fused"), args.out)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    FORMATS[args.to].write(convertible(file, args.to, args.rank, errors, args.experts or "fused", dtype), args.out)
     if args.rank is not None:
         print(_table(("layer", "relative error"), list(errors.items())))
     print(f"wrote {args.out}")
@@ -95,7 +102,13 @@ def parser() -> argparse.ArgumentParser:
     command(info, "What an adapter holds: layers, sizes, norms.", "adapter").add_argument("--json", action="store_true")
     converted = command(convert, "Rewrite an adapter in another format.", "adapter", "out")
     converted.add_argument("--to", choices=list(FORMATS), required=True)
-    converted.add_argument("--rank", type=int, help="for lora: the rank of every layer; by default exact")
+    converted.add_argument("--rank", type=int, help="for plain LoRA: the rank of every layer; by default exact")
+    converted.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="of the tensors; by default as they are"
+    )
+    converted.add_argument(
+        "--base", type=Path, help="for gguf, where the adapter's file does not know its model: config.json"
+    )
     converted.add_argument(
         "--experts", choices=["fused", "each"], help="for lora: fused experts as one, or each for itself"
     )

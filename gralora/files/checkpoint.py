@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gralora.config import GraloraConfig
 from gralora.engines.distributed import check_whole, is_spread, write_once
 from gralora.engines.walk import named_modules
 from gralora.files.experts import apart, together
+from gralora.files.gguf import GGUF, renamed
 from gralora.files.lora import as_lora, lora_pairs
 from gralora.files.own import (
+    FLOATS,
     GRALORA,
     LAYER_FIELDS,
+    MODEL_FIELDS,
     AdapterFile,
     AdapterFileError,
     BaseWeight,
     Format,
     check_finite,
+    layer_keys,
     layer_shapes,
 )
 from gralora.files.peft import LORA, PEFT
@@ -39,8 +47,8 @@ from gralora.model.statistics import moved_buffers
 from gralora.model.targets import Names, Target, nearest, shorten, unfit
 from gralora.model.tokens import check_tokens
 
-FORMATS: dict[str, Format] = {"gralora": GRALORA, "peft": PEFT, "lora": LORA}
-"""The table of file formats, by the name that `save_adapter` takes; the first that matches reads."""
+FORMATS: dict[str, Format] = {"gralora": GRALORA, "peft": PEFT, "lora": LORA, "gguf": GGUF}
+"""The table of file formats, by the name that `save_adapter` takes; the last that matches reads."""
 
 
 def save_adapter(
@@ -52,6 +60,7 @@ def save_adapter(
     rank: int | None = None,
     errors: dict[str, float] | None = None,
     experts: str = "fused",
+    dtype: torch.dtype | None = None,
     allow_missing: bool = False,
 ) -> None:
     """Write one adapter to `path`, atomically. In a process group every process calls, and rank 0 writes.
@@ -59,9 +68,11 @@ def save_adapter(
     Args:
         format: "gralora": one safetensors file that describes itself. "peft": a folder that PEFT reads as GraLoRA.
             "lora": a folder that PEFT and every server of LoRA reads as plain LoRA of rank k * r + hybrid_r; exact.
-        rank: for "lora": the rank of every layer. A higher one is cut by SVD, a lower one padded with zeros.
+            "gguf": llama.cpp's file, of the same pairs; needs the package gguf.
+        rank: for plain LoRA: the rank of every layer. A higher one is cut by SVD, a lower one padded with zeros.
         experts: for "lora": "fused", as PEFT has fused experts, and vLLM where its own code fuses them; "each", a pair for every
             expert under the names of a checkpoint, as vLLM and SGLang read all others.
+        dtype: of the adapter's tensors in the file; None for their own.
         errors: a dict to be filled with ‖what is written - ΔW‖ / ‖ΔW‖ of each layer.
         allow_missing: write what is there, where layers that were adapted have been replaced since by others without an
             adapter.
@@ -87,9 +98,13 @@ def save_adapter(
             UserWarning,
             stacklevel=2,
         )
-    file = convertible(adapter_file(model, adapter_name), format, rank, errors, experts)
+    file = convertible(adapter_file(model, adapter_name), format, rank, errors, experts, dtype)
     sharded = any(is_spread(tensor) for tensor in live_tensors(model, adapter_name).values())
     write_once(lambda: FORMATS[format].write(file, Path(path)), together=sharded)
+
+
+LORA_FORMATS = {"lora", "gguf"}
+"""Formats that hold plain LoRA."""
 
 
 def convertible(
@@ -98,19 +113,26 @@ def convertible(
     rank: int | None = None,
     errors: dict[str, float] | None = None,
     experts: str = "fused",
+    dtype: torch.dtype | None = None,
 ) -> AdapterFile:
-    """`file` as `format` can express it: for "lora" as pairs of rank `rank`, or of their own, exactly."""
+    """`file` as `format` can express it: for plain LoRA as pairs of rank `rank`, or of their own, exactly."""
     if experts not in ("fused", "each"):
         raise ValueError(f'experts={experts!r} is not legal: it must be "fused" or "each".')
-    if format == "lora":
-        pairs = as_lora(file, rank, errors)
-        return apart(pairs) if experts == "each" else pairs
-    if experts != "fused":
+    if experts != "fused" and format != "lora":
         raise ValueError(f'experts={experts!r} is for format="lora".')
-    if rank is not None:
-        raise ValueError(f'rank={rank} is for format="lora"; the rank of GraLoRA is its r.')
-    if errors is not None:
+    if dtype is not None and dtype not in FLOATS.values():
+        raise ValueError(f"dtype={dtype} is not legal: it must be one of {', '.join(map(str, FLOATS.values()))}.")
+    if format in LORA_FORMATS:
+        file = as_lora(file, rank, errors)
+        file = apart(file) if experts == "each" else file
+    elif rank is not None:
+        raise ValueError(f'rank={rank} is for plain LoRA, such as format="lora"; the rank of GraLoRA is its r.')
+    elif errors is not None:
         errors.update(dict.fromkeys(file.configs, 0.0))
+    if dtype is not None:
+        own = {key for name, config in file.configs.items() for key in layer_keys(name, config)}
+        cast = {key: tensor.to(dtype) if key in own else tensor for key, tensor in file.tensors.items()}
+        file = dataclasses.replace(file, tensors=cast)
     return file
 
 
@@ -137,7 +159,8 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
     check_whole(model)
     tensors = adapter_state_dict(model, adapter_name)
     _check_shapes(layers, adapter_name, tensors)
-    origin = getattr(getattr(model, "config", None), "_name_or_path", None)
+    config = getattr(model, "config", None)
+    origin = getattr(config, "_name_or_path", None)
     return AdapterFile(
         tensors=tensors,
         configs={name: layer.gralora_adapters[adapter_name].config for name, layer in layers},
@@ -146,7 +169,23 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
         base={name: _base_of(layer.spot) for name, layer in layers},
         module_names=[name for name, _ in named_modules(model) if "gralora_" not in name],
         base_name=origin if isinstance(origin, str) and origin else None,
+        model=model_fields(config),
     )
+
+
+def model_fields(config: object) -> dict[str, Any] | None:
+    """What a file remembers of a model's config, an object or a dict as config.json holds it; None if it is none."""
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    elif isinstance(config, dict):
+        config = SimpleNamespace(**{**config, **(config.get("text_config") or {})})
+    found = {field: getattr(config, field, None) for field in MODEL_FIELDS}
+    if found["num_hidden_layers"] is None:  # GPT-2's names, in a file
+        found["num_hidden_layers"], found["num_attention_heads"] = (
+            getattr(config, n, None) for n in ("n_layer", "n_head")
+        )
+    plain = {key: value for key, value in found.items() if isinstance(value, (str, int, list))}
+    return plain if isinstance(found["model_type"], str) else None
 
 
 def _has_own(saved: SavedModule, adapter_name: str) -> bool:
@@ -171,7 +210,7 @@ def read_adapter(path: Path, *, allow_nonfinite: bool = False) -> AdapterFile:
     """Read an adapter in whatever format it is; NaN and infinite values are refused unless allowed."""
     if not path.exists():
         raise FileNotFoundError(f"no adapter at {path}")
-    format = next((f for f in FORMATS.values() if f.matches(path)), None)
+    format = next((f for f in reversed(FORMATS.values()) if f.matches(path)), None)
     if format is None:
         raise AdapterFileError(f"{path} is no adapter of a known format ({', '.join(FORMATS)}).")
     file = format.read(path)
@@ -206,6 +245,7 @@ def load_adapter(
     check_adapter_name(adapter_name)
     source = Path(path)
     file = read_adapter(source, allow_nonfinite=allow_nonfinite)
+    file = _in_names_of(model, file)
     plan = _plan(model, file)
     _warn_of_another_base(source, plan, file)
     try:
@@ -220,13 +260,22 @@ def load_adapter(
     return model
 
 
+def _in_names_of(model: nn.Module, file: AdapterFile) -> AdapterFile:
+    """The file under the names that this model has for its layers."""
+    names = Names(model)
+    layers = [name for its, _ in names.spots for name in its]
+    if file.format == "gguf":
+        return renamed(file, layers, model_fields(getattr(model, "config", None)))
+    together(file, {*layers, *(name for _, its, _ in names for name in its)})
+    return file
+
+
 def _plan(model: nn.Module, file: AdapterFile) -> Plan:
     """Find every module that the file names, and check that the file's tensors fit there."""
     names = Names(model)
     modules: dict[str, nn.Module] = {name: module for _, its, module in names for name in its}
     spots: dict[str, Spot] = {name: spot for its, spot in names.spots for name in its}
     known = [*modules, *(name for name in spots if name not in modules)]
-    together(file, set(known))
 
     def lacking(name: str) -> AdapterFileError:
         return AdapterFileError(f"the file adapts {name!r}, which this model lacks. Nearest: {nearest(name, known)}.")

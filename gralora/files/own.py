@@ -29,6 +29,12 @@ from gralora.version import __version__
 
 FORMAT_VERSION = 1
 LAYER_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout")
+MODEL_FIELDS = (
+    *("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
+    *("tie_word_embeddings", "architectures"),
+)
+"""What a file remembers of the config of a transformers model: enough to name and order its layers for other readers."""
+
 SAMPLES = 256
 LARGEST_HEADER = 2**25  # bytes: room for a hundred thousand layers
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -82,7 +88,8 @@ class AdapterFile:
     """One adapter, read from any format or about to be written: the config of every layer, and what is trained with them.
 
     `format` names the row of the table of formats that it was read by; `base` holds what is known of the weights beneath
-    it. `module_names` and `base_name` describe the model that it comes from, if it comes from one.
+    it. `module_names`, `base_name` and `model` (some fields of its config, `MODEL_FIELDS`) describe the model that it comes from,
+    where that is known.
     """
 
     configs: dict[str, GraloraConfig]
@@ -93,6 +100,7 @@ class AdapterFile:
     module_names: list[str] = field(default_factory=list)
     base_name: str | None = None
     format: str | None = None
+    model: dict[str, Any] | None = None
 
 
 class Format(NamedTuple):
@@ -143,10 +151,13 @@ def read_gralora(path: Path) -> AdapterFile:
         configs = _read_configs(path, metadata.get("modules", ""))
         saved, biases = (_read_names(path, metadata, key) for key in ("modules_to_save", "biases"))
         base = _read_base(path, metadata.get("base", "{}"))
+        model = parse_json(path, "the metadata 'model'", metadata.get("model", "null"))
+        if not isinstance(model, (dict, type(None))):
+            raise AdapterFileError(f"{path}: the metadata 'model' is no JSON object.")
         check_shapes(path, configs, shapes)
         check_dtypes(path, configs, dtypes)
         tensors = {key: get(key) for key in shapes}
-    return AdapterFile(configs, tensors, saved, biases, base, format="gralora")
+    return AdapterFile(configs, tensors, saved, biases, base, format="gralora", model=model)
 
 
 def write_gralora(file: AdapterFile, path: Path) -> None:
@@ -158,6 +169,7 @@ def write_gralora(file: AdapterFile, path: Path) -> None:
         "modules_to_save": json.dumps(file.modules_to_save),
         "biases": json.dumps(file.biases),
         "base": json.dumps({name: asdict(weight) for name, weight in file.base.items()}),
+        **({"model": json.dumps(file.model)} if file.model else {}),
     }
     tensors = unshared(file.tensors)
     write_atomically(path, lambda temporary: write_tensors(tensors, temporary, metadata))

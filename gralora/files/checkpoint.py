@@ -19,6 +19,7 @@ from gralora.engines.walk import named_modules
 from gralora.files.experts import apart, together
 from gralora.files.gguf import GGUF, renamed
 from gralora.files.lora import as_lora, lora_pairs
+from gralora.files.mlx import MLX
 from gralora.files.own import (
     FLOATS,
     GRALORA,
@@ -47,7 +48,7 @@ from gralora.model.statistics import moved_buffers
 from gralora.model.targets import Names, Target, nearest, shorten, unfit
 from gralora.model.tokens import check_tokens
 
-FORMATS: dict[str, Format] = {"gralora": GRALORA, "peft": PEFT, "lora": LORA, "gguf": GGUF}
+FORMATS: dict[str, Format] = {"gralora": GRALORA, "peft": PEFT, "lora": LORA, "gguf": GGUF, "mlx": MLX}
 """The table of file formats, by the name that `save_adapter` takes; the last that matches reads."""
 
 
@@ -103,7 +104,7 @@ def save_adapter(
     write_once(lambda: FORMATS[format].write(file, Path(path)), together=sharded)
 
 
-LORA_FORMATS = {"lora", "gguf"}
+LORA_FORMATS = {"lora", "gguf", "mlx"}
 """Formats that hold plain LoRA."""
 
 

@@ -212,24 +212,26 @@ class GraloraLayer(nn.Module):
         kwargs: dict[str, Any],
         dim: int | None = None,
         plain: tuple[Tensor, Tensor | None] | None = None,
+        update: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """base(*args, **kwargs) plus what the adapters add to it for the input `x`, in the dtype of the base.
 
         Args:
             dim: the axis of the batch in `x`, where the map knows it.
             plain: as `plain()` gives it, where the caller knows it.
+            update: as `self.update`, where that depends on more than x.
         """
         adapters = cast(GraloraAdapters, self._modules[CHILD])
-        mode = adapters.mode
+        mode, update = adapters.mode, update or self.update
         if isinstance(mode, Rows):
-            return self._run_rows(x, _tensor(self, base(*args, **kwargs)), mode, dim)
+            return self._run_rows(x, _tensor(self, base(*args, **kwargs)), mode, dim, update)
         applied = adapters.applied()
         if not applied:
             return base(*args, **kwargs)
         if not self.fast(x, applied[0][0].A) or any(is_hooked(adapter) for adapter, _ in applied):
             y = _tensor(self, base(*args, **kwargs))
             for adapter, share in applied:
-                y = (y + functional.within(x, partial(self.update, adapter=adapter, share=share))).to(y.dtype)
+                y = (y + functional.within(x, partial(update, adapter=adapter, share=share))).to(y.dtype)
             return y
         plain = plain or self.plain()
         if plain is not None:
@@ -253,7 +255,7 @@ class GraloraLayer(nn.Module):
         """What `adapter` adds for the input `x`, times `share`."""
         return cast(Tensor, adapter(x, share))
 
-    def _run_rows(self, x: Tensor, y: Tensor, rows: Rows, dim: int | None) -> Tensor:
+    def _run_rows(self, x: Tensor, y: Tensor, rows: Rows, dim: int | None, update_of: Callable[..., Tensor]) -> Tensor:
         if is_spread(x):
             raise ValueError("mixed_batch does not reach layers whose weights are spread over processes.")
         adapters = self.gralora_adapters
@@ -269,7 +271,7 @@ class GraloraLayer(nn.Module):
         plain = plain or any(map(is_hooked, chosen))
         if plain or not self.fast(x, chosen[0].A):
             parts = torch.split(sorted_x, counts[:-1], dim)
-            update = torch.cat([self.update(part, a, 1.0) for a, part in zip(chosen, parts, strict=True)], dim)
+            update = torch.cat([update_of(part, a, 1.0) for a, part in zip(chosen, parts, strict=True)], dim)
         else:
             update = autograd.updates_of_groups(sorted_x, counts[:-1], [group[:2] for group in groups])
         return y.index_add(dim, adapted, update.to(y.dtype))

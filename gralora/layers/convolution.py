@@ -14,7 +14,7 @@ axis, as experts have; all of them run in one grouped convolution of g * k group
 from __future__ import annotations
 
 import math
-from contextvars import ContextVar
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -35,9 +35,6 @@ _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 _ConvNd = nn.modules.conv._ConvNd
-
-_output_size: ContextVar[Any] = ContextVar("gralora_output_size", default=None)
-"""What the forward of a transposed convolution was asked for."""
 
 
 class GraloraConv(InPlaceLayer):
@@ -193,43 +190,46 @@ class GraloraConvTranspose(InPlaceLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (b, in, *positions), output_size -> (b, out, *positions)."""
-        token = _output_size.set(args[1] if len(args) > 1 else kwargs.get("output_size"))
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            _output_size.reset(token)
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        size = args[1] if len(args) > 1 else kwargs.get("output_size")
+        update = partial(self.update, output_size=size)
+        if self.is_plain() and "_base_instance_forward" not in self.__dict__:
+            return self.run(x, self.plain_forward, (x, size), {}, dim=self.batch_axis, update=update)
+        return self.run(x, self.own_forward, args, kwargs, dim=self.batch_axis, update=update)
 
-    def plain_forward(self, x: Tensor) -> Tensor:
+    def plain_forward(self, x: Tensor, output_size: Any = None) -> Tensor:
         batched = x.dim() == len(cast(_ConvNd, self).kernel_size) + 2
-        y = self._convolve(x if batched else x[None], held(self, "weight"), held(self, "bias"), 1)
+        y = self._convolve(x if batched else x[None], held(self, "weight"), held(self, "bias"), 1, output_size)
         return y if batched else y[0]
 
     def fast(self, x: Tensor, A: Tensor) -> bool:
         return False
 
-    def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
+    def update(self, x: Tensor, adapter: GraloraAdapter, share: float, output_size: Any = None) -> Tensor:
         """x (b, in, *positions), or without b -> the same of out channels, in the adapter's dtype."""
-        return cast(Tensor, adapter(x, share, self._convolved))
+        return cast(Tensor, adapter(x, share, partial(self._convolved, output_size=output_size)))
 
-    def _convolved(self, x: Tensor, tensors: Tensors, scaling: float, dropout: float) -> Tensor:
+    def _convolved(self, x: Tensor, tensors: Tensors, scaling: float, dropout: float, output_size: Any) -> Tensor:
         A, B, A_general, B_general = tensors
         k, conv = len(A), cast(_ConvNd, self)
         batched = x.dim() == len(conv.kernel_size) + 2
         x = x if batched else x[None]
         z = _pointwise(functional.dropped(x, dropout), rearrange(A, "i m r -> (i r) m"), k)
         z = rearrange(z, "b (i j s) ... -> b (j i s) ...", i=k, j=k)
-        y = self._convolve(z, rearrange(B, "j r o -> (j r) o"), None, k)
+        y = self._convolve(z, rearrange(B, "j r o -> (j r) o"), None, k, output_size)
         if A_general is not None and B_general is not None:
-            y = y + self._convolve(_pointwise(functional.dropped(x, dropout), A_general, 1), B_general.mT, None, 1)
+            y = y + self._convolve(
+                _pointwise(functional.dropped(x, dropout), A_general, 1), B_general.mT, None, 1, output_size
+            )
         y = y * scaling
         return y if batched else y[0]
 
-    def _convolve(self, z: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    def _convolve(self, z: Tensor, weight: Tensor, bias: Tensor | None, groups: int, output_size: Any) -> Tensor:
         """The base's transposed convolution with another weight (channels of z, outputs of a group and kernel)."""
         conv = cast(Any, self)
         dimensions, kernel = len(conv.kernel_size), weight.reshape(len(weight), -1, *conv.kernel_size)
         padding = conv._output_padding(
-            z, _output_size.get(), conv.stride, conv.padding, conv.kernel_size, dimensions, conv.dilation
+            z, output_size, conv.stride, conv.padding, conv.kernel_size, dimensions, conv.dilation
         )
         convolve = _CONV_TRANSPOSE[dimensions - 1]
         return cast(Tensor, convolve(z, kernel, bias, conv.stride, conv.padding, padding, groups, conv.dilation))

@@ -11,6 +11,8 @@ import gralora
 from ..model.test_tokens import NEW, trained
 from ..models import llama
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*was trained on another base")
+
 
 def written(tmp_path):
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gralora.config import GraloraConfig
-from gralora.files.checkpoint import FORMATS, LORA_FORMATS, convertible, model_fields, read_adapter
+from gralora.files.formats import FORMATS, LORA_FORMATS, convertible, model_fields, read_adapter
 from gralora.files.ondisk import extract_checkpoint, merge_checkpoint, refuse_existing
 from gralora.files.own import AdapterFile, layer_tensors, out_in, read_json
 from gralora.maths import functional

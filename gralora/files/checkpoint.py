@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +15,12 @@ from torch import Tensor, nn
 from gralora.config import GraloraConfig
 from gralora.engines.distributed import check_whole, is_spread, write_once
 from gralora.engines.walk import named_modules
-from gralora.files.experts import apart, together
-from gralora.files.gguf import GGUF, renamed
+from gralora.files.diffusers import of_part, of_parts, part_of_pipeline, with_part
+from gralora.files.experts import together
+from gralora.files.formats import FORMATS, convertible, located, model_fields, read_adapter
+from gralora.files.gguf import renamed
 from gralora.files.lora import as_lora, lora_pairs
-from gralora.files.mlx import MLX
-from gralora.files.own import (
-    FLOATS,
-    GRALORA,
-    LAYER_FIELDS,
-    MODEL_FIELDS,
-    AdapterFile,
-    AdapterFileError,
-    BaseWeight,
-    Format,
-    check_finite,
-    layer_keys,
-    layer_shapes,
-)
-from gralora.files.peft import LORA, PEFT
+from gralora.files.own import LAYER_FIELDS, AdapterFile, AdapterFileError, BaseWeight, layer_shapes
 from gralora.files.tokens import token_modules
 from gralora.layers.adapter import GraloraAdapter, check_adapter_name
 from gralora.layers.base import GraloraLayer, Spot, gralora_layers
@@ -48,17 +35,17 @@ from gralora.model.statistics import moved_buffers
 from gralora.model.targets import Names, Target, nearest, shorten, unfit
 from gralora.model.tokens import check_tokens
 
-FORMATS: dict[str, Format] = {"gralora": GRALORA, "peft": PEFT, "lora": LORA, "gguf": GGUF, "mlx": MLX}
-"""The table of file formats, by the name that `save_adapter` takes; the last that matches reads."""
+Models = nn.Module | Mapping[str, nn.Module]
+Loaded = TypeVar("Loaded", nn.Module, Mapping[str, nn.Module])
 
 
 def save_adapter(
-    model: nn.Module,
+    model: Models,
     path: str | os.PathLike[str],
     adapter_name: str = "default",
     *,
     format: str = "gralora",
-    rank: int | None = None,
+    rank: int | str | None = None,
     errors: dict[str, float] | None = None,
     experts: str = "fused",
     dtype: torch.dtype | None = None,
@@ -67,10 +54,13 @@ def save_adapter(
     """Write one adapter to `path`, atomically. In a process group every process calls, and rank 0 writes.
 
     Args:
+        model: for "diffusers" and "kohya" also several modules of a pipeline, by their names there, such as "unet".
         format: "gralora": one safetensors file that describes itself. "peft": a folder that PEFT reads as GraLoRA.
-            "lora": a folder that PEFT and every server of LoRA reads as plain LoRA of rank k * r + hybrid_r; exact.
-            "gguf": llama.cpp's file, of the same pairs; needs the package gguf.
-        rank: for plain LoRA: the rank of every layer. A higher one is cut by SVD, a lower one padded with zeros.
+            All others are plain LoRA of rank k * r + hybrid_r, exactly. "lora": a folder that PEFT and every server of LoRA
+            reads. "gguf": llama.cpp's file; needs the package gguf. "mlx": a folder that mlx-lm reads. "diffusers": a folder
+            that pipelines' `load_lora_weights` reads. "kohya": one file that ComfyUI reads.
+        rank: for plain LoRA: the rank of every layer. A higher one is cut by SVD, a lower one padded with zeros. "vllm": padded
+            to the lowest that vLLM can be given.
         experts: for "lora": "fused", as PEFT has fused experts, and vLLM where its own code fuses them; "each", a pair for every
             expert under the names of a checkpoint, as vLLM and SGLang read all others.
         dtype: of the adapter's tensors in the file; None for their own.
@@ -84,6 +74,25 @@ def save_adapter(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not known; there are: {', '.join(map(repr, FORMATS))}.")
+    parts = model if isinstance(model, Mapping) else {"": model}
+    if isinstance(model, Mapping) and format not in PIPELINES:
+        raise ValueError(f"several modules are for {' and '.join(map(repr, PIPELINES))}; format={format!r} is of one.")
+    files = []
+    for part, module in parts.items():
+        _check_there(module, adapter_name, allow_missing)
+        own = adapter_file(module, adapter_name)
+        files.append(with_part(own, part) if part else own)
+    file = convertible(files[0] if len(files) == 1 else of_parts(files), format, rank, errors, experts, dtype)
+    live = [tensor for module in parts.values() for tensor in live_tensors(module, adapter_name).values()]
+    write_once(lambda: FORMATS[format].write(file, Path(path)), together=any(map(is_spread, live)))
+
+
+PIPELINES = ("diffusers", "kohya")
+"""Formats of pipelines: files of several modules."""
+
+
+def _check_there(model: nn.Module, adapter_name: str, allow_missing: bool) -> None:
+    """Raise unless the model has all of the adapter; warn of what moved without being in it."""
     gone = vanished(model, adapter_name)
     if gone and not allow_missing:
         raise ValueError(
@@ -97,44 +106,8 @@ def save_adapter(
             f"training has moved buffers that belong to no adapter, and are not in the file: {shorten(moved)}. Modules that "
             "are to learn whole belong in modules_to_save.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    file = convertible(adapter_file(model, adapter_name), format, rank, errors, experts, dtype)
-    sharded = any(is_spread(tensor) for tensor in live_tensors(model, adapter_name).values())
-    write_once(lambda: FORMATS[format].write(file, Path(path)), together=sharded)
-
-
-LORA_FORMATS = {"lora", "gguf", "mlx"}
-"""Formats that hold plain LoRA."""
-
-
-def convertible(
-    file: AdapterFile,
-    format: str,
-    rank: int | None = None,
-    errors: dict[str, float] | None = None,
-    experts: str = "fused",
-    dtype: torch.dtype | None = None,
-) -> AdapterFile:
-    """`file` as `format` can express it: for plain LoRA as pairs of rank `rank`, or of their own, exactly."""
-    if experts not in ("fused", "each"):
-        raise ValueError(f'experts={experts!r} is not legal: it must be "fused" or "each".')
-    if experts != "fused" and format != "lora":
-        raise ValueError(f'experts={experts!r} is for format="lora".')
-    if dtype is not None and dtype not in FLOATS.values():
-        raise ValueError(f"dtype={dtype} is not legal: it must be one of {', '.join(map(str, FLOATS.values()))}.")
-    if format in LORA_FORMATS:
-        file = as_lora(file, rank, errors)
-        file = apart(file) if experts == "each" else file
-    elif rank is not None:
-        raise ValueError(f'rank={rank} is for plain LoRA, such as format="lora"; the rank of GraLoRA is its r.')
-    elif errors is not None:
-        errors.update(dict.fromkeys(file.configs, 0.0))
-    if dtype is not None:
-        own = {key for name, config in file.configs.items() for key in layer_keys(name, config)}
-        cast = {key: tensor.to(dtype) if key in own else tensor for key, tensor in file.tensors.items()}
-        file = dataclasses.replace(file, tensors=cast)
-    return file
 
 
 def to_lora(
@@ -170,23 +143,8 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
         base={name: _base_of(layer.spot) for name, layer in layers},
         module_names=[name for name, _ in named_modules(model) if "gralora_" not in name],
         base_name=origin if isinstance(origin, str) and origin else None,
-        model=model_fields(config),
+        model={**(model_fields(config) or {}), "class": getattr(type(model), "_base_class", type(model)).__name__},
     )
-
-
-def model_fields(config: object) -> dict[str, Any] | None:
-    """What a file remembers of a model's config, an object or a dict as config.json holds it; None if it is none."""
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    elif isinstance(config, dict):
-        config = SimpleNamespace(**{**config, **(config.get("text_config") or {})})
-    found = {field: getattr(config, field, None) for field in MODEL_FIELDS}
-    if found["num_hidden_layers"] is None:  # GPT-2's names, in a file
-        found["num_hidden_layers"], found["num_attention_heads"] = (
-            getattr(config, n, None) for n in ("n_layer", "n_head")
-        )
-    plain = {key: value for key, value in found.items() if isinstance(value, (str, int, list))}
-    return plain if isinstance(found["model_type"], str) else None
 
 
 def _has_own(saved: SavedModule, adapter_name: str) -> bool:
@@ -207,67 +165,79 @@ def _check_shapes(layers: list[tuple[str, GraloraLayer]], adapter_name: str, ten
         raise ValueError(f"adapter {adapter_name!r} is not whole, nothing is written: {shorten(wrong)}.")
 
 
-def read_adapter(path: Path, *, allow_nonfinite: bool = False) -> AdapterFile:
-    """Read an adapter in whatever format it is; NaN and infinite values are refused unless allowed."""
-    if not path.exists():
-        raise FileNotFoundError(f"no adapter at {path}")
-    format = next((f for f in reversed(FORMATS.values()) if f.matches(path)), None)
-    if format is None:
-        raise AdapterFileError(f"{path} is no adapter of a known format ({', '.join(FORMATS)}).")
-    file = format.read(path)
-    if not allow_nonfinite:
-        check_finite(path, file.tensors)
-    return file
-
-
 def load_adapter(
-    model: nn.Module,
+    model: Loaded,
     path: str | os.PathLike[str],
     adapter_name: str = "default",
     *,
     trainable: bool = False,
     allow_nonfinite: bool = False,
-) -> nn.Module:
+) -> Loaded:
     """Read an adapter from `path`, inject it and load its values; returns `model`.
 
-    `path` is a file of ours, or a folder of PEFT's: GraLoRA, or plain LoRA, which is GraLoRA with k = 1. A warning names
-    the layers whose weights are not those that the adapter was trained on, where the file knows them.
+    `path` is a file or folder of any format of `save_adapter`, or "owner/name" on the Hugging Face hub, if huggingface_hub
+    is installed. Plain LoRA is GraLoRA with k = 1. A warning names the layers whose weights are not those that the adapter was
+    trained on, where the file knows them.
 
     The first adapter of a model becomes active, a further one is added inactive. It is frozen unless `trainable`, and in
     the dtype of the file. Where the model has an adapter of this name already, on the same layers and of the same
     shapes, its values are replaced in place.
 
     Args:
+        model: of a pipeline's file also several modules by their names there.
         allow_nonfinite: load NaN and infinite values, which are refused otherwise.
 
     Raises:
         ValueError (AdapterFileError): the file is damaged or does not fit the model, which is then unchanged.
     """
     check_adapter_name(adapter_name)
-    source = Path(path)
+    source = located(os.fspath(path))
     file = read_adapter(source, allow_nonfinite=allow_nonfinite)
-    file = _in_names_of(model, file)
-    plan = _plan(model, file)
-    _warn_of_another_base(source, plan, file)
+    if isinstance(model, Mapping):
+        if file.format not in PIPELINES:
+            raise AdapterFileError(
+                f"{source} is of format {file.format!r}, which is of one module; several were given."
+            )
+        parts = [(module, of_part(file, part, _layers(module))) for part, module in model.items()]
+    else:
+        parts = [(model, _in_names_of(model, file))]
+    plans = [_plan(module, own) for module, own in parts]
+    with ExitStack() as stack:
+        for (module, own), plan in zip(parts, plans, strict=True):
+            _warn_of_another_base(source, plan, own)
+            stack.enter_context(all_or_nothing(module))
+        for (module, own), plan in zip(parts, plans, strict=True):
+            _load(source, module, own, plan, adapter_name, trainable)
+    return model
+
+
+def _load(source: Path, model: nn.Module, file: AdapterFile, plan: Plan, adapter_name: str, trainable: bool) -> None:
     try:
-        with all_or_nothing(model):
-            if adapter_name in known_adapters(model):
-                _prepare_swap(model, file, adapter_name, trainable)
-            else:
-                install(model, plan, adapter_name, trainable=trainable)
-            load_adapter_state_dict(model, file.tensors, adapter_name)
+        if adapter_name in known_adapters(model):
+            _prepare_swap(model, file, adapter_name, trainable)
+        else:
+            install(model, plan, adapter_name, trainable=trainable)
+        load_adapter_state_dict(model, file.tensors, adapter_name)
     except (KeyError, ValueError) as error:
         raise AdapterFileError(f"{source} does not fit this model: {error.args[0]}") from error
-    return model
+
+
+def _layers(model: nn.Module) -> list[str]:
+    return [name for its, _ in Names(model).spots for name in its]
 
 
 def _in_names_of(model: nn.Module, file: AdapterFile) -> AdapterFile:
     """The file under the names that this model has for its layers."""
-    names = Names(model)
-    layers = [name for its, _ in names.spots for name in its]
+    layers = _layers(model)
     if file.format == "gguf":
         return renamed(file, layers, model_fields(getattr(model, "config", None)))
-    together(file, {*layers, *(name for _, its, _ in names for name in its)})
+    if file.format in PIPELINES:
+        try:
+            part = part_of_pipeline(getattr(type(model), "_base_class", type(model)).__name__)
+        except ValueError as error:
+            raise AdapterFileError(str(error)) from error
+        return of_part(file, part, layers)
+    together(file, {*layers, *(name for _, its, _ in Names(model) for name in its)})
     return file
 
 

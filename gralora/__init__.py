@@ -11,6 +11,7 @@ from gralora.config import GraloraConfig
 from gralora.files import former as former
 from gralora.files.checkpoint import load_adapter, save_adapter, to_lora
 from gralora.files.own import AdapterFileError
+from gralora.files.serving import check_serving
 from gralora.layers.base import GraloraLayer, delta_weight
 from gralora.layers.convolution import GraloraConv, GraloraConvTranspose
 from gralora.layers.embedding import GraloraEmbedding
@@ -55,6 +56,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_state_dict",
     "check_effect",
+    "check_serving",
     "combine",
     "count_parameters",
     "delete_adapter",

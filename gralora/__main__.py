@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from gralora.config import GraloraConfig
-from gralora.files.formats import FORMATS, LORA_FORMATS, convertible, model_fields, read_adapter
+from gralora.files.formats import FORMATS, LORA_FORMATS, convertible, located, model_fields, read_adapter
 from gralora.files.ondisk import extract_checkpoint, merge_checkpoint, refuse_existing
 from gralora.files.own import AdapterFile, layer_tensors, out_in, read_json
+from gralora.files.serving import FORMAT as SERVERS
+from gralora.files.serving import check_serving
 from gralora.maths import functional
 from gralora.model.summary import table
 from gralora.version import __version__
@@ -25,7 +27,7 @@ LAYER = ("layer", "in", "out", "r", "k", "hybrid_r", "alpha", "parameters", "nor
 
 
 def info(args: argparse.Namespace) -> None:
-    file = read_adapter(args.adapter)
+    file = read_adapter(located(args.adapter))
     layers = [_describe(file, name) for name in file.configs]
     total = sum(tensor.numel() for tensor in file.tensors.values())
     result = {
@@ -43,6 +45,13 @@ def info(args: argparse.Namespace) -> None:
     for what, names in (("modules_to_save", file.modules_to_save), ("biases", file.biases)):
         if names:
             print(f"{what}: {', '.join(names)}")
+
+
+def check(args: argparse.Namespace) -> None:
+    result = check_serving(args.adapter, args.server, base=args.base)
+    print(result)
+    if not result.ok:
+        raise ValueError(f"{args.server} would not serve {args.adapter} as it is")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -100,9 +109,14 @@ def parser() -> argparse.ArgumentParser:
         return result
 
     command(info, "What an adapter holds: layers, sizes, norms.", "adapter").add_argument("--json", action="store_true")
+    checked = command(check, "What a server will refuse, ignore or need of an adapter.", "adapter")
+    checked.add_argument("--for", dest="server", choices=list(SERVERS), required=True)
+    checked.add_argument("--base", type=Path, help="the base model's folder or config.json")
     converted = command(convert, "Rewrite an adapter in another format.", "adapter", "out")
     converted.add_argument("--to", choices=list(FORMATS), required=True)
-    converted.add_argument("--rank", type=int, help="for plain LoRA: the rank of every layer; by default exact")
+    converted.add_argument(
+        "--rank", type=_rank, help="for plain LoRA: of every layer, a number or vllm; by default exact"
+    )
     converted.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="of the tensors; by default as they are"
     )
@@ -120,6 +134,10 @@ def parser() -> argparse.ArgumentParser:
     extracted.add_argument("--hybrid-r", type=int, default=0)
     extracted.add_argument("--alpha", type=float, help="by default r + hybrid_r: a scaling of 1")
     return main
+
+
+def _rank(text: str) -> int | str:
+    return text if text == "vllm" else int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

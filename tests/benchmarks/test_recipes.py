@@ -14,6 +14,9 @@ from ..needs import needs
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "benchmarks" / "recipes").glob("*.py"))
 PACKAGES = {"quantised": ["bitsandbytes"], "offload": ["accelerate"], "compile_and_export": ["onnx", "onnxscript"]}
+PACKAGES |= {f"trl_{kind}": ["trl", "datasets"] for kind in ("sft", "dpo", "grpo")}
+PACKAGES |= {"lightning_module": ["lightning"], "sentence_encoder": ["sentence_transformers", "datasets"]}
+PACKAGES |= {"diffusers_training": ["diffusers"]}
 PACKAGES["zero3"] = [
     "deepspeed"
 ]  # which is built against the torch that is there: pip install --no-build-isolation deepspeed

@@ -244,7 +244,7 @@ def test_an_existing_folder_keeps_its_other_files(tmp_path):
     (tmp_path / "notes").write_text("mine")
     gralora.save_adapter(model, tmp_path, format="peft")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"notes", "adapter_config.json", "adapter_model.safetensors"}
+    assert names == {"notes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
     with pytest.raises(AdapterFileError, match="give the folder"):
         gralora.load_adapter(Block(), tmp_path / "adapter_model.safetensors")
 

@@ -2,10 +2,10 @@
 
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 
 import pytest
@@ -218,13 +218,21 @@ def test_an_interrupted_merge_leaves_nothing_under_the_final_name(tmp_path):
         layer.gralora_adapters.to_empty(device="cpu")
         layer.gralora_adapters["default"].reset_parameters()
     gralora.save_adapter(model, tmp_path / "a")
-    args = [sys.executable, "-m", "gralora", "merge", *(str(tmp_path / n) for n in ("base", "a", "out"))]
+    stops = (
+        "import os, signal; from gralora.files import ondisk; from gralora.__main__ import main; write = ondisk._Merging.write\n"
+        "def stopped(self, shard, path):\n"
+        "    write(self, shard, path)\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "ondisk._Merging.write = stopped\n"
+        "raise SystemExit(main())"
+    )
+    args = [sys.executable, "-c", stops, "merge", *(str(tmp_path / n) for n in ("base", "a", "out"))]
     for signal_number in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
-        while not list(tmp_path.glob(".out.*/model-1.safetensors")):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.005)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # until it has written its first shard
+        assert list(tmp_path.glob(".out.*/*.safetensors"))
         process.send_signal(signal_number)
+        process.send_signal(signal.SIGCONT)
         _, err = process.communicate()
         assert process.returncode == (1 if signal_number == signal.SIGINT else -signal.SIGKILL)
         assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from gralora.config import GraloraConfig, divisors
 from gralora.engines.distributed import copy_into
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import PREFIX, GraloraLayer, gralora_layers
-from gralora.maths import functional
+from gralora.maths import functional, merging
 from gralora.maths.functional import Tensors
 from gralora.model.control import weights_of
 from gralora.model.extract import fill, widened
@@ -26,7 +26,8 @@ from gralora.model.state_dict import adapter_state_dict, load_adapter_state_dict
 from gralora.model.targets import Target
 from gralora.model.tokens import tied_to
 
-HOW = ("exact", "svd")
+SPARSE = {"ties": merging.ties, "dare": merging.dare, "magnitude_prune": merging.magnitude_prune}
+HOW = ("exact", "svd", *SPARSE)
 
 
 def combine(
@@ -38,6 +39,7 @@ def combine(
     *,
     r: int | None = None,
     gralora_k: int | None = None,
+    density: float | None = None,
     errors: dict[str, float] | None = None,
 ) -> None:
     """Add the adapter Σ weight * adapter under a new name, inactive and frozen: what `set_adapter` with weights computes.
@@ -46,9 +48,13 @@ def combine(
         adapter_names: of adapters of this model, or {name: weight}.
         weights: one for each name; None for 1 each, or where `adapter_names` holds them.
         how: "exact": the ranks add up; where the ks differ, the new one is their least common multiple, and a rank grows
-            by the factor by which its blocks are cut. "svd": the nearest adapter of rank `r`, block by block.
-        r: for "svd"; the largest of the combined adapters' if None.
-        gralora_k: for "svd"; the least common multiple if None.
+            by the factor by which its blocks are cut. "svd": the nearest adapter of rank `r`, block by block. "ties", "dare",
+            "magnitude_prune": the updates ΔW, not their sum, are first thinned out value by value (`maths/merging.py`;
+            PEFT's "ties_svd", "dare_linear_svd", "magnitude_prune_svd"), then the nearest adapter is taken as by "svd".
+            The factors by themselves can't be merged so: those of two adapters have no basis in common.
+        r: for all but "exact"; the largest of the combined adapters' if None.
+        gralora_k: for all but "exact"; the least common multiple if None.
+        density: for the last three, which need it: the share of values that stays, in (0, 1].
         errors: a dict to be filled with ‖new ΔW - Σ‖ / ‖Σ‖ of each layer; zero if exact.
 
     Raises:
@@ -61,7 +67,11 @@ def combine(
     if how not in HOW:
         raise ValueError(f"how={how!r} is not known; there are: {', '.join(map(repr, HOW))}.")
     if how == "exact" and (r is not None or gralora_k is not None):
-        raise ValueError('r and gralora_k are for how="svd"; the exact sum has those that follow from its parts.')
+        raise ValueError("r and gralora_k are for the other ways; the exact sum has those that follow from its parts.")
+    if (density is not None) != (how in SPARSE) or (density is not None and not 0 < density <= 1):
+        raise ValueError(
+            f"density={density} with how={how!r}: {', '.join(SPARSE)} need one in (0, 1], and nothing else does."
+        )
     layers: dict[str, _Layer] = {}
     for path, layer in gralora_layers(model):
         parts = [(layer.gralora_adapters[n], share) for n, share in chosen.items() if n in layer.gralora_adapters]
@@ -71,7 +81,7 @@ def combine(
     with all_or_nothing(model):
         install(model, plan, new_name, trainable=False)
         for path, (layer, parts, config) in layers.items():
-            error = _fill(layer.gralora_adapters[new_name], parts, config, how)
+            error = _fill(layer.gralora_adapters[new_name], parts, config, how, density)
             if errors is not None:
                 errors[path] = error
         load_adapter_state_dict(model, sources, new_name, strict=False)
@@ -148,11 +158,20 @@ def _sources(model: nn.Module, names: Mapping[str, float]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fill(new: GraloraAdapter, parts: list[tuple[GraloraAdapter, float]], config: GraloraConfig, how: str) -> float:
+def _fill(
+    new: GraloraAdapter,
+    parts: list[tuple[GraloraAdapter, float]],
+    config: GraloraConfig,
+    how: str,
+    density: float | None,
+) -> float:
+    if how in SPARSE and density is not None:
+        deltas = [functional.delta_weight(*widened(a.tensors), scaling=a.config.scaling) for a, _ in parts]
+        return fill(new.tensors, SPARSE[how](deltas, [share for _, share in parts], density), config)
     scaled = [(widened(adapter.tensors), share * adapter.config.scaling) for adapter, share in parts]
     if how == "svd":
-        deltas = (functional.delta_weight(*tensors, scaling=scaling) for tensors, scaling in scaled)
-        return fill(new.tensors, sum(deltas, start=torch.zeros(())), config)
+        updates = (functional.delta_weight(*tensors, scaling=scaling) for tensors, scaling in scaled)
+        return fill(new.tensors, sum(updates, start=torch.zeros(())), config)
     total = _concatenated(scaled, config.gralora_k)
     for parameter, values in zip(new.tensors, total, strict=True):
         if parameter is not None and values is not None:

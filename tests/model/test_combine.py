@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -103,6 +104,47 @@ def test_svd_of_one_adapter_at_its_own_rank_is_that_adapter():
     assert model[0].gralora_adapters["again"].config.r == 8
 
 
+@pytest.mark.filterwarnings("ignore:Adapter name")  # PEFT's, about "a"
+@pytest.mark.parametrize("how", ["ties", "magnitude_prune"])  # what dare draws: tests/maths/test_merging.py
+def test_sparse_merges_are_pefts_at_k_1(how):
+    base = mlp(24, 48, 24)
+    model = copy.deepcopy(base)
+    theirs = None
+    for name in "ab":
+        gralora.inject(model, "all-linear", random_config(r=4, gralora_k=1), adapter_name=name)
+        config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["0", "2"], init_lora_weights=False)
+        if theirs is None:
+            theirs = peft.get_peft_model(base, config, name)
+        else:
+            theirs.add_adapter(name, config)
+    for path, layer in gralora_layers(model):
+        their = theirs.base_model.model.get_submodule(path)
+        for name in "ab":
+            adapter = layer.gralora_adapters[name]
+            with torch.no_grad():
+                their.lora_A[name].weight.copy_(adapter.A[0].T if adapter.A[0].shape[-1] == 4 else adapter.A[0])
+                their.lora_B[name].weight.copy_(adapter.B[0].T if adapter.B[0].shape[0] == 4 else adapter.B[0])
+                their.scaling[name] = adapter.config.scaling
+            assert relative(gralora.delta_weight(layer, name), their.get_delta_weight(name)) < 1e-5
+    weights = [0.7, 0.6]
+    theirs.add_weighted_adapter(["a", "b"], weights, "new", combination_type=f"{how}_svd", svd_rank=24, density=0.4)
+    gralora.combine(model, ["a", "b"], weights, "new", how, r=24, gralora_k=1, density=0.4)
+    gralora.combine(model, ["a", "b"], [0.7, 0.6], "sum")
+    for path, layer in gralora_layers(model):
+        wanted = theirs.base_model.model.get_submodule(path).get_delta_weight("new")
+        assert relative(gralora.delta_weight(layer, "new"), wanted) < 1e-4
+        assert relative(gralora.delta_weight(layer, "sum"), wanted) > 1e-2
+
+
+@pytest.mark.parametrize("how", ["ties", "dare", "magnitude_prune"])
+def test_sparse_merges_of_other_ks_and_of_experts(how):
+    model, errors = model_of(**copy.deepcopy(OTHER_K)), {}
+    gralora.combine(model, {"a": 1.0, "b": 0.5}, None, "new", how, r=24, density=0.5, errors=errors)
+    assert all(0 <= error < 1 for error in errors.values())
+    gralora.set_adapter(model, "new")
+    assert torch.isfinite(model(torch.randn(2, 24, dtype=torch.float64))).all()
+
+
 @pytest.mark.parametrize("how", ["exact", "svd"])
 def test_conv1d_convolutions_attention_and_experts(how):
     model = nn.ModuleDict(
@@ -174,8 +216,16 @@ def test_it_is_saved_and_loaded_like_any_other(tmp_path):
         ((["a", "a"], [1, 1], "new"), {}, ValueError, "each once"),
         ((["a", "b"], [1, float("nan")], "new"), {}, ValueError, "weight of adapter 'b' is nan"),
         ((["a", "b"], None, "new.er"), {}, ValueError, "hold no dot"),
-        ((["a", "b"], None, "new"), {"how": "cat"}, ValueError, "how='cat' is not known; there are: 'exact', 'svd'"),
-        ((["a", "b"], None, "new"), {"r": 4}, ValueError, 'r and gralora_k are for how="svd"'),
+        (
+            (["a", "b"], None, "new"),
+            {"how": "cat"},
+            ValueError,
+            "how='cat' is not known; there are: 'exact', 'svd', 'ties'",
+        ),
+        ((["a", "b"], None, "new"), {"r": 4}, ValueError, "r and gralora_k are for the other ways"),
+        ((["a", "b"], None, "new"), {"how": "ties"}, ValueError, "density=None with how='ties'"),
+        ((["a", "b"], None, "new"), {"density": 0.5}, ValueError, "density=0.5 with how='exact'"),
+        ((["a", "b"], None, "new"), {"how": "dare", "density": 0}, ValueError, "density=0 with how='dare'"),
         ((["a", "b"], None, "new"), {"how": "svd", "gralora_k": 5}, ValueError, "gralora_k=5"),
         (([], None, "new"), {}, ValueError, "adapter_names=[] names no adapter"),
     ],

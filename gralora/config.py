@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 LARGEST_ALPHA, LARGEST_WEIGHT = 1e30, 1e6  # of an adapter: so that their product is a float32
@@ -25,9 +25,12 @@ class GraloraConfig:
         exclude_modules: layers that are never adapted; a regular expression or a list of names.
         fan_in_fan_out: accepted from users of PEFT; the layout is read off each layer.
         bias: biases trained with the adapter: "none", "all", or "gralora_only" (those of adapted layers).
-        modules_to_save: names of modules trained whole and saved with the adapter, such as a new head.
+        modules_to_save: names of modules trained whole and saved with the adapter, such as a new head. "auto": the head that
+            a `...ForSequenceClassification` and the like has for its task.
         trainable_token_indices: tokens whose rows of the embedding are trained whole, and saved with the adapter: a list, for
             the model's input embedding, or a mapping from an embedding's name to a list. Held as tuples.
+        layers_to_transform: the numbers of the blocks in which layers are adapted; one, or a list. A block's number is the last
+            part of a layer's name that is one (behind two others), or that behind a name in `layers_pattern`: PEFT's rule.
         ensure_weight_tying: layers that share one weight, such as an embedding and its head, share one adapter.
         init_weights: True: B is zero, the model's output unchanged. False: B random too, for tests.
 
@@ -44,10 +47,12 @@ class GraloraConfig:
     exclude_modules: str | tuple[str, ...] | None = None
     fan_in_fan_out: bool | None = None
     bias: str = "none"
-    modules_to_save: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | str | None = None
     init_weights: bool = True
     trainable_token_indices: Any = None
     ensure_weight_tying: bool = False
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("r", 1), ("hybrid_r", 0), ("gralora_k", 1)):
@@ -77,9 +82,19 @@ class GraloraConfig:
         if not isinstance(self.ensure_weight_tying, bool):
             raise TypeError(f"ensure_weight_tying={self.ensure_weight_tying!r} is not legal: it must be True or False.")
         self._set("trainable_token_indices", _tokens(self.trainable_token_indices))
+        layers = self.layers_to_transform
+        if layers is not None:
+            given = layers if isinstance(layers, (list, tuple, range)) else [layers]
+            self._set("layers_to_transform", tuple(_integer("layers_to_transform", each, 0) for each in given))
+        pattern = self.layers_pattern
+        self._set(
+            "layers_pattern",
+            _names("layers_pattern", [pattern] if isinstance(pattern, str) else pattern, may_be_regex=False),
+        )
         self._set("target_modules", _names("target_modules", self.target_modules, may_be_regex=True))
         self._set("exclude_modules", _names("exclude_modules", self.exclude_modules, may_be_regex=True))
-        self._set("modules_to_save", _names("modules_to_save", self.modules_to_save, may_be_regex=False))
+        if self.modules_to_save != "auto":
+            self._set("modules_to_save", _names("modules_to_save", self.modules_to_save, may_be_regex=False))
 
     @property
     def scaling(self) -> float:
@@ -144,3 +159,28 @@ def _tokens(value: Any) -> Any:
     if len(set(indices)) != len(indices):
         raise ValueError("trainable_token_indices names a token twice.")
     return indices
+
+
+def as_config(value: Any, what: str = "config") -> GraloraConfig | None:
+    """A config of ours out of what people have: one of ours, PEFT's `GraloraConfig` by its fields, a dict of fields, or None.
+
+    Raises:
+        TypeError: it is none of these; of PEFT's other configs the text says what to write.
+    """
+    if value is None or isinstance(value, GraloraConfig):
+        return value
+    known = {each.name for each in fields(GraloraConfig)}
+    if isinstance(value, dict):
+        strange = sorted(set(value) - known)
+        if strange:
+            raise TypeError(f"{what} holds {', '.join(map(repr, strange))}; fields are: {', '.join(sorted(known))}.")
+        return GraloraConfig(**value)
+    kind = str(getattr(value, "peft_type", "")).rpartition(".")[2].upper()
+    if kind == "GRALORA":
+        return GraloraConfig(**{name: getattr(value, name) for name in known if hasattr(value, name)})
+    if kind == "LORA":
+        raise TypeError(
+            f"{what} is PEFT's LoraConfig. LoRA is GraLoRA with k = 1: GraloraConfig(r={value.r}, alpha={value.lora_alpha}, "
+            f"gralora_dropout={value.lora_dropout}, gralora_k=1, target_modules=...)."
+        )
+    raise TypeError(f"{what} is a {type(value).__name__}: it must be a GraloraConfig, a dict of its fields, or None.")

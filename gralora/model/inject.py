@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gralora.config import GraloraConfig
+from gralora.config import GraloraConfig, as_config
 from gralora.engines.distributed import check_unwrapped
 from gralora.engines.offload import is_offloaded
 from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own, join, restore_class, thaw_own
-from gralora.model.record import forget, record
+from gralora.model.defaults import AUTO, peft_layers, task_heads, untrained
+from gralora.model.record import LEFT_OUT, forget, record
 from gralora.model.saved import (
     SAVED_CHILD,
     BiasSwap,
@@ -62,7 +64,7 @@ class Plan:
 def inject(
     model: nn.Module,
     targets: Targets = None,
-    config: GraloraConfig | None = None,
+    config: Any = None,
     *,
     adapter_name: str = "default",
     dtype: torch.dtype | None = None,
@@ -78,14 +80,22 @@ def inject(
             filters, so what they take and holds no weight is passed over; a list of names or dotted suffixes;
             "all-linear" (every layer but the output head); a mapping from any of these to its own config (the first match
             wins); None for `config.target_modules`, then a default by `model.config.model_type`.
-        config: `GraloraConfig()` if None.
+        config: a `GraloraConfig`; PEFT's own, or a dict of fields, is taken as well; `GraloraConfig()` if None.
         dtype: of the adapter's parameters. By default the base weight's, but float32 for half precision and quantised.
 
     Raises:
         ValueError: a target cannot be adapted, nothing matches, or the name is in use. The model is then unchanged.
     """
     check_new(model, adapter_name)
-    names = Names(model)
+    theirs = peft_layers(model)
+    if theirs:
+        raise ValueError(
+            f"this model holds PEFT's own layers ({theirs[0]!r}), whose adapters would stay frozen in silence. First unload() or "
+            "merge_and_unload() them; load_adapter reads what PEFT has saved."
+        )
+    names, config = Names(model), as_config(config)
+    if config is not None and config.modules_to_save == AUTO:
+        config = replace(config, modules_to_save=tuple(task_heads(model)) or None)
     found = resolve(model, targets, config, names)
     configs = list(dict.fromkeys([*(t.config for t in found), *([config] if config else [])]))
     plan = Plan(found, _saved_units(model, configs, names))
@@ -93,7 +103,10 @@ def inject(
     plan.biases = _biases(plan, configs, names)
     if dtype is not None:
         plan.dtypes = {t.name: dtype for t in found}
+    _warn_of_heads(model, plan)
     install(model, plan, adapter_name)
+    if names.left_out:
+        model.__dict__[LEFT_OUT] = tuple(names.left_out)
     return model
 
 
@@ -139,6 +152,20 @@ def install(
         else:
             for trained in named_adapter_parameters(model, adapter_name).values():
                 trained.requires_grad_(trainable)
+
+
+def _warn_of_heads(model: nn.Module, plan: Plan) -> None:
+    """Tell of a new head that would stay frozen, and as it was drawn."""
+    taken = {t.name for t in plan.targets} | set(plan.saved)
+    for name in task_heads(model):
+        inside = any(each == name or each.startswith(f"{name}.") for each in taken)
+        if not inside and untrained(model, name):
+            warnings.warn(
+                f"{name!r}, the head of this {type(model).__name__}, looks as if nobody had trained it, and stays frozen. "
+                f'modules_to_save=[{name!r}], or "auto", trains it with the adapter.',
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _adapters(plan: Plan) -> list[GraloraAdapter]:
@@ -208,6 +235,7 @@ def unload(model: nn.Module) -> nn.Module:
             layer.detach()
         let_move(model)
         forget(model)
+        model.__dict__.pop(LEFT_OUT, None)
         for module in modules(model):
             thaw_own(module)
             if NESTED in module.__dict__:

@@ -14,12 +14,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from gralora.engines.distributed import is_spread, layout
 from gralora.engines.offload import is_offloaded
 from gralora.engines.walk import modules, named_modules
 from gralora.layers.base import PREFIX, GraloraLayer
-from gralora.layers.class_change import InPlaceModule, change_class, join
+from gralora.layers.class_change import InPlaceModule, change_class, join, traced
 from gralora.layers.loading import Appendage
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import OFF, Rows, Switchable
@@ -72,6 +73,8 @@ class SavedModule(InPlaceModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         copies = self.gralora_saved
+        if args and isinstance(args[0], Proxy):
+            return traced(self, args, kwargs)
         mode = copies.mode
         if isinstance(mode, Rows):
             return self._by_row(mode, *args, **kwargs)
@@ -104,6 +107,11 @@ class SavedModule(InPlaceModule):
         parts = torch.split(x.index_select(dim, order), counts, dim)
         runs = [self.base_forward if name is None else partial(self._run_copy, name) for name in names]
         done = [run(part) for run, part in zip(runs, parts, strict=True) if part.shape[dim]]
+        if not all(isinstance(each, Tensor) for each in done):
+            raise TypeError(
+                f"mixed_batch cannot put together the rows of what a {self._base_class.__name__} in modules_to_save returns, a "
+                f"{type(done[0]).__name__}: one tensor is needed. Leave it out of modules_to_save, or run one adapter at a time."
+            )
         return torch.cat(done, dim).index_select(dim, back)
 
     def __getattr__(self, name: str) -> Any:
@@ -135,38 +143,48 @@ class SavedModule(InPlaceModule):
         return super().__getattr__(name)
 
 
+BASE_SLOT = "base bias"
+"""The name of the base's bias among the parameters of a `BiasSwap`."""
+
+
+def slot(name: str) -> str:
+    """The name of an adapter's bias there: its own, but never the base's; what would be it gets a blank more."""
+    if name == BiasSwap.BASE:
+        return BASE_SLOT
+    return f"{name} " if name.rstrip(" ") == BASE_SLOT else name
+
+
 class BiasSwap(Appendage):
     """The values of one bias of a module that are not in place now: the adapters' by name, and the base's under `BASE`."""
 
-    BASE = "base bias"
+    BASE = "base.bias"  # with a dot, which no adapter's name has
+    parameter: str
+    in_place: str
+    names: list[str]
+    layout: object  # of the bias when the first of these came
     given: tuple[nn.Parameter, Tensor] | None = None
     """While the base is loaded: the base's bias, and its new value."""
 
     def __init__(self, parameter: str) -> None:
         super().__init__()
-        self.parameter = parameter
-        self.in_place: str = self.BASE
-        self.names: list[str] = []
-        self.layout: object = None  # of the bias when the first of these came
+        # past nn.Module's __setattr__: an adapter may have any name, that of a field of ours too
+        self.__dict__.update(parameter=parameter, in_place=self.BASE, names=[], layout=None)
 
     def with_effect(self) -> list[str]:
-        base = self._parameters.get(self.BASE)
-        return [
-            n
-            for n in self.names
-            if n in self._parameters and not (base is not None and _alike(cast(Tensor, self._parameters[n]), base))
-        ]
+        base = self._parameters.get(BASE_SLOT)
+        kept = [(name, self._parameters.get(slot(name))) for name in self.names]
+        return [n for n, own in kept if own is not None and not (base is not None and _alike(own, base))]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.given is not None:
             base, value = self.given
-            self.given = None
+            self.__dict__["given"] = None
             if base.shape == value.shape:
                 with torch.no_grad():
                     base.copy_(value)
             else:
                 args[-1].append(
-                    f"{prefix}{self.BASE}: the shape is {tuple(value.shape)} there and {tuple(base.shape)} here."
+                    f"{prefix}{BASE_SLOT}: the shape is {tuple(value.shape)} there and {tuple(base.shape)} here."
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -180,14 +198,19 @@ class BiasSwap(Appendage):
                     'keep each parameter where they found it. Adapters that are to be switched there must have bias="none".'
                 )
             # assignments alone, so that no failure comes between
-            new = self._parameters[name]
-            self._parameters[self.in_place] = owner._parameters[self.parameter]
+            new = self._parameters[slot(name)]
+            self._parameters[slot(self.in_place)] = owner._parameters[self.parameter]
             owner._parameters[self.parameter] = new
-            del self._parameters[name]
-            self.in_place = name
+            del self._parameters[slot(name)]
+            self.__dict__["in_place"] = name
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.in_place == BASE_SLOT and BASE_SLOT not in self.names:  # as it was pickled before
+            self.__dict__["in_place"] = self.BASE
 
     def get(self, owner: nn.Module, name: str) -> nn.Parameter:
-        source = owner._parameters[self.parameter] if name == self.in_place else self._parameters[name]
+        source = owner._parameters[self.parameter] if name == self.in_place else self._parameters[slot(name)]
         return cast(nn.Parameter, source)
 
 
@@ -258,9 +281,9 @@ def add_bias(owner: nn.Module, parameter: str, name: str, bias: nn.Parameter) ->
         owner._modules[PREFIX + parameter] = BiasSwap(parameter).train(owner.training)
         if not _load_hooks(owner):
             owner.register_load_state_dict_pre_hook(_load_base_biases)  # type: ignore[no-untyped-call]
-        cast(BiasSwap, owner._modules[PREFIX + parameter]).layout = layout(owner._parameters[parameter])
+        owner._modules[PREFIX + parameter].__dict__["layout"] = layout(owner._parameters[parameter])
     swap = cast(BiasSwap, owner._modules[PREFIX + parameter])
-    swap._parameters[name] = bias
+    swap._parameters[slot(name)] = bias
     swap.names.append(name)
 
 
@@ -287,7 +310,7 @@ def _load_base_biases(owner: nn.Module, state_dict: dict[str, Any], prefix: str,
             if not any(other.startswith(f"{prefix}{PREFIX}{swap.parameter}.") for other in state_dict):
                 acting, base = owner._parameters[swap.parameter], swap.get(owner, swap.BASE)
                 fresh = _alike(cast(Tensor, acting), base)  # nobody has trained it: it follows
-                swap.given = base, state_dict[key]
+                swap.__dict__["given"] = base, state_dict[key]
                 state_dict[key] = state_dict[key] if fresh else cast(Tensor, acting).detach().clone()
 
 

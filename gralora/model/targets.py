@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from gralora.config import GraloraConfig, divisors
+from gralora.config import GraloraConfig, as_config, divisors
 from gralora.engines.distributed import is_spread
 from gralora.engines.walk import all_named_modules, modules
 from gralora.layers.adapter import legal_k, suggested
 from gralora.layers.base import PREFIX, Spot
 from gralora.layers.class_change import join
 from gralora.layers.kinds import ADAPTABLE, spots, why_refused
+from gralora.model.defaults import default_targets
 from gralora.model.saved import SavedModule
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -29,33 +30,6 @@ Targets = Pattern | Mapping[Any, GraloraConfig | None] | None
 ALL_LINEAR = "all-linear"
 HIDDEN = re.compile(rf"(?:^|\.)(?:{PREFIX}|parametrizations(?:\.|$))")
 """In a qualified name: what is ours, or `torch.nn.utils.parametrize`'s."""
-
-# The attention projections that are adapted where the user names nothing, by `model.config.model_type`; the choices
-# are those that PEFT makes for LoRA, so that a user who moves here adapts the same layers.
-_Q_V_PROJ = (
-    *("bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral"),
-    *("mixtral", "opt", "qwen2", "qwen3", "stablelm"),
-)
-_QUERY_VALUE = ["bert", "electra", "layoutlm", "roberta", "xlm-roberta"]
-_QUERY_KEY_VALUE = ["RefinedWeb", "RefinedWebModel", "bloom", "chatglm", "falcon", "gpt_neox"]
-DEFAULT_TARGETS: dict[str, str | tuple[str, ...]] = {
-    **dict.fromkeys(_Q_V_PROJ, ("q_proj", "v_proj")),
-    **dict.fromkeys(_QUERY_VALUE, ("query", "value")),
-    **dict.fromkeys(_QUERY_KEY_VALUE, ("query_key_value",)),
-    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
-    "blip-2": ("q", "v", "q_proj", "v_proj"),
-    "btlm": ("c_proj", "c_attn"),
-    "codegen": ("qkv_proj",),
-    "deberta": ("in_proj",),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "mpt": ("Wqkv",),
-    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-    "rwkv": ("key", "value", "receptance", "output"),
-    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
-}
 
 
 @dataclass(frozen=True)
@@ -90,6 +64,7 @@ class Names:
         held = {id(_owner(spot)) for _, spot in self.spots if _owner(spot) is not spot.module}
         self.spots = [(its, spot) for its, spot in self.spots if id(spot.module) not in held]
         self.held = held
+        self.left_out: list[str] = []  # linear layers that "all-linear" can't take
 
     def __iter__(self) -> Iterator[tuple[int, list[str], nn.Module]]:
         return ((key, self.names[key], module) for key, module in self.modules.items())
@@ -122,12 +97,12 @@ def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, na
     """
     default = config or GraloraConfig()
     rules = _rules(model, targets, default)
-    saved = _inside(names, [c.modules_to_save for _, c in rules])
+    saved = _inside(names, [tuple(c.modules_to_save or ()) for _, c in rules])
     found: dict[int, Target] = {}
     strangers: dict[int, str] = {}
     hosts = {id(spot.module) for _, spot in names.spots}
     for pattern, rule_config in rules:
-        rule = _Rule(_matcher_for(model, pattern, names), _matcher(rule_config.exclude_modules or ()))
+        rule = _Rule(_matcher_for(model, pattern, names, rule_config), _excluded(rule_config))
         whole = {key for key, its_names, module in names if key not in saved and rule.takes(its_names, module)}
         for index, (its_names, spot) in enumerate(names.spots):
             key, owner = id(spot.module), _owner(spot)
@@ -150,20 +125,19 @@ def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, na
     if problems:
         raise ValueError("\n".join(problems))
     _warn_of_layout(ordered)
-    return ordered
-
-
-def default_targets(model: nn.Module) -> str | tuple[str, ...]:
-    """What is adapted in a `transformers` model when nothing is named, by its `config.model_type`."""
-    config = getattr(model, "config", None)
-    model_type = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
-    if model_type not in DEFAULT_TARGETS:
-        known = f"model_type={model_type!r} has no default" if model_type else "this model has no config.model_type"
-        raise ValueError(
-            f"no targets given, and {known}. Name the layers: a regular expression, a list of names, or "
-            f'"{ALL_LINEAR}". Defaults exist for: {", ".join(sorted(DEFAULT_TARGETS))}.'
+    saved_names = [
+        name for name, module in ((n, names.modules[key]) for key, ns, _ in names for n in ns) if id(module) in saved
+    ]
+    names.left_out = [name for name in names.left_out if name not in saved_names]
+    if names.left_out:
+        k = ordered[0].config.gralora_k
+        warnings.warn(
+            f'"{ALL_LINEAR}" leaves out {shorten(names.left_out)}: k={k} divides not both of their sizes. A head that is made '
+            "for a task belongs in modules_to_save.",
+            UserWarning,
+            stacklevel=3,
         )
-    return DEFAULT_TARGETS[model_type]
+    return ordered
 
 
 def nearest(name: str, known: Collection[str], count: int = 3) -> str:
@@ -181,7 +155,7 @@ def shorten(items: Iterable[str], count: int = 5) -> str:
 
 
 def _rules(model: nn.Module, targets: Targets, default: GraloraConfig) -> list[tuple[Pattern, GraloraConfig]]:
-    if isinstance(targets, GraloraConfig):
+    if isinstance(targets, GraloraConfig) or hasattr(targets, "peft_type"):
         raise TypeError(
             "targets is a GraloraConfig: call inject(model, targets, config), or inject(model, config=config)."
         )
@@ -195,21 +169,44 @@ def _rules(model: nn.Module, targets: Targets, default: GraloraConfig) -> list[t
 
 
 def _config_of(pattern: object, value: object, default: GraloraConfig) -> GraloraConfig:
-    if value is not None and not isinstance(value, GraloraConfig):
-        raise TypeError(f"targets[{pattern!r}] is a {type(value).__name__}: it must be a GraloraConfig, or None.")
-    return value or default
+    return as_config(value, f"targets[{pattern!r}]") or default
 
 
-def _matcher_for(model: nn.Module, pattern: Pattern, names: Names) -> Predicate:
+def _matcher_for(model: nn.Module, pattern: Pattern, names: Names, config: GraloraConfig) -> Predicate:
     if pattern == ALL_LINEAR:
         heads = {id(head) for head in _output_heads(model)}
-        linear = {
-            id(_owner(spot))
-            for _, spot in names.spots
+        linear = [
+            (its[0], spot)
+            for its, spot in names.spots
             if spot.kind.in_all_linear and unfit(spot, names) is None and id(spot.module) not in heads
-        }
-        return lambda name, module: id(module) in linear
+        ]
+        fit = {id(_owner(spot)) for _, spot in linear if not any(size % config.gralora_k for size in spot.cut)}
+        small = [name for name, spot in linear if id(_owner(spot)) not in fit]
+        if not fit:
+            return lambda name, module: id(module) in {id(_owner(spot)) for _, spot in linear}  # the error names them
+        excluded = _excluded(config)
+        names.left_out = [
+            name for name, spot in linear if name in small and not excluded(name, spot.module) and _wanted(name, config)
+        ]
+        return lambda name, module: id(module) in fit
     return _matcher(pattern)
+
+
+def _excluded(config: GraloraConfig) -> Predicate:
+    """Layers that a config leaves out: by name, or since they are in none of its `layers_to_transform`."""
+    named = _matcher(config.exclude_modules or ())
+    if config.layers_to_transform is None:
+        return named
+    return lambda name, module: named(name, module) or not _wanted(name, config)
+
+
+def _wanted(name: str, config: GraloraConfig) -> bool:
+    """Whether a layer is in a block that `layers_to_transform` has, by PEFT's rule."""
+    if config.layers_to_transform is None:
+        return True
+    patterns = [rf".*\.{pattern}\.(\d+)\." for pattern in config.layers_pattern or ()] or [r".*\.[^.]*\.(\d+)\."]
+    found = next((match for pattern in patterns if (match := re.match(pattern, name))), None)
+    return found is not None and int(found.group(1)) in config.layers_to_transform
 
 
 def _matcher(pattern: object) -> Predicate:
@@ -252,6 +249,9 @@ def unfit(spot: Spot, names: Names) -> str | None:
     """Why a map can't be adapted, whatever the config; None if it can."""
     if isinstance(spot.module, SavedModule):
         return "is in another adapter's modules_to_save; a layer is adapted or saved, not both"
+    layout = spot.kind.layout(spot.module)
+    if layout is not None:
+        return layout
     owner, name = spot.kind.weight_at(spot.module, spot.part)
     weight: object = owner._parameters.get(name)  # as it lies: where experts have adapters, its name reads W + ΔW
     if weight is None:
@@ -274,7 +274,11 @@ def _stranger(name: str, module: nn.Module, listed: bool) -> str:
             f'exclude_modules, or take "{ALL_LINEAR}".'
         )
     if listed or not name:
-        return f"{name!r} is a {type(module).__name__}; adaptable are {ADAPTABLE}."
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        return (
+            f"{name!r} is a {type(module).__name__} ({kind}); adaptable are {ADAPTABLE}. One that computes x @ Wᵀ + b with a "
+            "weight of its own: gralora.register(its class)."
+        )
     return (
         f"{name!r} is a {type(module).__name__}, whose weights can't be adapted; adaptable are {ADAPTABLE}. Leave it out with "
         f'exclude_modules, or take "{ALL_LINEAR}", which is every linear layer but the output head.'
@@ -339,4 +343,10 @@ def _nothing_matches(rules: list[tuple[Pattern, GraloraConfig]], names: Names) -
     shown = given[0] if len(given) == 1 else given
     matched = any(_matcher(pattern)(name, module) for pattern in given for _, its, module in names for name in its)
     what = "nothing that can be adapted" if matched else "no module of this model"
-    return f"targets={shown!r} match {what}. Nearest names: {close}."
+    advice = ""
+    for text in texts:
+        ends = [name for name in linear if name.endswith(f".{text}")]
+        if isinstance(given[0], str) and ends and re.fullmatch(r"[\w.]+", text):
+            advice = f" A string is a regular expression for the whole name: [{text!r}] takes {len(ends)} layers, and so does "
+            advice += f"r'.*\\.{text}'."
+    return f"targets={shown!r} match {what}.{advice} Nearest names: {close}."

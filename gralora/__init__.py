@@ -15,12 +15,15 @@ from gralora.files.serving import check_serving
 from gralora.layers.base import GraloraLayer, delta_weight
 from gralora.layers.convolution import GraloraConv, GraloraConvTranspose
 from gralora.layers.embedding import GraloraEmbedding
-from gralora.layers.kinds import adapted_class
+from gralora.layers.kinds import adapted_class, register
 from gralora.layers.linear import GraloraConv1D, GraloraLinear
 from gralora.model.combine import combine
 from gralora.model.control import (
+    AdapterStatus,
+    active_adapters,
     adapter_names,
     adapter_parameters,
+    adapter_status,
     count_parameters,
     delete_adapter,
     disable_adapter,
@@ -42,6 +45,7 @@ from gralora.version import __version__
 
 __all__ = [
     "AdapterFileError",
+    "AdapterStatus",
     "GraloraConfig",
     "GraloraConv",
     "GraloraConv1D",
@@ -51,10 +55,12 @@ __all__ = [
     "GraloraLinear",
     "UnknownAdapterError",
     "__version__",
+    "active_adapters",
     "adapted_class",
     "adapter_names",
     "adapter_parameters",
     "adapter_state_dict",
+    "adapter_status",
     "check_effect",
     "check_serving",
     "combine",
@@ -72,6 +78,7 @@ __all__ = [
     "mixed_batch",
     "print_trainable_parameters",
     "reblock",
+    "register",
     "save_adapter",
     "set_adapter",
     "shared_copy",

@@ -1,6 +1,7 @@
 """Every known way in which an adapter could be injected and do nothing."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 import gralora
 from gralora.layers.base import gralora_layers
 
-from .models import bert, gpt2, llama, logits, mlp, random_config, same_bits
+from .models import bert, gpt2, llama, logits, mlp, random_config, relative, same_bits
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 
@@ -108,15 +109,24 @@ class Router(nn.Linear):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_layer_that_returns_no_tensor_says_so_at_the_first_forward(grad):
-    model = gralora.inject(nn.ModuleDict({"router": Router(16, 4)}), "all-linear", random_config())
+def test_a_layer_that_returns_more_than_a_tensor_computes_with_w_plus_delta_w(grad):
+    base = Router(16, 4)
+    model = gralora.inject(nn.ModuleDict({"router": copy.deepcopy(base)}), "all-linear", random_config())
+    plain = copy.deepcopy(base)
+    with torch.no_grad():
+        plain.weight.add_(gralora.delta_weight(model["router"]))
+    x = X[:, 0]
     with torch.set_grad_enabled(grad):
-        with pytest.raises(TypeError, match=r"the forward of Router returns a tuple.*exclude_modules"):
-            model["router"](X)
-        with gralora.mixed_batch(model, ["default", None]), pytest.raises(TypeError, match="the forward of Router"):
-            model["router"](X)
+        for mine, wanted, was in zip(model["router"](x), plain(x), base(x), strict=True):
+            assert relative(mine, wanted) < 1e-5 and relative(mine, was) > 1e-2
+        with gralora.mixed_batch(model, ["default", *[None] * (len(x) - 1)]):
+            mixed = model["router"](x)[1]
+        assert relative(mixed[0], plain(x)[1][0]) < 1e-5 and relative(mixed[1:], base(x)[1][1:]) < 1e-5
         with gralora.disable_adapter(model):
-            assert len(model["router"](X)) == 2
+            assert all(torch.equal(a, b) for a, b in zip(model["router"](x), base(x), strict=True))
+    if grad:
+        model["router"](x)[1].sum().backward()
+        assert all(p.grad is not None for p in gralora.adapter_parameters(model))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

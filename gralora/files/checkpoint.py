@@ -84,7 +84,12 @@ def save_adapter(
         files.append(with_part(own, part) if part else own)
     file = convertible(files[0] if len(files) == 1 else of_parts(files), format, rank, errors, experts, dtype)
     live = [tensor for module in parts.values() for tensor in live_tensors(module, adapter_name).values()]
-    write_once(lambda: FORMATS[format].write(file, Path(path)), together=any(map(is_spread, live)))
+
+    def write() -> None:
+        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
+        FORMATS[format].write(file, Path(path))
+
+    write_once(write, together=any(map(is_spread, live)))
 
 
 PIPELINES = ("diffusers", "kohya")

@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from gralora.layers.base import PREFIX, GraloraLayer, held
-from gralora.layers.class_change import InPlaceModule, change_class, restore_class
+from gralora.layers.class_change import InPlaceModule, change_class, restore_class, traced
 from gralora.layers.parts import PartHost, PartLayer
 from gralora.layers.scope import OFF
 
@@ -167,6 +168,9 @@ class GraloraMultiheadAttention(PartHost):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`."""
+        if isinstance(query, Proxy):
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return cast(tuple[Tensor, Tensor | None], traced(self, (query, key, value, *masks), {}))
         projections = [cast(Projection, self._modules[PREFIX + part]) for part in PARTS]
         if not any(projection.acts for projection in projections):
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)

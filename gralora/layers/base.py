@@ -126,6 +126,11 @@ class GraloraLayer(nn.Module):
         return ("",)
 
     @classmethod
+    def layout(cls, module: nn.Module) -> str | None:
+        """Why `module` can't get the class that `attach` gives it; None if it can."""
+        return None
+
+    @classmethod
     def unfit(cls, module: nn.Module, part: str) -> str | None:
         """Why this map cannot be adapted, whatever the config; None if it can."""
         return None
@@ -224,12 +229,15 @@ class GraloraLayer(nn.Module):
         adapters = cast(GraloraAdapters, self._modules[CHILD])
         mode, update = adapters.mode, update or self.update
         if isinstance(mode, Rows):
-            return self._run_rows(x, _tensor(self, base(*args, **kwargs)), mode, dim, update)
+            y = base(*args, **kwargs)
+            return self._run_rows(x, y, mode, dim, update) if isinstance(y, Tensor) else self.reading(args, kwargs)
         applied = adapters.applied()
         if not applied:
             return base(*args, **kwargs)
         if not self.fast(x, applied[0][0].A) or any(is_hooked(adapter) for adapter, _ in applied):
-            y = _tensor(self, base(*args, **kwargs))
+            y = base(*args, **kwargs)
+            if not isinstance(y, Tensor):
+                return self.reading(args, kwargs)
             for adapter, share in applied:
                 y = (y + functional.within(x, partial(update, adapter=adapter, share=share))).to(y.dtype)
             return y
@@ -238,10 +246,20 @@ class GraloraLayer(nn.Module):
             adapter, share = applied.pop(0)
             y = autograd.linear_with_adapter(x, plain[0], plain[1], *adapter.arguments(share))
         else:
-            y = _tensor(self, base(*args, **kwargs))
+            y = base(*args, **kwargs)
+            if not isinstance(y, Tensor):
+                return self.reading(args, kwargs)
         for adapter, share in applied:
             y = autograd.add_adapter_(y, x, *adapter.arguments(share))
         return y
+
+    def reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The base's forward where it returns more than one tensor, to which nothing can be added."""
+        name = getattr(type(self), "_base_class", type(self)).__name__
+        raise TypeError(
+            f"the forward of {name} returns no tensor, so no update can be added to it. Leave the layer out, with "
+            "exclude_modules."
+        )
 
     def fast(self, x: Tensor, A: Tensor) -> bool:
         """Whether `gralora.maths.autograd` serves here."""
@@ -345,16 +363,6 @@ def held(owner: nn.Module, name: str) -> Any:
     """What is under a parameter's name in `owner`: the parameter, what stands in for it, or what is computed from others."""
     value = owner._parameters.get(name)
     return getattr(owner, name, None) if value is None else value
-
-
-def _tensor(layer: nn.Module, y: object) -> Tensor:
-    if not isinstance(y, Tensor):
-        name = getattr(type(layer), "_base_class", type(layer)).__name__
-        raise TypeError(
-            f"the forward of {name} returns a {type(y).__name__}, so no update can be added to it. Leave the layer out, with "
-            "exclude_modules."
-        )
-    return y
 
 
 def one_line(module: nn.Module, text: str) -> str:

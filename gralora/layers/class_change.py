@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from gralora.engines.distributed import is_spread
 
@@ -90,6 +91,41 @@ def made_class(mixin: type[InPlaceModule], original: type[nn.Module]) -> type[In
         space = {"_base_class": original, "_mixin": mixin, "__module__": mixin.__module__, "__doc__": original.__doc__}
         made = _made[mixin, original] = type(name, (mixin, original), space)
     return made
+
+
+_layouts: dict[tuple[type[nn.Module], type[nn.Module]], bool] = {}
+
+
+def keeps_from_changing(original: type[nn.Module], mixin: type[InPlaceModule]) -> str | None:
+    """Why objects of class `original` can't be given the class `(mixin, original)`; None if they can."""
+    if issubclass(original, InPlaceModule):
+        return None
+    key = (mixin, original)
+    if key not in _layouts:
+        blank = nn.Module.__new__(original)
+        try:
+            blank.__class__ = made_class(mixin, original)
+        except TypeError:
+            _made.pop(key, None)
+            _layouts[key] = False
+        else:
+            _layouts[key] = True
+    if _layouts[key]:
+        return None
+    first = original.__bases__[0].__name__
+    return (
+        f"is a {original.__name__}, whose class puts {first} before its layer class, so that Python can give its objects no "
+        "other class. List the layer class first (class X(nn.Linear, ABC)), or inject before the tool that made it does so"
+    )
+
+
+def traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The node of a graph that calls `module`, where torch.fx traces the forward; None where nobody does."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Proxy):
+            tracer: Any = value.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+    return None
 
 
 def change_class(module: nn.Module, mixin: type[InPlaceModule]) -> None:

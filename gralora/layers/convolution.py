@@ -20,11 +20,13 @@ from typing import Any, cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import held
+from gralora.layers.class_change import traced
 from gralora.layers.in_place import InPlaceLayer
 from gralora.maths import functional
 from gralora.maths.functional import Tensors
@@ -191,6 +193,8 @@ class GraloraConvTranspose(InPlaceLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (b, in, *positions), output_size -> (b, out, *positions)."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(x, Proxy):
+            return cast(Tensor, traced(self, args, kwargs))
         size = args[1] if len(args) > 1 else kwargs.get("output_size")
         update = partial(self.update, output_size=size)
         if self.is_plain() and "_base_instance_forward" not in self.__dict__:

@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import held
+from gralora.layers.class_change import traced
 from gralora.layers.in_place import InPlaceLayer
 from gralora.layers.running import forward_runs
 from gralora.layers.sums import Share, Sum
@@ -74,6 +76,8 @@ class GraloraEmbedding(InPlaceLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """tokens (...), and whatever else the base layer takes -> (..., H)."""
+        if isinstance(args[0] if args else kwargs.get("input"), Proxy):
+            return cast(Tensor, traced(self, args, kwargs))
         if type(held(self, "weight")) not in (nn.Parameter, Tensor):  # quantised: it knows alone how to look up
             tokens = args[0] if args else next(iter(kwargs.values()))
             return self.run(tokens[..., None], self.own_forward, args, kwargs)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gralora.engines.distributed import is_spread
 from gralora.layers.base import PREFIX, GraloraLayer
-from gralora.layers.class_change import change_class
+from gralora.layers.class_change import change_class, traced
 from gralora.layers.parts import PartHost, PartLayer
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import OFF, Only, Rows, switched
@@ -95,6 +95,9 @@ class GraloraExperts(PartHost):
     """Mixin of a module that owns fused expert weights: they are read with their adapters in them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        node = traced(self, args, kwargs)
+        if node is not None:
+            return node
         modes = (layer.gralora_adapters.mode for layer in self.part_layers())
         rows = next((mode for mode in modes if isinstance(mode, Rows)), None)
         return self._reading(*args, **kwargs) if rows is None else self._by_row(rows, *args, **kwargs)

@@ -10,11 +10,20 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from gralora.config import GraloraConfig
 from gralora.layers.adapter import check_adapter_name
 from gralora.layers.base import CHILD, GraloraLayer, one_line, overwritten
-from gralora.layers.class_change import InPlaceModule, change_class, freeze_own, is_restorable, restore_class
+from gralora.layers.class_change import (
+    InPlaceModule,
+    change_class,
+    freeze_own,
+    is_restorable,
+    keeps_from_changing,
+    restore_class,
+    traced,
+)
 from gralora.layers.loading import refuse_adapter_keys
 from gralora.layers.running import forward_runs
 
@@ -23,6 +32,8 @@ class _Running(threading.local):
     """The layer whose own forward this thread is in."""
 
     layer: nn.Module | None = None
+    reading: nn.Module | None = None
+    """The layer whose own forward is to read W + ΔW."""
 
 
 _running = _Running()
@@ -39,6 +50,8 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's dtype."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(x, Proxy):
+            return cast(Tensor, traced(self, args, kwargs))
         if self.is_plain() and "_base_instance_forward" not in self.__dict__:
             return self.run(x, self.plain_forward, (x,), {}, dim=self.batch_axis)
         return self.run(x, self.own_forward, args, kwargs, dim=self.batch_axis)
@@ -52,6 +65,16 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
             return cast(Tensor, self.base_forward(*args, **kwargs))
         finally:
             _running.layer = outer
+
+    def reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The base's forward with W + ΔW as its weight, where it returns more than a tensor, as a router does."""
+        if torch.compiler.is_compiling():
+            return super().reading(args, kwargs)
+        outer, _running.reading = _running.reading, self
+        try:
+            return self.base_forward(*args, **kwargs)
+        finally:
+            _running.reading = outer
 
     def plain_forward(self, x: Tensor) -> Tensor:
         """What the base's forward computes where `is_plain`, without asking for `self.weight`."""
@@ -67,7 +90,7 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
     def is_read(self, weight: Tensor) -> bool:
         if torch.compiler.is_compiling():  # where nobody can look who it is; a plain layer itself does not ask
             return self.is_plain()
-        return forward_runs(self)
+        return _running.reading is self or forward_runs(self)
 
     @classmethod
     def is_plain(cls) -> bool:
@@ -77,6 +100,10 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
     def probe(self, generator: torch.Generator) -> Tensor | None:
         """A small input that the layer takes; None where its forward can't differ from merging."""
         return torch.randn(4, self.sizes(self, "")[0], generator=generator)
+
+    @classmethod
+    def layout(cls, module: nn.Module) -> str | None:
+        return keeps_from_changing(type(module), cls)
 
     @classmethod
     def attach(cls, module: nn.Module, part: str) -> GraloraLayer:

@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 
 from gralora.layers.attention import Projection
-from gralora.layers.base import GraloraLayer, Spot
+from gralora.layers.base import GraloraLayer, Spot, held
 from gralora.layers.class_change import made_class
 from gralora.layers.convolution import GraloraConv, GraloraConvTranspose
 from gralora.layers.embedding import GraloraEmbedding
@@ -40,9 +40,39 @@ def why_refused(module: nn.Module) -> str | None:
     return next((reason for cls, reason in REFUSED.items() if isinstance(module, cls)), None)
 
 
+class RegisteredLinear(GraloraLinear):
+    """A class that `register` has named: what it holds is read off its weight (out, in)."""
+
+    @classmethod
+    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
+        n_out, n_in = held(module, "weight").shape
+        return n_in, n_out
+
+    def extra_repr(self) -> str:
+        return ", ".join(part for part in (self._base_class.extra_repr(self), self.gralora_adapters.describe()) if part)
+
+
+_registered: dict[type[nn.Module], type[GraloraLayer]] = {}
+
+
+def register(cls: type[nn.Module], *, transposed: bool = False) -> None:
+    """Adapt modules of class `cls`, which compute x @ Wᵀ + b with a weight of their own but are no subclass of `nn.Linear`.
+
+    Args:
+        transposed: the weight is (in, out), as GPT-2's Conv1D has it.
+
+    Raises:
+        TypeError: `cls` is no class of modules.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register takes a class of modules, not {cls!r}.")
+    _registered[cls] = GraloraConv1D if transposed else RegisteredLinear
+
+
 def kind_of(cls: type[nn.Module]) -> type[GraloraLayer] | None:
     """The kind of the linear maps that a module of class `cls` holds, or None."""
-    return next((kind for kind in KINDS if kind.accepts(cls)), None)
+    found = next((_registered[base] for base in cls.__mro__ if base in _registered), None)
+    return found or next((kind for kind in KINDS if kind.accepts(cls)), None)
 
 
 def spots(module: nn.Module) -> Iterator[Spot]:

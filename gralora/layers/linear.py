@@ -140,6 +140,16 @@ class GraloraConv1D(LinearLayer, Conv1D):
     _base_class = Conv1D
     stored_transposed = True
 
+    @property
+    def in_features(self) -> int:
+        """nx, under the name that it has in `nn.Linear`."""
+        return self.sizes(self, "")[0]
+
+    @property
+    def out_features(self) -> int:
+        """nf, under the name that it has in `nn.Linear`."""
+        return self.sizes(self, "")[1]
+
     def __init__(
         self,
         nf: int,

@@ -140,6 +140,12 @@ class Switchable(Appendage):
         # below it has a hook. This module is never called, so the hook costs nothing.
         self.register_forward_pre_hook(_keep_fused_paths_off)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, (nn.Module, nn.Parameter)) or name.startswith("__"):
+            super().__setattr__(name, value)
+        else:
+            self.__dict__[name] = value  # an adapter may have any name, that of a field of ours too
+
     @property
     def mode(self) -> Mode | None:
         """What an enclosing block of this thread has made of this container: nothing, `OFF`, or `Rows`."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from gralora.config import LARGEST_WEIGHT
+from gralora.config import LARGEST_WEIGHT, GraloraConfig
 from gralora.engines.distributed import no_more_trained, reshard
 from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapters
@@ -17,8 +17,8 @@ from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own
 from gralora.layers.pending import moment, set_trained
 from gralora.layers.scope import OFF, Rows, Switchable, switched
-from gralora.model.record import forget
-from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
+from gralora.model.record import forget, vanished, warn_of_vanished
+from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules, slot
 from gralora.model.state import (
     activate,
     all_or_nothing,
@@ -34,6 +34,49 @@ from gralora.model.statistics import put_back
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters of `model`, active or not."""
     return known_adapters(model)
+
+
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """The adapters that are active, with their weights, as `set_adapter` takes them; {} within `disable_adapter`."""
+    found: dict[str, float] = {}
+    for _, layer in gralora_layers(model):
+        if layer.gralora_adapters.mode is not OFF:
+            found.update(layer.gralora_adapters.active)
+    for _, saved in saved_modules(model):
+        if saved.gralora_saved.active is not None and saved.gralora_saved.mode is not OFF:
+            found.setdefault(saved.gralora_saved.active, 1.0)
+    return found
+
+
+class AdapterStatus(NamedTuple):
+    """What there is to know of one adapter.
+
+    Attributes:
+        active: its weight, None if it does not act. merged: the weight with which it is in the weights, None if it is not.
+        trained: whether its parameters require gradients.
+        configs: of every layer by name.
+        vanished: what it was injected into and that is there no more.
+    """
+
+    active: float | None
+    merged: float | None
+    trained: bool
+    configs: dict[str, GraloraConfig]
+    vanished: list[str]
+
+
+def adapter_status(model: nn.Module, name: str = "default") -> AdapterStatus:
+    """Whether an adapter acts, is merged, is trained, with which config on each layer, and what of it has vanished.
+
+    Raises:
+        KeyError: no such adapter.
+    """
+    check_known(model, name)
+    layers = [(path, layer.gralora_adapters) for path, layer in gralora_layers(model) if name in layer.gralora_adapters]
+    merged = next((adapters.merged[name] for _, adapters in layers if name in adapters.merged), None)
+    trained = any(parameter.requires_grad for parameter in named_adapter_parameters(model, name).values())
+    configs = {path: adapters[name].config for path, adapters in layers}
+    return AdapterStatus(active_adapters(model).get(name), merged, trained, configs, vanished(model, name))
 
 
 def set_adapter(
@@ -59,6 +102,7 @@ def set_adapter(
     weights = weights_of(names)
     trained = weights if trainable is None or trainable is True else weights_of(trainable or ())
     check_known(model, *weights, *trained)
+    warn_of_vanished(model, weights)
     _refuse_shared(model, weights)
     with all_or_nothing(model), no_more_trained(model):
         for _, layer in gralora_layers(model):
@@ -70,8 +114,9 @@ def set_adapter(
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within the block the model is the base model, bit for bit; afterwards it is as it was. May be nested.
 
-    Other threads are not affected, save by what is changed in the model itself for the time of the block: merged weights,
-    biases that an adapter trains, and buffers that its training has moved.
+    Of blocks within blocks the innermost counts: a `mixed_batch` within this one acts. `set_adapter` within it says what acts
+    once it ends. Other threads are not affected, save by what is changed in the model itself for the time of the block: merged
+    weights, biases that an adapter trains, and buffers that its training has moved.
     """
     with ExitStack() as stack:
         for _, layer in gralora_layers(model):
@@ -145,7 +190,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             if name in swap.names:
                 if swap.in_place == name:
                     swap.put(owner, BiasSwap.BASE)
-                del swap._parameters[name]
+                del swap._parameters[slot(name)]
                 swap.names.remove(name)
         forget(model, name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import cast
@@ -18,10 +19,11 @@ from gralora.layers.base import HALF, GraloraLayer, gralora_layers
 from gralora.layers.in_place import InPlaceLayer
 from gralora.maths import functional
 from gralora.maths.functional import Tensors
-from gralora.model.control import weights_of
+from gralora.model.control import set_adapter, weights_of
 from gralora.model.inject import unload
+from gralora.model.record import warn_of_vanished
 from gralora.model.saved import SAVED_CHILD, bias_swaps, remove_swap, saved_modules
-from gralora.model.state import SHARED, all_or_nothing, check_known, put_back_weight
+from gralora.model.state import SHARED, all_or_nothing, check_known, known_adapters, put_back_weight
 from gralora.model.statistics import keep_moved
 from gralora.model.tokens import TokenRows
 
@@ -51,6 +53,7 @@ def merge(
     """
     names = None if adapter_names is None else weights_of(adapter_names)
     check_known(model, *(names or ()))
+    warn_of_vanished(model, known_adapters(model) if names is None else names)
     given = isinstance(adapter_names, Mapping)
     plan: list[tuple[GraloraLayer, dict[str, float]]] = []
     aside: dict[tuple[int, str], nn.Parameter] = {}  # by place, since maps that share one have one base
@@ -87,23 +90,34 @@ def unmerge(model: nn.Module) -> None:
             put_back_weight(layer)
 
 
-def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None) -> nn.Module:
-    """The plain model with the active adapters written into it: no adapter, no class of ours, weights W + Σ weight * ΔW.
+def merge_and_unload(
+    model: nn.Module,
+    *,
+    adapter_names: str | Collection[str] | Mapping[str, float] | None = None,
+    dequantize: torch.dtype | None = None,
+) -> nn.Module:
+    """The plain model with adapters written into it: no adapter, no class of ours, weights W + Σ weight * ΔW.
 
     Saved modules and biases of the active adapters stay. No second copy of the model is made, so what interrupts the
     writing itself (no memory left, Ctrl-C) leaves some layers merged; everything that can be refused is refused before.
 
     Args:
+        adapter_names: one or several; {name: weight}; None for the active ones.
         dequantize: a floating type. Each adapted layer whose weight is quantised then becomes an `nn.Linear` of this type
             that holds the dequantised W + Σ weight * ΔW; W is what the layer's own forward makes of unit vectors.
 
     Raises:
         TypeError, ValueError: as `merge`; the model is then unchanged.
     """
+    if adapter_names is not None:
+        set_adapter(model, adapter_names, trainable=False)
+    else:
+        warn_of_vanished(model, known_adapters(model))
     layers = [
         (path, layer, {**layer.gralora_adapters.merged, **layer.gralora_adapters.active})
         for path, layer in gralora_layers(model)
     ]
+    were_tied = _output_tied(model)
     packed = [row for row in layers if dequantize is not None and _is_packed(row[1])]
     layers = [row for row in layers if row not in packed]
     plain = [_dequantized(layer, weights, cast(torch.dtype, dequantize)) for _, layer, weights in packed]
@@ -130,7 +144,28 @@ def merge_and_unload(model: nn.Module, *, dequantize: torch.dtype | None = None)
         _become(layer, linear)
     _keep_active_copies(model)
     keep_moved(model)
-    return unload(model)
+    unload(model)
+    if were_tied and not _output_tied(model):
+        warnings.warn(
+            "the head of this model was tied to its embedding, and is no more: merged, the two differ. "
+            "config.tie_word_embeddings still says that they are tied, and what is saved would load so: set it to False first.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _output_tied(model: nn.Module) -> bool:
+    """Whether the config of a transformers model says that head and embedding are one, and they are."""
+    config = getattr(model, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return False
+    try:
+        parts = [getattr(model, f"get_{which}_embeddings")() for which in ("input", "output")]
+    except (AttributeError, NotImplementedError):
+        return False
+    first, second = (part._parameters.get("weight") if isinstance(part, nn.Module) else None for part in parts)
+    return first is not None and first is second
 
 
 def _is_packed(layer: GraloraLayer) -> bool:

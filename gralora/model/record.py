@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
@@ -13,6 +14,10 @@ from gralora.model.saved import bias_swaps, saved_modules
 
 RECORD = "_gralora_record"
 """On the module that was injected into: adapter name -> names of all that it has there."""
+
+
+LEFT_OUT = "_gralora_left_out"
+"""On the same module: linear layers that "all-linear" could not take."""
 
 
 def parts_of(model: nn.Module, adapter_name: str) -> list[str]:
@@ -48,3 +53,16 @@ def vanished(model: nn.Module, adapter_name: str) -> list[str]:
         for name in module.__dict__.get(RECORD, {}).get(adapter_name, ())
         if (full := join(path, name) if name else path) not in there
     ]
+
+
+def warn_of_vanished(model: nn.Module, names: Iterable[str], *, stacklevel: int = 3) -> None:
+    """Tell of what some adapters were injected into and that is there no more."""
+    gone = [part for name in names for part in vanished(model, name)]
+    if gone:
+        shown = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
+        warnings.warn(
+            f"{shown}: adapted once, and there no more. Something has rebuilt these modules since inject, and their adapters "
+            "are gone; do that first, then inject.",
+            UserWarning,
+            stacklevel=stacklevel,
+        )

@@ -9,6 +9,7 @@ from torch import nn
 
 from gralora.layers.base import gralora_layers
 from gralora.model.control import adapter_names, count_parameters
+from gralora.model.record import LEFT_OUT, vanished
 from gralora.model.saved import bias_swaps, saved_modules
 
 
@@ -72,6 +73,10 @@ def summary(model: nn.Module) -> Summary:
         *([f"trained beside them: {', '.join(beside)}"] if beside else []),
         f"{sum(row.parameters for row in rows):,} parameters in adapters, {trainable:,} trainable of {total:,}",
     ]
+    gone = [part for name in adapter_names(model) for part in vanished(model, name)]
+    left = model.__dict__.get(LEFT_OUT, ())
+    lines += [f"adapted once, and there no more: {', '.join(gone)}"] if gone else []
+    lines += [f"left out by all-linear: {', '.join(left)}"] if left else []
     return Summary(rows, "\n".join(lines))
 
 

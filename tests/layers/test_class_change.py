@@ -88,7 +88,7 @@ def test_inject_into_a_compiled_model_itself():
 def test_a_scripted_or_traced_module_is_no_target_and_says_so():
     for make in (torch.jit.script, lambda m: torch.jit.trace(m, X)):
         model = nn.ModuleDict({"jit": make(nn.Linear(16, 16)), "fc": nn.Linear(16, 16)})
-        with pytest.raises(ValueError, match=r"'jit' is a \w+; adaptable are"):
+        with pytest.raises(ValueError, match=r"'jit' is a \w+ \(torch.*\); adaptable are"):
             gralora.inject(model, ["jit"], random_config())
 
 

@@ -193,7 +193,8 @@ def load_adapter(
         allow_nonfinite: load NaN and infinite values, which are refused otherwise.
 
     Raises:
-        ValueError (AdapterFileError): the file is damaged or does not fit the model, which is then unchanged.
+        ValueError (AdapterFileError): the file is damaged or does not fit the model, which is then unchanged. Nothing is left
+            over or missed: an error names what would be. (`load_adapter_state_dict(strict=False)` returns both.)
     """
     check_adapter_name(adapter_name)
     source = located(os.fspath(path))

@@ -126,11 +126,6 @@ class GraloraLayer(nn.Module):
         return ("",)
 
     @classmethod
-    def layout(cls, module: nn.Module) -> str | None:
-        """Why `module` can't get the class that `attach` gives it; None if it can."""
-        return None
-
-    @classmethod
     def unfit(cls, module: nn.Module, part: str) -> str | None:
         """Why this map cannot be adapted, whatever the config; None if it can."""
         return None

@@ -89,34 +89,36 @@ def made_class(mixin: type[InPlaceModule], original: type[nn.Module]) -> type[In
     if made is None:
         name = f"{mixin._prefix}{original.__name__}"
         space = {"_base_class": original, "_mixin": mixin, "__module__": mixin.__module__, "__doc__": original.__doc__}
-        made = _made[mixin, original] = type(name, (mixin, original), space)
+        made = cast(type[InPlaceModule], type(name, (mixin, original), space))
+        if not _may_follow(original, made):
+            made = cast(type[InPlaceModule], _over(original)(name, (original,), space))
+        _made[mixin, original] = made
     return made
 
 
-_layouts: dict[tuple[type[nn.Module], type[nn.Module]], bool] = {}
+def _may_follow(original: type[nn.Module], made: type) -> bool:
+    """Whether Python lets an object of class `original` become one of class `made`."""
+    blank = nn.Module.__new__(original)
+    try:
+        blank.__class__ = made
+    except TypeError:
+        return False
+    return True
 
 
-def keeps_from_changing(original: type[nn.Module], mixin: type[InPlaceModule]) -> str | None:
-    """Why objects of class `original` can't be given the class `(mixin, original)`; None if they can."""
-    if issubclass(original, InPlaceModule):
-        return None
-    key = (mixin, original)
-    if key not in _layouts:
-        blank = nn.Module.__new__(original)
-        try:
-            blank.__class__ = made_class(mixin, original)
-        except TypeError:
-            _made.pop(key, None)
-            _layouts[key] = False
-        else:
-            _layouts[key] = True
-    if _layouts[key]:
-        return None
-    first = original.__bases__[0].__name__
-    return (
-        f"is a {original.__name__}, whose class puts {first} before its layer class, so that Python can give its objects no "
-        "other class. List the layer class first (class X(nn.Linear, ABC)), or inject before the tool that made it does so"
-    )
+def _over(original: type[nn.Module]) -> type:
+    """A metaclass of classes that have `original` for their only base, and look up what their mixin has first.
+
+    Python asks of a new `__class__` that the chains of first bases be alike. In `class X(ABC, nn.Linear)` that chain leads by
+    ABC, and no class `(mixin, X)` has such a one.
+    """
+
+    def mro(cls: Any) -> list[type]:
+        mixin = vars(cls).get("_mixin")
+        own = [] if mixin is None else [each for each in mixin.__mro__ if each not in original.__mro__]
+        return [cls, *own, *original.__mro__]
+
+    return type(f"Over{type(original).__name__}", (type(original),), {"mro": mro})
 
 
 def traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -20,7 +20,6 @@ from gralora.layers.class_change import (
     change_class,
     freeze_own,
     is_restorable,
-    keeps_from_changing,
     restore_class,
     traced,
 )
@@ -100,10 +99,6 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
     def probe(self, generator: torch.Generator) -> Tensor | None:
         """A small input that the layer takes; None where its forward can't differ from merging."""
         return torch.randn(4, self.sizes(self, "")[0], generator=generator)
-
-    @classmethod
-    def layout(cls, module: nn.Module) -> str | None:
-        return keeps_from_changing(type(module), cls)
 
     @classmethod
     def attach(cls, module: nn.Module, part: str) -> GraloraLayer:

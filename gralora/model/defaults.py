@@ -15,7 +15,7 @@ from gralora.engines.walk import named_modules
 _Q_V_PROJ = (
     "bart", "beit", "biogpt", "clip", "clip_text_model", "clip_vision_model", "cohere", "cohere2", "deit", "dinov2",
     "gemma", "gemma2", "gemma3_text", "gemma3n_text", "glm4", "gpt_neo", "gpt_oss", "gptj", "granite", "granitemoe",
-    "hubert", "lfm2", "llama", "llama4", "mistral", "mixtral", "olmo2", "opt", "qwen2", "qwen2_moe", "qwen3",
+    "hubert", "lfm2", "llama", "llama4", "llama4_text", "mistral", "mixtral", "olmo2", "opt", "qwen2", "qwen2_moe", "qwen3",
     "qwen3_moe", "qwen3_next", "siglip", "siglip_text_model", "siglip_vision_model", "smollm3", "stablelm",
     "starcoder2", "swin", "t5gemma", "vit", "wav2vec2", "whisper",
 )

@@ -141,7 +141,7 @@ def merge_and_unload(
             new = weight.detach().clone() if hasattr(weight, SHARED) else weight.data
             weight.data = _write_merged(layer, weight.data, new, weights, safe=False)
     for (_, layer, _), linear in zip(packed, plain, strict=True):
-        _become(layer, linear)
+        _become(model, layer, linear)
     _keep_active_copies(model)
     keep_moved(model)
     unload(model)
@@ -205,13 +205,22 @@ def _dequantized(layer: GraloraLayer, weights: Mapping[str, float], dtype: torch
     return linear
 
 
-def _become(layer: nn.Module, linear: nn.Linear) -> None:
-    """Turn `layer` into `linear` in place; the object and its hooks stay."""
+def _become(model: nn.Module, layer: nn.Module, linear: nn.Linear) -> None:
+    """Turn `layer` into `linear` in place; the object and its hooks stay.
+
+    Where Python can't give the object that class (quanto's, `class_change.made_class`), `linear` takes its place and its hooks.
+    """
     hooks = {name: value for name, value in layer.__dict__.items() if "_hooks" in name}
     state = {**linear.__dict__, **hooks, "training": layer.training}
-    layer.__class__ = nn.Linear
-    layer.__dict__.clear()
-    layer.__dict__.update(state)
+    taker = layer
+    try:
+        layer.__class__ = nn.Linear
+    except TypeError:
+        taker = linear
+        for owner in modules(model):
+            owner._modules.update({name: linear for name, child in owner._modules.items() if child is layer})
+    taker.__dict__.clear()
+    taker.__dict__.update(state)
 
 
 @torch.no_grad()

@@ -249,9 +249,6 @@ def unfit(spot: Spot, names: Names) -> str | None:
     """Why a map can't be adapted, whatever the config; None if it can."""
     if isinstance(spot.module, SavedModule):
         return "is in another adapter's modules_to_save; a layer is adapted or saved, not both"
-    layout = spot.kind.layout(spot.module)
-    if layout is not None:
-        return layout
     owner, name = spot.kind.weight_at(spot.module, spot.part)
     weight: object = owner._parameters.get(name)  # as it lies: where experts have adapters, its name reads W + ΔW
     if weight is None:

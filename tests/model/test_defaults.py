@@ -18,7 +18,10 @@ from ..models import Block
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
 ARCHITECTURES = {
-    **{name: {"num_key_value_heads": 2, "pad_token_id": 0} for name in ("smollm3", "granite", "olmo2", "cohere")},
+    **{
+        name: {"num_key_value_heads": 2, "pad_token_id": 0}
+        for name in ("smollm3", "granite", "olmo2", "cohere", "cohere2")
+    },
     **{name: {"num_key_value_heads": 2, "pad_token_id": 0} for name in ("starcoder2", "glm4")},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2},
     "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2},
@@ -29,6 +32,27 @@ ARCHITECTURES = {
         **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
         **{"num_key_value_heads": 4, "first_k_dense_replace": 1},
     },
+    "qwen3_next": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+        **{"shared_expert_intermediate_size": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2},
+        **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_key_value_heads": 2},
+        **{"layer_types": ["linear_attention", "full_attention"]},
+    },
+    "falcon_h1": {
+        **{"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+        **{"mamba_n_groups": 1, "mamba_expand": 1},
+    },
+    "gemma3n_text": {
+        **{"num_key_value_heads": 2, "head_dim": 8, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0},
+        **{"hidden_size_per_layer_input": 8, "laurel_rank": 4, "altup_num_inputs": 2},
+        **{"layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0]},
+    },
+    "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "nemotron_h": {"num_key_value_heads": 2, "head_dim": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2},
+    "beit": {"image_size": 16, "patch_size": 4},
+    "biogpt": {},
+    "clip_text_model": {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1},
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "modernbert": {"pad_token_id": 0, "global_attn_every_n_layers": 2},
     "vit": {"image_size": 16, "patch_size": 4},
@@ -40,6 +64,10 @@ ARCHITECTURES = {
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
     "albert": {"embedding_size": 32},
     "wav2vec2": {
+        **{"conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_feat_extract_layers": 2},
+        **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer"},
+    },
+    "hubert": {
         **{"conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_feat_extract_layers": 2},
         **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer"},
     },
@@ -71,7 +99,7 @@ def test_defaults_of_todays_architectures_act_and_are_trained(name):
     gralora.inject(model, config=GraloraConfig(r=4))
     if name == "whisper":
         batch = {"input_features": torch.randn(1, 8, 16), "decoder_input_ids": torch.tensor([[1, 2, 3]])}
-    elif name == "wav2vec2":
+    elif name in ("wav2vec2", "hubert"):
         batch = {"input_values": torch.randn(1, 200)}
     elif model.main_input_name == "pixel_values":
         batch = {"pixel_values": torch.randn(1, 3, 16, 16)}

@@ -25,6 +25,7 @@ from gralora.model.record import warn_of_vanished
 from gralora.model.saved import SAVED_CHILD, bias_swaps, remove_swap, saved_modules
 from gralora.model.state import SHARED, all_or_nothing, check_known, known_adapters, put_back_weight
 from gralora.model.statistics import keep_moved
+from gralora.model.targets import output_tied
 from gralora.model.tokens import TokenRows
 
 CACHED = 2**19  # numbers
@@ -117,7 +118,7 @@ def merge_and_unload(
         (path, layer, {**layer.gralora_adapters.merged, **layer.gralora_adapters.active})
         for path, layer in gralora_layers(model)
     ]
-    were_tied = _output_tied(model)
+    were_tied = output_tied(model)
     packed = [row for row in layers if dequantize is not None and _is_packed(row[1])]
     layers = [row for row in layers if row not in packed]
     plain = [_dequantized(layer, weights, cast(torch.dtype, dequantize)) for _, layer, weights in packed]
@@ -145,7 +146,7 @@ def merge_and_unload(
     _keep_active_copies(model)
     keep_moved(model)
     unload(model)
-    if were_tied and not _output_tied(model):
+    if were_tied and not output_tied(model):
         warnings.warn(
             "the head of this model was tied to its embedding, and is no more: merged, the two differ. "
             "config.tie_word_embeddings still says that they are tied, and what is saved would load so: set it to False first.",
@@ -153,19 +154,6 @@ def merge_and_unload(
             stacklevel=2,
         )
     return model
-
-
-def _output_tied(model: nn.Module) -> bool:
-    """Whether the config of a transformers model says that head and embedding are one, and they are."""
-    config = getattr(model, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False):
-        return False
-    try:
-        parts = [getattr(model, f"get_{which}_embeddings")() for which in ("input", "output")]
-    except (AttributeError, NotImplementedError):
-        return False
-    first, second = (part._parameters.get("weight") if isinstance(part, nn.Module) else None for part in parts)
-    return first is not None and first is second
 
 
 def _is_packed(layer: GraloraLayer) -> bool:

@@ -245,6 +245,19 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
     return heads + [m for m in modules(model) if id(m._parameters.get("weight")) in embedded]
 
 
+def output_tied(model: nn.Module) -> bool:
+    """Whether the config of a transformers model says that head and embedding are one, and they are."""
+    config = getattr(model, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return False
+    try:
+        parts = [getattr(model, f"get_{which}_embeddings")() for which in ("input", "output")]
+    except (AttributeError, NotImplementedError):
+        return False
+    first, second = (part._parameters.get("weight") if isinstance(part, nn.Module) else None for part in parts)
+    return first is not None and first is second
+
+
 def unfit(spot: Spot, names: Names) -> str | None:
     """Why a map can't be adapted, whatever the config; None if it can."""
     if isinstance(spot.module, SavedModule):

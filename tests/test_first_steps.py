@@ -18,7 +18,7 @@ import gralora
 from gralora import GraloraConfig
 from gralora.layers.base import gralora_layers
 
-from .models import Block, gpt2, llama, mlp, random_config, relative, same_bits
+from .models import Block, Experts, gpt2, llama, mlp, random_config, relative, same_bits
 from .needs import needs
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
@@ -120,6 +120,13 @@ def test_a_traced_embedding_and_a_saved_head():
     )
     tokens = torch.tensor([[1, 2]])
     assert same_bits(torch.fx.symbolic_trace(model)(tokens), model(tokens))
+
+
+def test_experts_are_one_node():
+    model = gralora.inject(nn.Sequential(Experts(dtype=torch.float32)), ["0.up"], random_config())
+    x = torch.randn(5, 8)
+    graph = torch.fx.symbolic_trace(model)
+    assert same_bits(graph(x), model(x)) and [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["0"]
 
 
 def test_the_flop_counter_sees_the_adapter():

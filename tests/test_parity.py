@@ -172,10 +172,10 @@ def test_the_trainable_line_is_that_of_peft(capsys):
     assert gralora.count_parameters(ours) == theirs.get_nb_trainable_parameters()
 
 
-def test_defaults_by_architecture_are_those_of_peft():
+def test_defaults_by_architecture_are_those_of_peft_where_it_has_some():
     from peft.utils import TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING as theirs
 
-    from gralora.model.targets import DEFAULT_TARGETS
+    from gralora.model.defaults import DEFAULT_TARGETS
 
     as_tuples = {name: t if isinstance(t, str) else tuple(t) for name, t in theirs.items()}
-    assert as_tuples == DEFAULT_TARGETS
+    assert as_tuples.items() <= DEFAULT_TARGETS.items()

@@ -61,7 +61,7 @@ class UnevaluatedWeight(Tensor):
         if func in OF_NO_EFFECT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0]  # of "mul_.Tensor", one overload, "mul_"
         if "grouped_mm" in name:  # whoever's it is: PyTorch's, or the fallback of transformers
             result = HANDLERS["grouped_mm"](func, *args, **kwargs)
             if result is not NotImplemented:

@@ -68,6 +68,7 @@ def adapted(architecture, fields):
     return base, model, config, targets
 
 
+@pytest.mark.filterwarnings("ignore:.*looks as if nobody had trained it")
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 class TestPeft:

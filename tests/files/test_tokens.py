@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import gralora
 
+from ..command_line import run
 from ..model.test_tokens import NEW, trained
 from ..models import llama
 
@@ -78,3 +79,20 @@ def test_a_tied_checkpoint_takes_no_adapter_of_the_embedding_alone(tmp_path):
     merged = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
     embedding = model.model.embed_tokens
     torch.testing.assert_close(merged, embedding.weight + gralora.delta_weight(embedding))
+
+
+def test_a_checkpoint_without_the_tokens_is_refused_on_disk(tmp_path, capsys):
+    model = trained(llama())
+    gralora.save_adapter(model, tmp_path / "a.safetensors")
+    weights = {key: t.contiguous() for key, t in llama().state_dict().items()}
+    short = {**weights, "model.embed_tokens.weight": weights["model.embed_tokens.weight"][:10].contiguous()}
+    lacking = {key: t for key, t in weights.items() if "embed_tokens" not in key}
+    for tensors, why in (
+        (short, "has 10 tokens, and the adapter trains token 17"),
+        (lacking, "of which the adapter trains"),
+    ):
+        save_file(tensors, tmp_path / "base.safetensors")
+        assert (
+            run("merge", tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors") == 1
+        )
+        assert why in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()

@@ -337,6 +337,21 @@ WAYS = {
         ids, torch.arange(len(x))
     ],
     "grouped": grouped,
+    "by a mask": lambda self, x, ids: torch.bmm(x.expand(4, -1, -1), self.matrix(self.up[torch.arange(4) >= 0]).mT)[
+        ids, torch.arange(len(x))
+    ],
+    "by a matrix of indices": lambda self, x, ids: torch.bmm(x[:, None], self.matrix(self.up[ids[:, None]][:, 0]).mT)[
+        :, 0
+    ],
+    "behind a new axis": lambda self, x, ids: torch.bmm(x[:, None], self.matrix(self.up[None][0, ids]).mT)[:, 0],
+    "along an inner axis": lambda self, x, ids: torch.bmm(
+        x[:, None],
+        self.matrix(torch.stack(self.up.index_select(1, torch.arange(self.up.shape[1])).unbind(2), 2)[ids]).mT,
+    )[:, 0],
+    "baddbmm, scaled": lambda self, x, ids: (
+        torch.baddbmm(x.new_zeros(1), x[:, None], self.matrix(self.up[ids]).mT, alpha=2)[:, 0] / 2
+    ),
+    "einsum, any number of axes": lambda self, x, ids: torch.einsum("t...i,toi->t...o", x, self.matrix(self.up[ids])),
     "baddbmm": lambda self, x, ids: torch.baddbmm(x.new_zeros(1), x[:, None], self.matrix(self.up[ids]).mT)[:, 0],
     "einsum": lambda self, x, ids: torch.einsum("ti,toi->to", x, self.matrix(self.up[ids])),
     "einsum of all": lambda self, x, ids: torch.einsum("eti,eoi->teo", x.expand(4, -1, -1), self.matrix(self.up))[

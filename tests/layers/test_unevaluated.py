@@ -88,6 +88,41 @@ HOW = {
         torch.einsum("bit,oi->obt", x.mT, self.fc.weight).permute(1, 2, 0) + self.fc.bias
     ),
     "einsum, no product": lambda self, x: F.linear(x, torch.einsum("oi->io", self.fc.weight).mT, self.fc.bias),
+    "row by row": lambda self, x: F.linear(x, torch.stack([self.fc.weight[i] for i in range(16)]), self.fc.bias),
+    "iterated": lambda self, x: F.linear(x, torch.stack(list(self.fc.weight)), self.fc.bias),
+    "unbound": lambda self, x: F.linear(x, torch.stack(self.fc.weight.unbind(1), 1), self.fc.bias),
+    "sliced with a step": lambda self, x: (
+        torch.stack([x @ self.fc.weight[i::2].T for i in (0, 1)], -1).flatten(-2) + self.fc.bias
+    ),
+    "sliced past a block": lambda self, x: (
+        torch.cat([x @ self.fc.weight[:3].T, F.linear(x, self.fc.weight[3:, ...])], -1) + self.fc.bias
+    ),
+    "narrowed past a block": lambda self, x: (
+        torch.cat([F.linear(x, self.fc.weight.narrow(0, i, 4)) for i in range(0, 16, 4)], -1) + self.fc.bias
+    ),
+    "rows selected": lambda self, x: F.linear(x, self.fc.weight.index_select(0, torch.arange(16)), self.fc.bias),
+    "columns selected": lambda self, x: F.linear(x, self.fc.weight.index_select(1, torch.arange(16)), self.fc.bias),
+    "a row of no length": lambda self, x: F.linear(x, self.fc.weight[None][0], self.fc.bias),
+    "its axes transposed to themselves": lambda self, x: F.linear(x, self.fc.weight.transpose(1, 1), self.fc.bias),
+    "stacked, bmm": lambda self, x: torch.bmm(x, self.fc.weight.expand(2, 16, 16).mT) + self.fc.bias,
+    "addmm, scaled": lambda self, x: torch.stack(
+        [torch.addmm(self.fc.bias, each, self.fc.weight.t(), beta=2, alpha=2) / 2 for each in x]
+    ),
+    "addmm of a matrix": lambda self, x: torch.stack(
+        [torch.addmm(self.fc.bias.expand(5, 16), each, self.fc.weight.t()) for each in x]
+    ),
+    "einsum, as numbers": lambda self, x: torch.einsum(x, [0, 1, 2], self.fc.weight, [3, 2], [0, 1, 3]) + self.fc.bias,
+    "einsum, of three": lambda self, x: torch.einsum("bti,oi,o->bto", x, self.fc.weight, x.new_ones(16)) + self.fc.bias,
+    "einsum, of rows": lambda self, x: torch.einsum("bti,oi->btoi", x, self.fc.weight).sum(-1) + self.fc.bias,
+    "a matrix and a vector": lambda self, x: (
+        torch.stack([self.fc.weight @ row for row in x.flatten(0, 1)]).view_as(x) + self.fc.bias
+    ),
+    "times itself": lambda self, x: F.linear(
+        x, self.fc.weight @ self.fc.weight @ torch.linalg.inv(self.fc.weight), self.fc.bias
+    ),
+    "copied": lambda self, x: F.linear(x, self.fc.weight.to(x, copy=True), self.fc.bias),
+    "like it": lambda self, x: F.linear(x, x.new_zeros(16, 16).to(self.fc.weight) + self.fc.weight, self.fc.bias),
+    "looked up": lambda self, x: F.linear(x, F.embedding(torch.arange(16), self.fc.weight), self.fc.bias),
     "fused": lambda self, x: FusedHead.apply(x, self.fc.weight, self.fc.bias),
     "dispatched": lambda self, x: torch.ops.aten.linear(x, self.fc.weight, self.fc.bias),
     "called": lambda self, x: self.fc(x),
@@ -135,6 +170,17 @@ def test_the_numbers_are_those_of_w_plus_delta_w_and_a_and_b_are_trained(how, hy
     gralora.unmerge(model)
     base = gralora.unload(model)
     assert type(base.fc) is nn.Linear
+
+
+def test_what_writes_to_a_weight_past_python_is_refused():
+    model = gralora.inject(Parent("linear"), ["fc"], random_config())
+    HOW["written"] = lambda self, x: torch.ops.aten.mul_.Tensor(self.fc.weight, 2)
+    try:
+        model.how = "written"
+        with pytest.raises(RuntimeError, match="edited in place"), torch.no_grad():
+            model(X)
+    finally:
+        del HOW["written"]
 
 
 def test_a_linear_map_computes_no_tensor_of_the_weights_size():

@@ -124,4 +124,6 @@ def test_a_new_head_that_would_stay_frozen_is_told_of_and_auto_saves_it():
             for parameter in getattr(trained, head).parameters():
                 parameter.normal_(std=0.5)
         gralora.inject(trained, [target], GraloraConfig(r=4))  # no warning
+        with torch.device("meta"):
+            gralora.inject(cls(built), [target], GraloraConfig(r=4))  # nor where nobody can look
     assert gralora.inject(Block(), ["q"], GraloraConfig(r=4, modules_to_save="auto")) is not None

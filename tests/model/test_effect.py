@@ -138,3 +138,20 @@ def test_a_model_without_gradients_at_all():
     model = gralora.inject(Without(), ["embed"], random_config())
     with pytest.raises(ValueError, match="'default' on 'embed' changes the output, but gets no gradient"):
         gralora.check_effect(model, X)
+
+
+@pytest.mark.parametrize(
+    "out", [lambda y: [y, None], lambda y: {"logits": (y, y.long())}, lambda y: {"loss": y.mean()}]
+)
+def test_what_a_model_returns_may_be_nested(out):
+    class Returns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return out(self.fc(x))
+
+    assert list(gralora.check_effect(gralora.inject(Returns(), ["fc"], random_config()), X)) == ["fc"]
+    with pytest.raises(ValueError, match="unused"):
+        gralora.check_effect(gralora.inject(Returns(), ["fc", "unused"], random_config()), X)

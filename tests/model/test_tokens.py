@@ -258,3 +258,16 @@ def test_bad_input_is_refused_by_name():
     assert gpt2().get_input_embeddings().num_embeddings == 64
     model = gralora.inject(gpt2(), ["c_attn"], both)
     assert isinstance(model.transformer.wte.gralora_saved["default"], TokenRows)
+
+
+def test_embeddings_whose_rows_cannot_be_trained_are_refused():
+    quantised = nn.Embedding(8, 4)
+    quantised.weight = nn.Parameter(torch.ones(8, 4, dtype=torch.int8), requires_grad=False)
+    for embedding, why in (
+        (nn.Embedding(8, 4, max_norm=1.0), "'0' has max_norm=1.0: its forward rewrites"),
+        (quantised, "the weight of '0' is quantised"),
+    ):
+        model = nn.Sequential(embedding, nn.Linear(4, 4))
+        with pytest.raises(ValueError, match=why):
+            gralora.inject(model, ["1"], GraloraConfig(r=2, trainable_token_indices={"0": [1]}))
+        assert type(model[1]) is nn.Linear

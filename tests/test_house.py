@@ -1,6 +1,7 @@
 """The house is what the design says: five folders, one above the other."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -70,6 +71,12 @@ def test_no_private_name_is_used_across_folders(module):
             if node.value.id in strangers:
                 wrong.append(f"{strangers[node.value.id]}.{node.attr}")
     assert [each for each in wrong if not each.endswith(".__version__")] == []
+
+
+def test_the_top_level_holds_what_the_design_names():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    top = {line.split("/")[0] for line in tracked.splitlines() if not line.startswith(".")}
+    assert top <= {"LICENSE", "README.md", "benchmarks", "gralora", "pyproject.toml", "tests"}
 
 
 def test_no_file_is_longer_than_400_lines():

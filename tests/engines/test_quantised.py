@@ -111,7 +111,7 @@ def test_only_the_adapter_is_saved_and_loaded(make, tmp_path):
     assert same_bits(copy.deepcopy(fresh)(X), y)
 
 
-def test_merging_is_refused_with_the_ways_out_and_dequantising_is_one(make):
+def test_merging_is_refused_with_the_ways_out_and_dequantising_is_one(make, tmp_path):
     model = gralora.inject(make(), "all-linear", random_config(r=8, alpha=4))
     y, weights = model(X), [model[i].weight for i in (0, 2)]
     for merge in (gralora.merge, gralora.merge_and_unload):
@@ -126,4 +126,4 @@ def test_merging_is_refused_with_the_ways_out_and_dequantising_is_one(make):
     half = gralora.merge_and_unload(model, dequantize=torch.bfloat16)
     assert half[2].weight.dtype == torch.bfloat16 and relative(half(X.bfloat16()).float(), y) < 0.05
     with pytest.raises(KeyError, match="no adapter"):
-        gralora.save_adapter(half, "nowhere")
+        gralora.save_adapter(half, tmp_path / "nowhere")

@@ -251,13 +251,13 @@ def test_copies_and_pickles():
     assert same_bits(model["moe"](x), y)
 
 
-def test_half_precision_and_extract_and_export():
+def test_half_precision_and_extract_and_export(tmp_path):
     model = gralora.inject(Experts(dtype=torch.bfloat16), ["up"], random_config())
     assert model.gralora_up.gralora_adapters["default"].A.dtype == torch.float32
     assert model(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
     for format, why in (("lora", "PEFT can't name that"), ("peft", "'up' holds adapters of fused experts")):
         with pytest.raises(ValueError, match=why):
-            gralora.save_adapter(model, "nowhere", format=format)
+            gralora.save_adapter(model, tmp_path / "nowhere", format=format)
     base, errors = Experts(), {}
     tuned = copy.deepcopy(base)
     with torch.no_grad():

@@ -74,7 +74,7 @@ def test_no_private_name_is_used_across_folders(module):
 
 
 def test_the_top_level_holds_what_the_design_names():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT.parent, capture_output=True, text=True, check=False).stdout
     top = {line.split("/")[0] for line in tracked.splitlines() if not line.startswith(".")}
     assert top <= {"LICENSE", "README.md", "benchmarks", "gralora", "pyproject.toml", "tests"}
 

@@ -7,6 +7,7 @@ import operator
 from dataclasses import dataclass, fields
 from typing import Any
 
+AUTO = "auto"
 LARGEST_ALPHA, LARGEST_WEIGHT = 1e30, 1e6  # of an adapter: so that their product is a float32
 BIAS_CHOICES = ("none", "all", "gralora_only")
 
@@ -93,7 +94,7 @@ class GraloraConfig:
         )
         self._set("target_modules", _names("target_modules", self.target_modules, may_be_regex=True))
         self._set("exclude_modules", _names("exclude_modules", self.exclude_modules, may_be_regex=True))
-        if self.modules_to_save != "auto":
+        if self.modules_to_save != AUTO:
             self._set("modules_to_save", _names("modules_to_save", self.modules_to_save, may_be_regex=False))
 
     @property

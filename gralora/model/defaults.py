@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
+from gralora.config import AUTO, GraloraConfig
 from gralora.engines.walk import named_modules
 
 # The attention projections, by `model.config.model_type`; where PEFT has a choice for LoRA it is that choice, so that a user
@@ -48,7 +50,6 @@ DEFAULT_TARGETS: dict[str, str | tuple[str, ...]] = {
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }
 
-AUTO = "auto"
 HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj", "summary")
 """Heads that transformers puts on a model for a task; PEFT's task types save the first three."""
 
@@ -72,6 +73,13 @@ def task_heads(model: nn.Module) -> list[str]:
     """The heads that a model has for a task: those of its own children that `HEADS` names, or None."""
     own = getattr(type(model), "_base_class", type(model)).__name__
     return [name for name in HEADS if _TASK.search(own) and isinstance(model._modules.get(name), nn.Module)]
+
+
+def settled(model: nn.Module, config: GraloraConfig) -> GraloraConfig:
+    """The config with the model's own heads where it says "auto"."""
+    if config.modules_to_save != AUTO:
+        return config
+    return replace(config, modules_to_save=tuple(task_heads(model)) or None)
 
 
 def untrained(model: nn.Module, name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own, join, restore_class, thaw_own
-from gralora.model.defaults import AUTO, peft_layers, task_heads, untrained
+from gralora.model.defaults import peft_layers, settled, task_heads, untrained
 from gralora.model.record import LEFT_OUT, forget, record
 from gralora.model.saved import (
     SAVED_CHILD,
@@ -94,8 +94,8 @@ def inject(
             "merge_and_unload() them; load_adapter reads what PEFT has saved."
         )
     names, config = Names(model), as_config(config)
-    if config is not None and config.modules_to_save == AUTO:
-        config = replace(config, modules_to_save=tuple(task_heads(model)) or None)
+    if config is not None:
+        config = settled(model, config)
     found = resolve(model, targets, config, names)
     configs = list(dict.fromkeys([*(t.config for t in found), *([config] if config else [])]))
     plan = Plan(found, _saved_units(model, configs, names))

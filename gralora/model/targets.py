@@ -20,7 +20,7 @@ from gralora.layers.adapter import legal_k, suggested
 from gralora.layers.base import PREFIX, Spot
 from gralora.layers.class_change import join
 from gralora.layers.kinds import ADAPTABLE, spots, why_refused
-from gralora.model.defaults import default_targets
+from gralora.model.defaults import default_targets, settled
 from gralora.model.saved import SavedModule
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -164,12 +164,9 @@ def _rules(model: nn.Module, targets: Targets, default: GraloraConfig) -> list[t
     if isinstance(targets, Mapping):
         if not targets:
             raise ValueError("targets is an empty mapping: nothing would be adapted.")
-        return [(pattern, _config_of(pattern, value, default)) for pattern, value in targets.items()]
+        configs = {pattern: as_config(value, f"targets[{pattern!r}]") or default for pattern, value in targets.items()}
+        return [(pattern, settled(model, config)) for pattern, config in configs.items()]
     return [(cast(Pattern, targets), default)]
-
-
-def _config_of(pattern: object, value: object, default: GraloraConfig) -> GraloraConfig:
-    return as_config(value, f"targets[{pattern!r}]") or default
 
 
 def _matcher_for(model: nn.Module, pattern: Pattern, names: Names, config: GraloraConfig) -> Predicate:
@@ -181,12 +178,11 @@ def _matcher_for(model: nn.Module, pattern: Pattern, names: Names, config: Gralo
             if spot.kind.in_all_linear and unfit(spot, names) is None and id(spot.module) not in heads
         ]
         fit = {id(_owner(spot)) for _, spot in linear if not any(size % config.gralora_k for size in spot.cut)}
-        small = [name for name, spot in linear if id(_owner(spot)) not in fit]
         if not fit:
             return lambda name, module: id(module) in {id(_owner(spot)) for _, spot in linear}  # the error names them
         excluded = _excluded(config)
         names.left_out = [
-            name for name, spot in linear if name in small and not excluded(name, spot.module) and _wanted(name, config)
+            name for name, spot in linear if id(_owner(spot)) not in fit and not excluded(name, spot.module)
         ]
         return lambda name, module: id(module) in fit
     return _matcher(pattern)

@@ -119,6 +119,8 @@ def test_a_new_head_that_would_stay_frozen_is_told_of_and_auto_saves_it():
             gralora.inject(cls(built), [target], GraloraConfig(r=4))
         model = gralora.inject(cls(built), [target], GraloraConfig(r=4, modules_to_save="auto"))
         assert getattr(model, head).gralora_saved.active == "default"
+        model = gralora.inject(cls(built), {rf".*\.{target}": GraloraConfig(r=4, modules_to_save="auto")})
+        assert getattr(model, head).gralora_saved.active == "default"
         trained = cls(built)
         with torch.no_grad():
             for parameter in getattr(trained, head).parameters():

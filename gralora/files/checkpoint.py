@@ -98,7 +98,7 @@ PIPELINES = ("diffusers", "kohya")
 
 def _check_there(model: nn.Module, adapter_name: str, allow_missing: bool) -> None:
     """Raise unless the model has all of the adapter; warn of what moved without being in it."""
-    gone = vanished(model, adapter_name)
+    gone = vanished(model, [adapter_name])
     if gone and not allow_missing:
         raise ValueError(
             f"{len(gone)} of what adapter {adapter_name!r} was injected into are there no more: {shorten(gone)}. Something has "

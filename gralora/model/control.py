@@ -76,7 +76,7 @@ def adapter_status(model: nn.Module, name: str = "default") -> AdapterStatus:
     merged = next((adapters.merged[name] for _, adapters in layers if name in adapters.merged), None)
     trained = any(parameter.requires_grad for parameter in named_adapter_parameters(model, name).values())
     configs = {path: adapters[name].config for path, adapters in layers}
-    return AdapterStatus(active_adapters(model).get(name), merged, trained, configs, vanished(model, name))
+    return AdapterStatus(active_adapters(model).get(name), merged, trained, configs, vanished(model, [name]))
 
 
 def set_adapter(

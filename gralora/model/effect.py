@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import gralora_layers
-from gralora.model.record import vanished
+from gralora.model.record import story, vanished
 from gralora.model.state import known_adapters
 
 
@@ -47,12 +47,9 @@ def check_effect(
         raise ValueError(
             f"no adapter acts beside the weights of this model, so there is nothing to check; it has: {known}."
         )
-    gone = [part for name in known_adapters(model) for part in vanished(model, name)]
+    gone = vanished(model, known_adapters(model))
     if gone:
-        raise ValueError(
-            f"{', '.join(gone[:5])}: adapted once, and there no more ({len(gone)} in all). Something has rebuilt these modules "
-            "since inject; do that first, then inject."
-        )
+        raise ValueError(story(gone))
     parameters = [p for _, _, adapter in active for p in adapter.parameters()]
     run = model if forward is None else forward
     with _untouched(model, parameters):

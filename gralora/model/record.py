@@ -44,25 +44,28 @@ def forget(model: nn.Module, adapter_name: str | None = None) -> None:
                 module.__dict__[RECORD] = left
 
 
-def vanished(model: nn.Module, adapter_name: str) -> list[str]:
-    """What was adapted and is there no more."""
-    there = set(parts_of(model, adapter_name))
-    return [
-        full
-        for path, module in named_modules(model)
-        for name in module.__dict__.get(RECORD, {}).get(adapter_name, ())
-        if (full := join(path, name) if name else path) not in there
-    ]
+def vanished(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """What was adapted by these adapters, and is there no more."""
+    recorded = [(path, module.__dict__[RECORD]) for path, module in named_modules(model) if RECORD in module.__dict__]
+    gone = []
+    for adapter_name in names if recorded else ():
+        there = set(parts_of(model, adapter_name))
+        full = (join(path, part) if part else path for path, own in recorded for part in own.get(adapter_name, ()))
+        gone += [part for part in full if part not in there]
+    return gone
+
+
+def story(gone: list[str]) -> str:
+    """What to say of what has vanished."""
+    shown = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
+    return (
+        f"{shown}: adapted once, and there no more. Something has rebuilt these modules since inject, and their adapters are "
+        "gone; do that first, then inject."
+    )
 
 
 def warn_of_vanished(model: nn.Module, names: Iterable[str], *, stacklevel: int = 3) -> None:
     """Tell of what some adapters were injected into and that is there no more."""
-    gone = [part for name in names for part in vanished(model, name)]
+    gone = vanished(model, names)
     if gone:
-        shown = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
-        warnings.warn(
-            f"{shown}: adapted once, and there no more. Something has rebuilt these modules since inject, and their adapters "
-            "are gone; do that first, then inject.",
-            UserWarning,
-            stacklevel=stacklevel,
-        )
+        warnings.warn(story(gone), UserWarning, stacklevel=stacklevel)

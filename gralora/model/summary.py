@@ -73,7 +73,7 @@ def summary(model: nn.Module) -> Summary:
         *([f"trained beside them: {', '.join(beside)}"] if beside else []),
         f"{sum(row.parameters for row in rows):,} parameters in adapters, {trainable:,} trainable of {total:,}",
     ]
-    gone = [part for name in adapter_names(model) for part in vanished(model, name)]
+    gone = vanished(model, adapter_names(model))
     left = model.__dict__.get(LEFT_OUT, ())
     lines += [f"adapted once, and there no more: {', '.join(gone)}"] if gone else []
     lines += [f"left out by all-linear: {', '.join(left)}"] if left else []

@@ -34,6 +34,8 @@ from gralora.model.control import (
 )
 from gralora.model.effect import check_effect
 from gralora.model.extract import extract, reblock
+from gralora.model.groups import adapter_parameter_groups
+from gralora.model.initialize import initialize
 from gralora.model.inject import inject, unload
 from gralora.model.merge import merge, merge_and_unload, unmerge
 from gralora.model.shared import shared_copy
@@ -58,6 +60,7 @@ __all__ = [
     "active_adapters",
     "adapted_class",
     "adapter_names",
+    "adapter_parameter_groups",
     "adapter_parameters",
     "adapter_state_dict",
     "adapter_status",
@@ -69,6 +72,7 @@ __all__ = [
     "delta_weight",
     "disable_adapter",
     "extract",
+    "initialize",
     "inject",
     "load_adapter",
     "load_adapter_state_dict",

@@ -23,7 +23,7 @@ from gralora.maths import functional
 from gralora.model.summary import table
 from gralora.version import __version__
 
-LAYER = ("layer", "in", "out", "r", "k", "hybrid_r", "alpha", "parameters", "norm")
+LAYER = ("layer", "in", "out", "r", "k", "hybrid_r", "alpha", "scaling", "parameters", "norm")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -185,6 +185,7 @@ def _describe(file: AdapterFile, name: str) -> dict[str, Any]:
         "k": config.gralora_k,
         "hybrid_r": config.hybrid_r,
         "alpha": config.alpha,
+        "scaling": config.scaling,
         "parameters": sum(t.numel() for t in tensors if t is not None),
         "norm": config.scaling * functional.product_norm(down.float(), up.float()),
     }

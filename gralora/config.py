@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 AUTO = "auto"
 LARGEST_ALPHA, LARGEST_WEIGHT = 1e30, 1e6  # of an adapter: so that their product is a float32
+STARTS = ("orthogonal", "loftq")
+STARTS_FROM_DATA = ("eva", "gradient")
 BIAS_CHOICES = ("none", "all", "gralora_only")
 
 
@@ -19,7 +21,7 @@ class GraloraConfig:
     Args:
         r: rank of every block row; parameters are `r * (in + out)` whatever `gralora_k`. A multiple of `gralora_k`.
         hybrid_r: rank of the plain LoRA pair beside the blocks (Hybrid GraLoRA); 0 leaves it out.
-        alpha: the update is scaled by `alpha / (r + hybrid_r)`.
+        alpha: the update is scaled by `alpha / (r + hybrid_r)`, or with `use_rslora` by `alpha / √(r + hybrid_r)`.
         gralora_dropout: probability of dropout on the adapter's input, in training.
         gralora_k: the weight is cut into `gralora_k x gralora_k` blocks. The paper advises 2 up to r = 32, 4 from r = 64.
         target_modules: which layers, where `inject` is not told; a regular expression, a list of names, or "all-linear".
@@ -33,7 +35,11 @@ class GraloraConfig:
         layers_to_transform: the numbers of the blocks in which layers are adapted; one, or a list. A block's number is the last
             part of a layer's name that is one (behind two others), or that behind a name in `layers_pattern`: PEFT's rule.
         ensure_weight_tying: layers that share one weight, such as an embedding and its head, share one adapter.
-        init_weights: True: B is zero, the model's output unchanged. False: B random too, for tests.
+        init_weights: True: A uniform, B zero, the model's output unchanged. "orthogonal": the same, with A of orthonormal rows.
+            "loftq": over a quantised base, ΔW nearest to what quantising took away; `inject(..., reference=)` says from what.
+            False: B random too, for tests. `initialize` gives A a start from data. Starts that move a part of the base into
+            the adapter (PiSSA, OLoRA, MiLoRA) are left out on purpose: `unload` and `disable_adapter` would not give the base.
+        use_rslora: rsLoRA's scale (arXiv 2312.03732), with which the size of an update does not shrink as r grows.
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range; the text says which values are legal.
@@ -49,11 +55,12 @@ class GraloraConfig:
     fan_in_fan_out: bool | None = None
     bias: str = "none"
     modules_to_save: tuple[str, ...] | str | None = None
-    init_weights: bool = True
+    init_weights: bool | str = True
     trainable_token_indices: Any = None
     ensure_weight_tying: bool = False
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("r", 1), ("hybrid_r", 0), ("gralora_k", 1)):
@@ -78,10 +85,14 @@ class GraloraConfig:
             )
         if self.fan_in_fan_out not in (None, True, False):
             raise TypeError(f"fan_in_fan_out={self.fan_in_fan_out!r} is not legal: it must be None, True or False.")
-        if not isinstance(self.init_weights, bool):
-            raise TypeError(f"init_weights={self.init_weights!r} is not legal: it must be True or False.")
-        if not isinstance(self.ensure_weight_tying, bool):
-            raise TypeError(f"ensure_weight_tying={self.ensure_weight_tying!r} is not legal: it must be True or False.")
+        if not isinstance(self.init_weights, bool) and self.init_weights not in STARTS:
+            legal = ", ".join(map(repr, (True, False, *STARTS)))
+            data = " Starts from data are for initialize()." if self.init_weights in STARTS_FROM_DATA else ""
+            kind = ValueError if isinstance(self.init_weights, str) else TypeError
+            raise kind(f"init_weights={self.init_weights!r} is not legal: it must be one of {legal}.{data}")
+        for name in ("ensure_weight_tying", "use_rslora"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} is not legal: it must be True or False.")
         self._set("trainable_token_indices", _tokens(self.trainable_token_indices))
         layers = self.layers_to_transform
         if layers is not None:
@@ -99,8 +110,18 @@ class GraloraConfig:
 
     @property
     def scaling(self) -> float:
-        """alpha / (r + hybrid_r), the factor of the whole update."""
-        return self.alpha / (self.r + self.hybrid_r)
+        """alpha / (r + hybrid_r), or alpha / √(r + hybrid_r) with `use_rslora`: the factor of the whole update."""
+        rank = self.r + self.hybrid_r
+        return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @property
+    def plain_alpha(self) -> float:
+        """The alpha that gives the same scaling without `use_rslora`."""
+        return self.alpha * math.sqrt(self.r + self.hybrid_r) if self.use_rslora else self.alpha
+
+    def scaled(self, scaling: float) -> GraloraConfig:
+        """The same with the alpha that gives this scaling, without `use_rslora`."""
+        return replace(self, alpha=scaling * (self.r + self.hybrid_r), use_rslora=False)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -182,6 +203,7 @@ def as_config(value: Any, what: str = "config") -> GraloraConfig | None:
     if kind == "LORA":
         raise TypeError(
             f"{what} is PEFT's LoraConfig. LoRA is GraLoRA with k = 1: GraloraConfig(r={value.r}, alpha={value.lora_alpha}, "
-            f"gralora_dropout={value.lora_dropout}, gralora_k=1, target_modules=...)."
+            f"gralora_dropout={value.lora_dropout}, gralora_k=1, use_rslora={bool(getattr(value, 'use_rslora', False))}, "
+            "target_modules=...)."
         )
     raise TypeError(f"{what} is a {type(value).__name__}: it must be a GraloraConfig, a dict of its fields, or None.")

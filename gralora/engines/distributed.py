@@ -181,6 +181,18 @@ def no_more_trained(model: nn.Module) -> Iterator[None]:
         )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module within `DistributedDataParallel`, which minds forwards without a backward."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all processes, the same on each of them; in a group all must call."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 def write_once(write: Callable[[], None], *, together: bool) -> None:
     """Run `write` on rank 0 alone.
 

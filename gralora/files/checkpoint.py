@@ -20,7 +20,14 @@ from gralora.files.experts import together
 from gralora.files.formats import FORMATS, convertible, located, model_fields, read_adapter
 from gralora.files.gguf import renamed
 from gralora.files.lora import as_lora, lora_pairs
-from gralora.files.own import LAYER_FIELDS, AdapterFile, AdapterFileError, BaseWeight, layer_shapes
+from gralora.files.own import (
+    LATER_FIELDS,
+    LAYER_FIELDS,
+    AdapterFile,
+    AdapterFileError,
+    BaseWeight,
+    layer_shapes,
+)
 from gralora.files.tokens import token_modules
 from gralora.layers.adapter import GraloraAdapter, check_adapter_name
 from gralora.layers.base import GraloraLayer, Spot, gralora_layers
@@ -329,7 +336,7 @@ def _warn_of_another_base(path: Path, plan: Plan, file: AdapterFile) -> None:
 
 def _keep_or_replace_config(adapter: GraloraAdapter, config: GraloraConfig) -> None:
     # compiled code stands on the very object, so it is replaced only by one that computes something else
-    if any(getattr(adapter.config, field) != getattr(config, field) for field in LAYER_FIELDS):
+    if any(getattr(adapter.config, field) != getattr(config, field) for field in (*LAYER_FIELDS, *LATER_FIELDS)):
         adapter.config = config
 
 

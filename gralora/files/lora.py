@@ -45,7 +45,7 @@ def as_lora(file: AdapterFile, rank: int | None = None, errors: dict[str, float]
         if rank is not None:
             down, up, error = _of_rank(down, up, rank)
         r, up = down.shape[-2], up * config.scaling if fold else up
-        alpha = r if fold else r * config.alpha / (config.r + config.hybrid_r)
+        alpha = r if fold else r * config.plain_alpha / (config.r + config.hybrid_r)
         configs[name] = _plain_config(r, alpha, config.gralora_dropout)
         tensors.update(_as_k_1(name, down.to(dtype), up.to(dtype)))
         if errors is not None:

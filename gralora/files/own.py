@@ -29,6 +29,8 @@ from gralora.version import __version__
 
 FORMAT_VERSION = 1
 LAYER_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout")
+LATER_FIELDS = ("use_rslora",)
+"""Written where they are not False only: a version that does not know them refuses the file, instead of computing wrongly."""
 MODEL_FIELDS = (
     *("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
     *("tie_word_embeddings", "architectures"),
@@ -165,7 +167,7 @@ def write_gralora(file: AdapterFile, path: Path) -> None:
         "format": "gralora",
         "format_version": str(FORMAT_VERSION),
         "gralora_version": __version__,
-        "modules": json.dumps({n: {f: getattr(c, f) for f in LAYER_FIELDS} for n, c in file.configs.items()}),
+        "modules": json.dumps({name: _layer_fields(config) for name, config in file.configs.items()}),
         "modules_to_save": json.dumps(file.modules_to_save),
         "biases": json.dumps(file.biases),
         "base": json.dumps({name: asdict(weight) for name, weight in file.base.items()}),
@@ -277,6 +279,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _layer_fields(config: GraloraConfig) -> dict[str, Any]:
+    later = {field: getattr(config, field) for field in LATER_FIELDS if getattr(config, field)}
+    return {**{field: getattr(config, field) for field in LAYER_FIELDS}, **later}
+
+
 def layer_config(path: Path, name: str, values: Mapping[str, Any]) -> GraloraConfig:
     try:
         return GraloraConfig(**values)
@@ -315,8 +322,9 @@ def _read_configs(path: Path, text: str) -> dict[str, GraloraConfig]:
     if not isinstance(modules, dict):
         raise AdapterFileError(f"{path}: the metadata 'modules' is no JSON object.")
     for name, values in modules.items():
-        if not isinstance(values, dict) or set(values) != set(LAYER_FIELDS):
-            raise AdapterFileError(f"{path}: the metadata of {name!r} must hold exactly {', '.join(LAYER_FIELDS)}.")
+        if not isinstance(values, dict) or set(values) - set(LATER_FIELDS) != set(LAYER_FIELDS):
+            legal = f"exactly {', '.join(LAYER_FIELDS)}, and may hold {', '.join(LATER_FIELDS)}"
+            raise AdapterFileError(f"{path}: the metadata of {name!r} must hold {legal}.")
     return {name: layer_config(path, name, values) for name, values in modules.items()}
 
 

@@ -82,6 +82,10 @@ def write_peft(file: AdapterFile, path: Path) -> None:
                 f"{name!r}, of kind {file.base[name].kind!r}, is no linear layer, and PEFT's GraLoRA adapts no other. "
                 'format="lora" writes it as plain LoRA, exactly; format="gralora" as it is.'
             )
+    plain = {
+        name: config.scaled(config.scaling) if config.use_rslora else config for name, config in file.configs.items()
+    }
+    file = dataclasses.replace(file, configs=plain)  # its config has no use_rslora
     for field in LAYER_FIELDS:
         values = {getattr(config, field): name for name, config in file.configs.items()}
         if len(values) > 1:

@@ -21,6 +21,7 @@ from gralora.layers.pending import check_unchanged
 from gralora.layers.scope import OFF, Only, Switchable
 from gralora.maths import functional
 from gralora.maths.functional import Tensors
+from gralora.maths.starts import orthonormal_rows
 
 MERGED = ".merged"
 FULL = (torch.float32, torch.float64)
@@ -85,7 +86,7 @@ class GraloraAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A from kaiming_uniform(a=√5), block by block as (r, in / k); B zero, or random if not `init_weights`.
+        """A from kaiming_uniform(a=√5), block by block as (r, in / k), or as `init_weights` says; B zero, or random if it is False.
 
         Drawn on the CPU in the default dtype, whatever the adapter's own: one seed gives the same values on every
         device, and PEFT's very values where hybrid_r = 0.
@@ -112,19 +113,26 @@ class GraloraAdapter(nn.Module):
 
     def _reset(self, A: Tensor, B: Tensor, A_general: Tensor | None, B_general: Tensor | None) -> None:
         (k, m, r), o = A.shape, B.shape[-1]
-        init = self.config.init_weights
-        if init:
-            down = rearrange(_kaiming(m, k, r, m), "k r m -> k m r")
+        start = self.config.init_weights
+        if start == "loftq":
+            raise ValueError(
+                'init_weights="loftq" takes its values from inject(..., reference=...), and there is none.'
+            )
+        if start == "orthogonal":
+            down = orthonormal_rows(r, k, m)
+            B.zero_()
+        elif start:
+            down = self._round(_kaiming(m, k, r, m))
             B.zero_()
         else:
             pairs = [(_kaiming(m, r, m), _kaiming(r, o, r)) for _ in range(k)]
-            down = rearrange([a for a, _ in pairs], "k r m -> k m r")
+            down = self._round(torch.stack([a for a, _ in pairs]))
             B.copy_(self._round(rearrange([b for _, b in pairs], "k o r -> k r o")))
-        A.copy_(self._round(down))
+        A.copy_(rearrange(down, "k r m -> k m r"))
         if A_general is not None and B_general is not None:
             (h, n), out = A_general.shape, B_general.shape[0]
-            A_general.copy_(self._round(_kaiming(n, h, n)))
-            B_general.zero_() if init else B_general.copy_(self._round(_kaiming(h, out, h)))
+            A_general.copy_(orthonormal_rows(h, 1, n)[0] if start == "orthogonal" else self._round(_kaiming(n, h, n)))
+            B_general.zero_() if start else B_general.copy_(self._round(_kaiming(h, out, h)))
 
     def _round(self, values: Tensor) -> Tensor:
         return values if self.init_dtype is None else values.to(self.init_dtype)
@@ -213,7 +221,8 @@ class GraloraAdapter(nn.Module):
     def extra_repr(self) -> str:
         c = self.config
         dropout = f", dropout={c.gralora_dropout}" if c.gralora_dropout else ""
-        return f"r={c.r}, gralora_k={c.gralora_k}, hybrid_r={c.hybrid_r}, alpha={c.alpha}{dropout}"
+        scale = ", use_rslora=True" if c.use_rslora else ""
+        return f"r={c.r}, gralora_k={c.gralora_k}, hybrid_r={c.hybrid_r}, alpha={c.alpha}{scale}{dropout}"
 
 
 class GraloraAdapters(Switchable):
@@ -291,9 +300,9 @@ class GraloraAdapters(Switchable):
         """r, k and so on of all, and which of them act."""
         configs = [self[name].config for name in self]
         parts = []
-        for field in ("r", "gralora_k", "hybrid_r", "alpha"):
+        for field in ("r", "gralora_k", "hybrid_r", "alpha", "use_rslora"):
             values = list(dict.fromkeys(str(getattr(c, field)) for c in configs))
-            if values and values != ["0"]:
+            if values and values not in (["0"], ["False"]):
                 parts.append(f"{field}={' | '.join(values)}")
         parts.append(f"active={' + '.join(self.active) or None}")
         if self.merged:

@@ -79,6 +79,10 @@ class Projection(PartLayer):
         return inputs.get(part, attention.embed_dim), attention.embed_dim
 
     @classmethod
+    def has_rows(cls, module: nn.Module, part: str) -> bool:
+        return True
+
+    @classmethod
     def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
         if not isinstance(module, GraloraMultiheadAttention):
             change_class(module, GraloraMultiheadAttention)

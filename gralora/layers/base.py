@@ -177,6 +177,15 @@ class GraloraLayer(nn.Module):
         return False
 
     @classmethod
+    def has_rows(cls, module: nn.Module, part: str) -> bool:
+        """Whether what the map gets and gives are rows of one matrix product, as `rows` tells."""
+        return False
+
+    def rows(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """An input (..., in) and an output of the map as the rows (t, in), (t, out) that its matrix takes and gives."""
+        return x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+
+    @classmethod
     def adapted(cls, module: nn.Module, part: str) -> GraloraLayer | None:
         """The map as `attach` has made it, None if it has not."""
         return module if isinstance(module, GraloraLayer) else None

@@ -96,6 +96,18 @@ class GraloraConv(InPlaceLayer):
         conv = cast(_ConvNd, module)
         return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
 
+    @classmethod
+    def has_rows(cls, module: nn.Module, part: str) -> bool:
+        return cast(_ConvNd, module).groups == 1
+
+    def rows(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A row for every position: what the kernel sees there, and the output channels."""
+        spatial = len(self._conv.kernel_size)
+        x, y = (t if t.dim() == spatial + 2 else t[None] for t in (x, y))
+        n_in = self.sizes(self, "")[0]
+        seen = self._down(x, torch.eye(n_in, dtype=x.dtype, device=x.device), 1)
+        return rearrange(seen, "b m ... -> (b ...) m"), rearrange(y, "b o ... -> (b ...) o")
+
     def fast(self, x: Tensor, A: Tensor) -> bool:
         return False
 

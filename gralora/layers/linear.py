@@ -50,6 +50,10 @@ class LinearLayer(InPlaceLayer):
     def transposed(cls, module: nn.Module, part: str) -> bool:
         return cls.stored_transposed
 
+    @classmethod
+    def has_rows(cls, module: nn.Module, part: str) -> bool:
+        return True
+
 
 class GraloraLinear(LinearLayer, nn.Linear):
     """`nn.Linear` with GraLoRA adapters: y = x @ Wᵀ + b + scaling * x @ ΔWᵀ.

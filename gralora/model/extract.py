@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -101,10 +102,10 @@ def reblock(
                 continue
             old = layer.gralora_adapters[adapter_name]
             r_new = old.config.r if r is None else r
-            scaling, hybrid_r = old.config.scaling, old.config.hybrid_r
-            fields = {**old.config.__dict__, "r": r_new, "gralora_k": gralora_k, "alpha": scaling * (r_new + hybrid_r)}
+            scaling = old.config.scaling
             try:
-                new = layer.spot.new_adapter(GraloraConfig(**fields), old.A.dtype, reset=False)
+                config = replace(old.config, r=r_new, gralora_k=gralora_k).scaled(scaling)
+                new = layer.spot.new_adapter(config, old.A.dtype, reset=False)
             except ValueError as problem:
                 raise ValueError(f"{name!r}: {problem}") from None
             delta = functional.delta_weight(*widened(old.tensors), scaling=scaling)

@@ -23,6 +23,7 @@ class LayerRow(NamedTuple):
     gralora_k: int
     hybrid_r: int
     alpha: float
+    scaling: float
     parameters: int
     active: float | None
     merged: float | None
@@ -36,11 +37,11 @@ class Summary(list[LayerRow]):
         self.totals = totals
 
     def __repr__(self) -> str:
-        head = ("layer", "shape", "adapter", "r", "k", "hybrid_r", "alpha", "parameters", "active", "merged")
+        head = ("layer", "shape", "adapter", "r", "k", "hybrid_r", "alpha", "scaling", "parameters", "active", "merged")
         shown, last = [], None
         for row in self:
             name, shape = (row.layer, " x ".join(map(str, row.shape))) if row.layer != last else ("", "")
-            numbers = [row.r, row.gralora_k, row.hybrid_r, f"{row.alpha:g}", f"{row.parameters:,}"]
+            numbers = [row.r, row.gralora_k, row.hybrid_r, f"{row.alpha:g}", f"{row.scaling:g}", f"{row.parameters:,}"]
             marks = ["" if weight is None else "yes" if weight == 1 else f"{weight:g}" for weight in row[-2:]]
             shown.append([name, shape, row.adapter, *map(str, numbers), *marks])
             last = row.layer
@@ -61,7 +62,7 @@ def summary(model: nn.Module) -> Summary:
         for key in adapters:
             adapter, config = adapters[key], adapters[key].config
             count = sum(p.numel() for p in adapter.parameters())
-            sizes = (config.r, config.gralora_k, config.hybrid_r, config.alpha, count)
+            sizes = (config.r, config.gralora_k, config.hybrid_r, config.alpha, config.scaling, count)
             rows.append(
                 LayerRow(name, layer.spot.shape, key, *sizes, adapters.active.get(key), adapters.merged.get(key))
             )

@@ -35,6 +35,7 @@ from gralora.model.control import (
 from gralora.model.effect import check_effect
 from gralora.model.extract import extract, reblock
 from gralora.model.groups import adapter_parameter_groups
+from gralora.model.hotswap import prepare_hotswap
 from gralora.model.initialize import initialize
 from gralora.model.inject import inject, unload
 from gralora.model.merge import merge, merge_and_unload, unmerge
@@ -80,6 +81,7 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "mixed_batch",
+    "prepare_hotswap",
     "print_trainable_parameters",
     "reblock",
     "register",

@@ -115,7 +115,9 @@ def parser() -> argparse.ArgumentParser:
     converted = command(convert, "Rewrite an adapter in another format.", "adapter", "out")
     converted.add_argument("--to", choices=list(FORMATS), required=True)
     converted.add_argument(
-        "--rank", type=_rank, help="for plain LoRA: of every layer, a number or vllm; by default exact"
+        "--rank",
+        type=_rank,
+        help="for plain LoRA: of every layer, a number, vllm, or a share of ‖ΔW‖² (0.95); by default exact",
     )
     converted.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="of the tensors; by default as they are"
@@ -136,8 +138,8 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def _rank(text: str) -> int | str:
-    return text if text == "vllm" else int(text)
+def _rank(text: str) -> int | float | str:
+    return text if text == "vllm" else float(text) if "." in text else int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,24 @@ def test_scaling_is_alpha_over_the_sum_of_ranks():
     assert GraloraConfig(r=24, hybrid_r=8, alpha=64).scaling == 2.0
 
 
+def test_with_rslora_it_is_alpha_over_the_root_of_the_sum_and_has_an_equal_plain_alpha():
+    config = GraloraConfig(r=24, hybrid_r=12, alpha=3, use_rslora=True)
+    assert (config.scaling, config.plain_alpha) == (0.5, 18)
+    assert GraloraConfig(r=24, hybrid_r=12, alpha=config.plain_alpha).scaling == config.scaling
+    plain = config.scaled(2.0)
+    assert (plain.scaling, plain.use_rslora, plain.r, plain.hybrid_r) == (2.0, False, 24, 12)
+    assert GraloraConfig(alpha=5).plain_alpha == 5
+
+
+def test_peft_s_lora_config_is_answered_with_its_scale():
+    import peft
+
+    from gralora.config import as_config
+
+    with pytest.raises(TypeError, match=r"GraloraConfig\(r=16, alpha=4, .* gralora_k=1, use_rslora=True"):
+        as_config(peft.LoraConfig(r=16, lora_alpha=4, use_rslora=True))
+
+
 def test_is_frozen_and_hashable():
     config = GraloraConfig(target_modules=["q", "v"])
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -57,6 +75,9 @@ def test_is_frozen_and_hashable():
         ({"bias": "lora_only"}, ValueError, "bias='lora_only' .* 'none', 'all', 'gralora_only'"),
         ({"fan_in_fan_out": "no"}, TypeError, "fan_in_fan_out='no'"),
         ({"init_weights": 1}, TypeError, "init_weights=1"),
+        ({"init_weights": "gaussian"}, ValueError, "init_weights='gaussian' .* True, False, 'orthogonal', 'loftq'"),
+        ({"init_weights": "gradient"}, ValueError, r"Starts from data are for initialize\(\)"),
+        ({"use_rslora": 1}, TypeError, "use_rslora=1"),
         ({"target_modules": 3}, TypeError, "target_modules=3"),
         ({"target_modules": [1]}, TypeError, r"target_modules=\[1\]"),
         ({"exclude_modules": {"a": 1}}, TypeError, "exclude_modules"),

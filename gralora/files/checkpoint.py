@@ -27,16 +27,19 @@ from gralora.files.own import (
     AdapterFileError,
     BaseWeight,
     layer_shapes,
+    layer_tensors,
 )
 from gralora.files.tokens import token_modules
 from gralora.layers.adapter import GraloraAdapter, check_adapter_name
 from gralora.layers.base import GraloraLayer, Spot, gralora_layers
 from gralora.layers.class_change import join
+from gralora.layers.loading import FACTORS
 from gralora.layers.pending import set_trained
+from gralora.model.hotswap import placed
 from gralora.model.inject import Plan, install
 from gralora.model.record import vanished
 from gralora.model.saved import SavedModule, bias_swaps, is_bias, saved_modules, units
-from gralora.model.state import all_or_nothing, check_known, known_adapters, named_adapter_parameters
+from gralora.model.state import adapter_keys, all_or_nothing, check_known, known_adapters, named_adapter_parameters
 from gralora.model.state_dict import adapter_state_dict, live_tensors, load_adapter_state_dict, torn
 from gralora.model.statistics import moved_buffers
 from gralora.model.targets import Names, Target, nearest, shorten, unfit
@@ -52,7 +55,7 @@ def save_adapter(
     adapter_name: str = "default",
     *,
     format: str = "gralora",
-    rank: int | str | None = None,
+    rank: int | float | str | None = None,
     errors: dict[str, float] | None = None,
     experts: str = "fused",
     dtype: torch.dtype | None = None,
@@ -67,7 +70,8 @@ def save_adapter(
             reads. "gguf": llama.cpp's file; needs the package gguf. "mlx": a folder that mlx-lm reads. "diffusers": a folder
             that pipelines' `load_lora_weights` reads. "kohya": one file that ComfyUI reads.
         rank: for plain LoRA: the rank of every layer. A higher one is cut by SVD, a lower one padded with zeros. "vllm": padded
-            to the lowest that vLLM can be given.
+            to the lowest that vLLM can be given. A share below 1: each layer is cut to the smallest rank that keeps this share
+            of ‖ΔW‖².
         experts: for "lora": "fused", as PEFT has fused experts, and vLLM where its own code fuses them; "each", a pair for every
             expert under the names of a checkpoint, as vLLM and SGLang read all others.
         dtype: of the adapter's tensors in the file; None for their own.
@@ -123,18 +127,23 @@ def _check_there(model: nn.Module, adapter_name: str, allow_missing: bool) -> No
 
 
 def to_lora(
-    model: nn.Module, adapter_name: str = "default", rank: int | None = None, *, errors: dict[str, float] | None = None
+    model: nn.Module,
+    adapter_name: str = "default",
+    rank: int | float | None = None,
+    *,
+    errors: dict[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """The adapter as plain LoRA pairs: `<module>.lora_A.weight` (R, in) and `<module>.lora_B.weight` (out, R).
 
     Their product lora_B @ lora_A is ΔW, the scaling included: exactly with R = k * r + hybrid_r, or the best of `rank`.
 
     Args:
-        rank: of every layer. A higher one is cut by SVD, computed from the factors; a lower one is padded with zeros.
+        rank: of every layer. A higher one is cut by SVD, computed from the factors; a lower one is padded with zeros. A share
+            below 1: the smallest that keeps this share of ‖ΔW‖².
         errors: a dict to be filled with ‖lora_B @ lora_A - ΔW‖ / ‖ΔW‖ of each layer.
 
     Raises:
-        KeyError: no such adapter. ValueError: `rank` is no positive integer.
+        KeyError: no such adapter. ValueError: `rank` is no positive integer and no share.
     """
     return lora_pairs(as_lora(adapter_file(model, adapter_name), rank, errors), scaled=True)
 
@@ -192,8 +201,8 @@ def load_adapter(
     trained on, where the file knows them.
 
     The first adapter of a model becomes active, a further one is added inactive. It is frozen unless `trainable`, and in
-    the dtype of the file. Where the model has an adapter of this name already, on the same layers and of the same
-    shapes, its values are replaced in place.
+    the dtype of the file. Where the model has an adapter of this name already, on the same layers and of the same k, and no
+    smaller, its values are replaced in place; `prepare_hotswap` makes room.
 
     Args:
         model: of a pipeline's file also several modules by their names there.
@@ -226,11 +235,12 @@ def load_adapter(
 
 def _load(source: Path, model: nn.Module, file: AdapterFile, plan: Plan, adapter_name: str, trainable: bool) -> None:
     try:
+        values = file.tensors
         if adapter_name in known_adapters(model):
-            _prepare_swap(model, file, adapter_name, trainable)
+            values = _swapped(model, file, adapter_name, trainable)
         else:
             install(model, plan, adapter_name, trainable=trainable)
-        load_adapter_state_dict(model, file.tensors, adapter_name)
+        load_adapter_state_dict(model, values, adapter_name)
     except (KeyError, ValueError) as error:
         raise AdapterFileError(f"{source} does not fit this model: {error.args[0]}") from error
 
@@ -340,16 +350,35 @@ def _keep_or_replace_config(adapter: GraloraAdapter, config: GraloraConfig) -> N
         adapter.config = config
 
 
-def _prepare_swap(model: nn.Module, file: AdapterFile, adapter_name: str, trainable: bool) -> None:
-    """Make an adapter that the model has ready for the values of a file."""
-    here = {name: layer for name, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters}
-    if here.keys() != file.configs.keys():
-        differing = shorten(sorted(here.keys() ^ file.configs.keys()))
+def _swapped(model: nn.Module, file: AdapterFile, adapter_name: str, trainable: bool) -> dict[str, Tensor]:
+    """Make an adapter that the model has ready for the values of a file, and those ready for it."""
+    here = {
+        name: layer.gralora_adapters for name, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters
+    }
+    others = here.keys() ^ file.configs.keys()
+    lacking = [name for name in others if name in here and here[name][adapter_name].roomy]  # these get zeros
+    if len(lacking) < len(others):
         raise AdapterFileError(
-            f"adapter {adapter_name!r} is in this model already, on other layers than the file's: {differing}. "
+            f"adapter {adapter_name!r} is in this model already, on other layers than the file's: {shorten(sorted(others))}. "
             "Delete it first, or load under another name."
         )
-    for name, layer in here.items():
-        _keep_or_replace_config(layer.gralora_adapters[adapter_name], file.configs[name])
+    values = dict(file.tensors)
+    for name, adapters in here.items():
+        adapter = adapters[adapter_name]
+        keys = list(adapter_keys(name, dict.fromkeys(FACTORS)))
+        if name in lacking:
+            zeros = [None if t is None else torch.zeros_like(t) for t in adapter.tensors]
+            values.update({key: zero for key, zero in zip(keys, zeros, strict=True) if zero is not None})
+            continue
+        found = placed(adapter, layer_tensors(file, name), file.configs[name])
+        if found is None:
+            shapes = [tuple(tensor.shape) for tensor in (adapter.A, values[keys[0]])]
+            raise AdapterFileError(
+                f"{keys[0]} is {shapes[1]} there and {shapes[0]} here, of another k or larger. prepare_hotswap(model, max_r) "
+                "makes room for ranks up to max_r; else load under another name."
+            )
+        values.update({key: value for key, value in zip(keys, found[0], strict=True) if value is not None})
+        _keep_or_replace_config(adapter, found[1])
     for parameter in named_adapter_parameters(model, adapter_name).values():
         set_trained(parameter, trainable)
+    return values

@@ -43,7 +43,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def convertible(
     file: AdapterFile,
     format: str,
-    rank: int | str | None = None,
+    rank: int | float | str | None = None,
     errors: dict[str, float] | None = None,
     experts: str = "fused",
     dtype: torch.dtype | None = None,
@@ -74,14 +74,16 @@ def exact_rank(file: AdapterFile) -> int:
     return max((c.r * c.gralora_k + c.hybrid_r for c in file.configs.values()), default=1)
 
 
-def _rank(file: AdapterFile, rank: int | str | None) -> int | None:
+def _rank(file: AdapterFile, rank: int | float | str | None) -> int | float | None:
     if not isinstance(rank, str):
         return rank
     legal = [each for each in VLLM_RANKS if each >= exact_rank(file)]
     if rank != "vllm" or not legal:
         why = f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this adapter's is {exact_rank(file)}: give a number, to cut it"
         raise ValueError(
-            why + "." if rank == "vllm" else f'rank={rank!r} is not legal: it must be an integer or "vllm".'
+            why + "."
+            if rank == "vllm"
+            else f'rank={rank!r} is not legal: it must be an integer, a share below 1, or "vllm".'
         )
     return legal[0]
 

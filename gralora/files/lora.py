@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import cast
 
 import torch
 from einops import einsum, rearrange
@@ -21,29 +22,34 @@ from gralora.files.own import AdapterFile, AdapterFileError, layer_keys, layer_t
 from gralora.layers.attention import PACKED, PARTS  # PEFT adapts q, k and v as the one matrix in which they are packed
 from gralora.layers.class_change import join
 from gralora.maths import functional
+from gralora.model.fit import is_share
 from gralora.model.state import adapter_keys
 
 
-def as_lora(file: AdapterFile, rank: int | None = None, errors: dict[str, float] | None = None) -> AdapterFile:
+def as_lora(file: AdapterFile, rank: int | float | None = None, errors: dict[str, float] | None = None) -> AdapterFile:
     """The same adapter with k = 1: exact, or with every layer of rank `rank`, cut by SVD or padded with zeros.
 
-    With `rank` all layers get one alpha as well: where their scalings differ, B takes them in. Servers that read neither
-    `rank_pattern` nor `alpha_pattern` take such a file.
+    A `rank` below 1 is a share: every layer is cut to the smallest rank that keeps it of ‖ΔW‖². With a number all layers get
+    one alpha as well: where their scalings differ, B takes them in. Servers that read neither `rank_pattern` nor `alpha_pattern`
+    take such a file.
 
     Args:
         errors: a dict to be filled with ‖new ΔW - ΔW‖ / ‖ΔW‖ of each layer.
     """
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+    share = is_share(rank)
+    if rank is not None and not share and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ValueError(
-            f"rank={rank!r} is not legal: it must be an integer of at least 1, or None for the exact rank."
+            f"rank={rank!r} is not legal: it must be an integer of at least 1, a share of the squared norm between 0 and 1, or "
+            "None for the exact rank."
         )
-    fold = rank is not None and len({config.scaling for config in file.configs.values()}) > 1
+    fold = rank is not None and not share and len({config.scaling for config in file.configs.values()}) > 1
     configs, tensors = {}, {}
     for name, config in file.configs.items():
         down, up = functional.lora_factors(*layer_tensors(file, name))
         dtype, error = down.dtype, 0.0
         if rank is not None:
-            down, up, error = _of_rank(down, up, rank)
+            cut = functional.pair_rank_of_share(down, up, rank) if share else cast(int, rank)
+            down, up, error = _of_rank(down, up, cut)
         r, up = down.shape[-2], up * config.scaling if fold else up
         alpha = r if fold else r * config.plain_alpha / (config.r + config.hybrid_r)
         configs[name] = _plain_config(r, alpha, config.gralora_dropout)

@@ -28,7 +28,7 @@ from gralora.layers.attention import PACKED, third
 from gralora.layers.class_change import join
 from gralora.layers.loading import FACTORS
 from gralora.maths import functional
-from gralora.model.extract import difference, fitted
+from gralora.model.fit import difference, fitted
 from gralora.model.merge import write_merged
 from gralora.model.state import adapter_keys
 from gralora.model.targets import nearest

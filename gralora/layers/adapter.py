@@ -51,6 +51,7 @@ class GraloraAdapter(nn.Module):
     B_general: nn.Parameter | None
     config: GraloraConfig
     init_dtype: torch.dtype | None
+    roomy: bool = False  # `prepare_hotswap` has made it a place for others
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class GraloraAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A from kaiming_uniform(a=√5), block by block as (r, in / k), or as `init_weights` says; B zero, or random if it is False.
+        """A from kaiming_uniform(a=√5), block by block as (r, in / k), B zero, or what else `init_weights` says.
 
         Drawn on the CPU in the default dtype, whatever the adapter's own: one seed gives the same values on every
         device, and PEFT's very values where hybrid_r = 0.

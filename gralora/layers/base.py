@@ -200,6 +200,15 @@ class GraloraLayer(nn.Module):
         raise NotImplementedError
 
     @property
+    def packed(self) -> bool:
+        """Whether the weight is quantised, or in a format that its layer alone can read."""
+        # a plain weight is exactly a Parameter over exactly a Tensor; subclasses carry formats that only they know
+        owner, name = self.place
+        weight = owner._parameters.get(name)
+        plain = type(weight) is nn.Parameter and weight.dtype in (*FULL, *HALF)
+        return weight is not None and not is_spread(weight) and not plain
+
+    @property
     def host(self) -> nn.Module:
         """The module that holds the map."""
         return self
@@ -367,15 +376,6 @@ def held(owner: nn.Module, name: str) -> Any:
     """What is under a parameter's name in `owner`: the parameter, what stands in for it, or what is computed from others."""
     value = owner._parameters.get(name)
     return getattr(owner, name, None) if value is None else value
-
-
-def one_line(module: nn.Module, text: str) -> str:
-    return f"{type(module).__name__}({text})"
-
-
-def overwritten(key: str) -> str:
-    """Why a checkpoint may not be loaded into a weight now."""
-    return f"{key} holds a merged adapter, which unmerge would overwrite: unmerge, then load."
 
 
 def gralora_layers(model: nn.Module) -> Iterator[tuple[str, GraloraLayer]]:

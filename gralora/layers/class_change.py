@@ -192,3 +192,7 @@ def _innermost(forward: Any) -> Any:
 def _new(mixin: type[InPlaceModule], original: type[nn.Module]) -> InPlaceModule:
     cls = made_class(mixin, original)
     return cls.__new__(cls)
+
+
+def one_line(module: nn.Module, text: str) -> str:
+    return f"{type(module).__name__}({text})"

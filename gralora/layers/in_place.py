@@ -14,16 +14,17 @@ from torch.fx import Proxy
 
 from gralora.config import GraloraConfig
 from gralora.layers.adapter import check_adapter_name
-from gralora.layers.base import CHILD, GraloraLayer, one_line, overwritten
+from gralora.layers.base import CHILD, GraloraLayer
 from gralora.layers.class_change import (
     InPlaceModule,
     change_class,
     freeze_own,
     is_restorable,
+    one_line,
     restore_class,
     traced,
 )
-from gralora.layers.loading import refuse_adapter_keys
+from gralora.layers.loading import overwritten, refuse_adapter_keys
 from gralora.layers.running import forward_runs
 
 

@@ -50,6 +50,29 @@ class LinearLayer(InPlaceLayer):
     def transposed(cls, module: nn.Module, part: str) -> bool:
         return cls.stored_transposed
 
+    @torch.no_grad()
+    def computed_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The map (out, in) that the base computes, without adapters: of a packed weight, what its forward makes of unit vectors.
+
+        Args:
+            dtype: of these, where the weight does not say.
+
+        Returns:
+            the weight itself, or of a packed one its values in float32.
+        """
+        if not self.packed:
+            return self.spot.base_matrix()
+        bias, own = self._parameters.get("bias"), cast(Tensor, self._parameters["weight"])
+        given = own.dtype if own.is_floating_point() else dtype  # what the layer takes
+        if bias is not None:
+            self._parameters["bias"] = None
+        try:
+            unit = torch.eye(self.sizes(self, "")[0], dtype=given, device=own.device)
+            return cast(Tensor, self.base_forward(unit)).t().float()
+        finally:
+            if bias is not None:
+                self._parameters["bias"] = bias
+
     @classmethod
     def has_rows(cls, module: nn.Module, part: str) -> bool:
         return True

@@ -87,3 +87,8 @@ def refuse_adapter_keys(state_dict: dict[str, Any], prefix: str, errors: list[st
     for key in [key for key in (prefix + factor_key(name) for name in FACTORS) if key in state_dict]:
         state_dict.pop(key)
         errors.append(f"{key} is a key of adapter_state_dict, not of state_dict: load_adapter_state_dict takes it.")
+
+
+def overwritten(key: str) -> str:
+    """Why a checkpoint may not be loaded into a weight now."""
+    return f"{key} holds a merged adapter, which unmerge would overwrite: unmerge, then load."

@@ -11,9 +11,9 @@ from typing import Any, cast
 from torch import nn
 
 from gralora.engines.walk import named_modules
-from gralora.layers.base import PREFIX, GraloraLayer, one_line, overwritten
-from gralora.layers.class_change import InPlaceModule, join, restore_class
-from gralora.layers.loading import refuse_adapter_keys
+from gralora.layers.base import PREFIX, GraloraLayer
+from gralora.layers.class_change import InPlaceModule, join, one_line, restore_class
+from gralora.layers.loading import overwritten, refuse_adapter_keys
 
 
 class PartLayer(GraloraLayer):

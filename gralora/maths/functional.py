@@ -160,6 +160,25 @@ def lora_factors(
     return down, up
 
 
+def with_room(tensors: Tensors, r: int, hybrid_r: int) -> Tensors:
+    """The same update in factors of larger ranks: zeros behind the ranks of every block, and behind the plain pair's.
+
+    Args:
+        r, hybrid_r: of the result, at least those of `tensors`; 0 and no plain pair make one of zeros.
+    """
+    A, B, A_general, B_general = tensors
+    k, (n_in, n_out) = A.shape[-3], (A.shape[-3] * A.shape[-2], B.shape[-3] * B.shape[-1])
+    more = (r - A.shape[-1]) // k
+    A = rearrange(F.pad(rearrange(A, "... m (j s) -> ... m j s", j=k), (0, more)), "... m j s -> ... m (j s)")
+    up = F.pad(rearrange(B, "... (i s) o -> ... i s o", i=k), (0, 0, 0, more))
+    if A_general is None and hybrid_r:
+        A_general, B_general = A.new_zeros(*A.shape[:-3], 0, n_in), A.new_zeros(*A.shape[:-3], n_out, 0)
+    if A_general is not None and B_general is not None:
+        rest = hybrid_r - A_general.shape[-2]
+        A_general, B_general = F.pad(A_general, (0, 0, 0, rest)), F.pad(B_general, (0, rest))
+    return A, rearrange(up, "... i s o -> ... (i s) o"), A_general, B_general
+
+
 def truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best pair of rank `rank` for up @ down, by SVD of a core no larger than the pair's own rank.
 
@@ -191,6 +210,24 @@ def block_svd(delta: Tensor, r: int, k: int) -> tuple[Tensor, Tensor]:
     up = F.pad(U[..., :s] * root[..., None, :], (0, pad))
     down = F.pad(root[..., None] * Vh[..., :s, :], (0, 0, 0, pad))
     return rearrange(down, "... j i s m -> ... i m (j s)"), rearrange(up, "... j i o s -> ... j (i s) o")
+
+
+def rank_of_share(delta: Tensor, share: float, k: int) -> int:
+    """The smallest r, a multiple of k, whose blocks can keep `share` of the squared norm of `delta` (..., out, in)."""
+    S = torch.linalg.svdvals(rearrange(delta, "... (j o) (i m) -> ... j i o m", j=k, i=k).double())
+    return k * _count_for(S, share)
+
+
+def _count_for(S: Tensor, share: float) -> int:
+    """How many of the singular values (..., n), the largest first, hold `share` of the sum of all squares; at least one."""
+    kept = S.square().flatten(end_dim=-2).sum(0).cumsum(0) if S.dim() > 1 else S.square().cumsum(0)
+    return min(int((kept < share * kept[-1]).sum()) + 1, len(kept))
+
+
+def pair_rank_of_share(down: Tensor, up: Tensor, share: float) -> int:
+    """The smallest rank that keeps `share` of the squared norm of up @ down, (..., r, in) and (..., out, r)."""
+    core = torch.linalg.qr(up.double()).R @ torch.linalg.qr(down.double().mT).R.mT
+    return _count_for(torch.linalg.svdvals(core), share)
 
 
 def nearest_factors(

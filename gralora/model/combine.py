@@ -18,7 +18,7 @@ from gralora.layers.base import PREFIX, GraloraLayer, gralora_layers
 from gralora.maths import functional, merging
 from gralora.maths.functional import Tensors
 from gralora.model.control import weights_of
-from gralora.model.extract import fill, widened
+from gralora.model.fit import fill, is_share, rank_for, widened
 from gralora.model.inject import Plan, install
 from gralora.model.saved import bias_swaps, saved_modules, token_modules
 from gralora.model.state import all_or_nothing, check_known, check_new
@@ -37,7 +37,7 @@ def combine(
     new_name: str,
     how: str = "exact",
     *,
-    r: int | None = None,
+    r: int | float | None = None,
     gralora_k: int | None = None,
     density: float | None = None,
     errors: dict[str, float] | None = None,
@@ -52,7 +52,8 @@ def combine(
             "magnitude_prune": the updates ΔW, not their sum, are first thinned out value by value (`maths/merging.py`;
             PEFT's "ties_svd", "dare_linear_svd", "magnitude_prune_svd"), then the nearest adapter is taken as by "svd".
             The factors by themselves can't be merged so: those of two adapters have no basis in common.
-        r: for all but "exact"; the largest of the combined adapters' if None.
+        r: for all but "exact"; the largest of the combined adapters' if None. A share below 1: each layer gets the smallest
+            rank whose blocks keep this share of the squared norm of what is asked for.
         gralora_k: for all but "exact"; the least common multiple if None.
         density: for the last three, which need it: the share of values that stays, in (0, 1].
         errors: a dict to be filled with ‖new ΔW - Σ‖ / ‖Σ‖ of each layer; zero if exact.
@@ -76,7 +77,7 @@ def combine(
     for path, layer in gralora_layers(model):
         parts = [(layer.gralora_adapters[n], share) for n, share in chosen.items() if n in layer.gralora_adapters]
         if parts:
-            layers[path] = _Layer(layer, parts, _config(path, layer, parts, how, r, gralora_k))
+            layers[path] = _Layer(layer, parts, _config(path, layer, parts, how, r, gralora_k, density))
     plan, sources = _plan(model, layers, chosen), _sources(model, chosen)
     with all_or_nothing(model):
         install(model, plan, new_name, trainable=False)
@@ -129,20 +130,27 @@ def _zipped(names: Sequence[str] | Mapping[str, float], weights: Sequence[float]
 
 
 def _config(
-    path: str, layer: GraloraLayer, parts: list[tuple[GraloraAdapter, float]], how: str, r: int | None, k: int | None
+    path: str,
+    layer: GraloraLayer,
+    parts: list[tuple[GraloraAdapter, float]],
+    how: str,
+    r: int | float | None,
+    k: int | None,
+    density: float | None,
 ) -> GraloraConfig:
     configs = [adapter.config for adapter, _ in parts]
     k = k or math.lcm(*(c.gralora_k for c in configs))
-    if how == "exact":
-        r, hybrid_r = sum(c.r * k // c.gralora_k for c in configs), sum(c.hybrid_r for c in configs)
-    else:
-        r, hybrid_r = r or max(c.r for c in configs), max(c.hybrid_r for c in configs)
     cut = layer.spot.cut
     if any(size % k for size in cut):  # a given k: a least common multiple divides what each of its parts divides
         legal = ", ".join(map(str, divisors(math.gcd(*cut))))
         raise ValueError(f"gralora_k={k} does not divide both sizes of {path!r}, {cut}. Legal here: {legal}.")
+    if how == "exact":
+        rank, hybrid_r = sum(c.r * k // c.gralora_k for c in configs), sum(c.hybrid_r for c in configs)
+    else:
+        asked = _asked(parts, how, density) if is_share(r) else torch.zeros(())
+        rank, hybrid_r = rank_for(asked, r, k, max(c.r for c in configs)), max(c.hybrid_r for c in configs)
     dropout = max(c.gralora_dropout for c in configs)
-    return GraloraConfig(r=r, hybrid_r=hybrid_r, alpha=r + hybrid_r, gralora_k=k, gralora_dropout=dropout)
+    return GraloraConfig(r=rank, hybrid_r=hybrid_r, alpha=rank + hybrid_r, gralora_k=k, gralora_dropout=dropout)
 
 
 def _sources(model: nn.Module, names: Mapping[str, float]) -> dict[str, Tensor]:
@@ -165,18 +173,24 @@ def _fill(
     how: str,
     density: float | None,
 ) -> float:
-    if how in SPARSE and density is not None:
-        deltas = [functional.delta_weight(*widened(a.tensors), scaling=a.config.scaling) for a, _ in parts]
-        return fill(new.tensors, SPARSE[how](deltas, [share for _, share in parts], density), config)
+    if how != "exact":
+        return fill(new.tensors, _asked(parts, how, density), config)
     scaled = [(widened(adapter.tensors), share * adapter.config.scaling) for adapter, share in parts]
-    if how == "svd":
-        updates = (functional.delta_weight(*tensors, scaling=scaling) for tensors, scaling in scaled)
-        return fill(new.tensors, sum(updates, start=torch.zeros(())), config)
     total = _concatenated(scaled, config.gralora_k)
     for parameter, values in zip(new.tensors, total, strict=True):
         if parameter is not None and values is not None:
             copy_into(parameter, values)
     return 0.0
+
+
+@torch.no_grad()
+def _asked(parts: list[tuple[GraloraAdapter, float]], how: str, density: float | None) -> Tensor:
+    """The update (..., out, in) that the new adapter is to come near to."""
+    deltas = [functional.delta_weight(*widened(a.tensors), scaling=a.config.scaling) for a, _ in parts]
+    shares = [share for _, share in parts]
+    if how in SPARSE and density is not None:
+        return SPARSE[how](deltas, shares, density)
+    return sum((share * delta for share, delta in zip(shares, deltas, strict=True)), start=torch.zeros(()))
 
 
 def _concatenated(scaled: list[tuple[Tensors, float]], k: int) -> Tensors:

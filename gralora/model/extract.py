@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import replace
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gralora.config import GraloraConfig
-from gralora.engines.distributed import check_unwrapped, copy_into, whole
+from gralora.engines.distributed import check_unwrapped, copy_into
 from gralora.engines.walk import named_modules
 from gralora.layers.base import gralora_layers
 from gralora.layers.class_change import join
 from gralora.maths import functional
-from gralora.maths.functional import Tensors
+from gralora.model.fit import difference, fill, rank_for, widened
 from gralora.model.inject import inject
 from gralora.model.state import all_or_nothing, check_known, check_unmerged, named_adapter_parameters
 from gralora.model.targets import Targets, shorten
@@ -79,7 +77,7 @@ def reblock(
     gralora_k: int,
     adapter_name: str = "default",
     *,
-    r: int | None = None,
+    r: int | float | None = None,
     errors: dict[str, float] | None = None,
 ) -> None:
     """Cut an adapter into other blocks: the nearest adapter of `gralora_k`, and of rank `r` if given.
@@ -88,6 +86,7 @@ def reblock(
     with r' = r * k / k'.
 
     Args:
+        r: a rank, or a share below 1: each layer gets the smallest rank whose blocks keep this share of ‖ΔW‖².
         errors: a dict to be filled with ‖new ΔW - ΔW‖ / ‖ΔW‖ of each layer.
 
     Raises:
@@ -101,55 +100,16 @@ def reblock(
             if adapter_name not in layer.gralora_adapters:
                 continue
             old = layer.gralora_adapters[adapter_name]
-            r_new = old.config.r if r is None else r
-            scaling = old.config.scaling
+            delta = functional.delta_weight(*widened(old.tensors), scaling=old.config.scaling)
             try:
-                config = replace(old.config, r=r_new, gralora_k=gralora_k).scaled(scaling)
+                r_new = rank_for(delta, r, gralora_k, old.config.r)
+                config = replace(old.config, r=r_new, gralora_k=gralora_k).scaled(old.config.scaling)
                 new = layer.spot.new_adapter(config, old.A.dtype, reset=False)
             except ValueError as problem:
                 raise ValueError(f"{name!r}: {problem}") from None
-            delta = functional.delta_weight(*widened(old.tensors), scaling=scaling)
             error = fill(new.tensors, delta, new.config)
             for parameter in new.parameters():
                 parameter.requires_grad_(old.A.requires_grad)
             layer.gralora_adapters.add(adapter_name, new)
             if errors is not None:
                 errors[name] = error
-
-
-def difference(key: str, base: Tensor, tuned: Tensor | None) -> Tensor:
-    """tuned - base in float32 at least, or a ValueError that names `key`."""
-    if tuned is None or tuned.shape != base.shape:
-        found = "missing there" if tuned is None else f"of shape {tuple(tuned.shape)} there"
-        raise ValueError(f"{key} is of shape {tuple(base.shape)} in the base, and {found}.")
-    dtype = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
-    delta = tuned.detach().to(base.device, dtype) - base.detach().to(dtype)
-    if not delta.isfinite().all():
-        raise ValueError(f"{key} is not finite in one of the two models.")
-    return delta
-
-
-def fitted(delta: Tensor, config: GraloraConfig) -> tuple[Tensors, float]:
-    """The factors of the adapter nearest to `delta` (out, in), with its scaling taken out, and the relative error."""
-    tensors = functional.nearest_factors(delta, config.r, config.gralora_k, config.hybrid_r)
-    root = math.sqrt(config.scaling)
-    factors = cast(Tensors, tuple(None if t is None else t / root for t in tensors))
-    total = float(delta.norm())
-    off = float((functional.delta_weight(*factors, scaling=config.scaling) - delta).norm())
-    return factors, off / total if total else 0.0
-
-
-@torch.no_grad()
-def fill(tensors: Tensors, delta: Tensor, config: GraloraConfig) -> float:
-    """Give an adapter the values nearest to `delta` (..., out, in); returns the relative error."""
-    factors, error = fitted(delta, config)
-    for parameter, factor in zip(tensors, factors, strict=True):
-        if parameter is not None and factor is not None:
-            copy_into(parameter, factor)
-    return error
-
-
-def widened(tensors: Tensors) -> Tensors:
-    """Whole, without gradients, and in float32 at least."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return cast(Tensors, tuple(None if t is None else whole(t.detach()).to(dtype) for t in tensors))

@@ -180,7 +180,8 @@ def _watch(
     try:
         containers = [layer.gralora_adapters for _, layer in gralora_layers(model)]
         with _evaluating(model), switched(containers, Only(name)), torch.compiler.set_stance("force_eager"):
-            for count, batch in enumerate(batches, 1):
+            for batch in batches:
+                count += 1
                 with torch.set_grad_enabled(method == "gradient"):
                     out = _run(model, batch) if forward is None else forward(model, batch)
                 if method == "gradient":

@@ -18,6 +18,7 @@ from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own, join, restore_class, thaw_own
 from gralora.model.defaults import peft_layers, settled, task_heads, untrained
+from gralora.model.loftq import Reference, start_near
 from gralora.model.record import LEFT_OUT, forget, record
 from gralora.model.saved import (
     SAVED_CHILD,
@@ -68,6 +69,8 @@ def inject(
     *,
     adapter_name: str = "default",
     dtype: torch.dtype | None = None,
+    reference: Reference = None,
+    errors: dict[str, tuple[float, float]] | None = None,
 ) -> nn.Module:
     """Give layers of `model` a GraLoRA adapter, in place, and return `model`.
 
@@ -82,6 +85,10 @@ def inject(
             wins); None for `config.target_modules`, then a default by `model.config.model_type`.
         config: a `GraloraConfig`; PEFT's own, or a dict of fields, is taken as well; `GraloraConfig()` if None.
         dtype: of the adapter's parameters. By default the base weight's, but float32 for half precision and quantised.
+        reference: for `init_weights="loftq"`: the model before it was quantised, a mapping of its parameters' names to tensors,
+            or the path of its checkpoint, a .safetensors file or a folder.
+        errors: for the same: a dict to be filled with ‖reference - base‖ / ‖reference‖ of each layer, without the adapter and
+            with it.
 
     Raises:
         ValueError: a target cannot be adapted, nothing matches, or the name is in use. The model is then unchanged.
@@ -104,7 +111,16 @@ def inject(
     if dtype is not None:
         plan.dtypes = {t.name: dtype for t in found}
     _warn_of_heads(model, plan)
-    install(model, plan, adapter_name)
+    loftq = {t.name for t in found if t.config.init_weights == "loftq"}
+    if bool(loftq) != (reference is not None):
+        lacking = 'init_weights="loftq" needs a reference: the model, or its checkpoint, before it was quantised.'
+        raise ValueError(
+            lacking if loftq else 'reference is for init_weights="loftq", which no config of these targets has.'
+        )
+    with all_or_nothing(model):
+        install(model, plan, adapter_name)
+        near = {path: layer for path, layer in gralora_layers(model) if path in loftq} if loftq else {}
+        start_near(model, near, adapter_name, reference, errors) if near else None
     if names.left_out:
         model.__dict__[LEFT_OUT] = tuple(names.left_out)
     return model
@@ -176,7 +192,8 @@ def _adapters(plan: Plan) -> list[GraloraAdapter]:
         key = id(target.spot.weight), target.spot.sizes
         own = shared.get(key) if target.config.ensure_weight_tying else None
         if own is None:
-            own = target.spot.new_adapter(target.config, plan.dtypes.get(target.name), reset=plan.reset)
+            reset = plan.reset and target.config.init_weights != "loftq"  # which comes of the reference
+            own = target.spot.new_adapter(target.config, plan.dtypes.get(target.name), reset=reset)
         shared[key] = own
         result.append(own)
     return result

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from gralora.config import divisors
 from gralora.engines.distributed import is_spread
 from gralora.engines.walk import modules
-from gralora.layers.adapter import FULL, each
-from gralora.layers.base import HALF, GraloraLayer, gralora_layers
+from gralora.layers.adapter import each
+from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.in_place import InPlaceLayer
+from gralora.layers.linear import LinearLayer
 from gralora.maths import functional
 from gralora.maths.functional import Tensors
 from gralora.model.control import set_adapter, weights_of
@@ -119,7 +120,7 @@ def merge_and_unload(
         for path, layer in gralora_layers(model)
     ]
     were_tied = output_tied(model)
-    packed = [row for row in layers if dequantize is not None and _is_packed(row[1])]
+    packed = [row for row in layers if dequantize is not None and row[1].packed]
     layers = [row for row in layers if row not in packed]
     plain = [_dequantized(layer, weights, cast(torch.dtype, dequantize)) for _, layer, weights in packed]
     for path, layer, weights in layers:
@@ -156,32 +157,12 @@ def merge_and_unload(
     return model
 
 
-def _is_packed(layer: GraloraLayer) -> bool:
-    # a plain weight is exactly a Parameter over exactly a Tensor; subclasses carry formats that only they know
-    owner, name = layer.place
-    weight = owner._parameters.get(name)
-    return (
-        weight is not None
-        and not is_spread(weight)
-        and (type(weight) is not nn.Parameter or weight.dtype not in (*FULL, *HALF))
-    )
-
-
 @torch.no_grad()
 def _dequantized(layer: GraloraLayer, weights: Mapping[str, float], dtype: torch.dtype) -> nn.Linear:
     """A plain layer of the same map, with the adapters in its weight."""
-    if not isinstance(layer, InPlaceLayer) or layer.what != "linear":
+    if not isinstance(layer, LinearLayer):
         raise TypeError(f"{type(layer).__name__} can't be dequantized: only linear layers can.")
-    n_in, n_out = layer.sizes(layer, "")
-    bias, own = layer._parameters.get("bias"), cast(Tensor, layer.weight)
-    given = own.dtype if own.is_floating_point() else dtype  # what the layer takes
-    if bias is not None:
-        layer._parameters["bias"] = None
-    try:
-        weight = layer.base_forward(torch.eye(n_in, dtype=given, device=own.device)).t().float()
-    finally:
-        if bias is not None:
-            layer._parameters["bias"] = bias
+    weight, bias, (n_in, n_out) = layer.computed_matrix(dtype), layer._parameters.get("bias"), layer.spot.sizes
     for name, share in weights.items():
         weight = weight + share * layer.gralora_adapters[name].delta_weight().float()
     if not weight.to(dtype).isfinite().all():
@@ -268,7 +249,7 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
             f"the weight of {path!r} is spread over processes, where nothing is merged. Ways out: save_adapter, and merge it "
             "into the plain model, or into the checkpoint on disk (`gralora merge`)."
         )
-    if _is_packed(layer):
+    if layer.packed:
         raise TypeError(
             f"the weight of {path!r} is a {type(weight).__name__} of {weight.dtype}, quantised or in a format of its own: "
             "merging would be wrong. Ways out: leave the adapter unmerged, merge into a model with plain weights, or "

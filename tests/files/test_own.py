@@ -1,5 +1,6 @@
 """The library's own file."""
 
+import dataclasses
 import json
 
 import pytest
@@ -35,6 +36,20 @@ def test_the_file_describes_itself(tmp_path):
     assert keys == set(gralora.adapter_state_dict(one))
 
 
+def test_use_rslora_is_written_where_it_is_set_so_that_older_versions_refuse_the_file(tmp_path):
+    one, two = pair()
+    gralora.inject(one, {"q": MIXED["q"], "k|v": dataclasses.replace(MIXED["k|v"], use_rslora=True)})
+    gralora.save_adapter(one, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        modules = json.loads(file.metadata()["modules"])
+    assert {name: fields.get("use_rslora") for name, fields in modules.items()} == {"q": None, "k": True, "v": True}
+    gralora.load_adapter(two, tmp_path / "a.safetensors")
+    assert torch.equal(two.eval()(X), one.eval()(X))
+    assert two.v.gralora_adapters["default"].config == dataclasses.replace(
+        MIXED["k|v"], use_rslora=True, init_weights=True
+    )
+
+
 def test_a_file_written_by_hand_loads(tmp_path):
     _, two = pair()
     y = two(X)
@@ -56,6 +71,8 @@ def test_a_file_written_by_hand_loads(tmp_path):
         ({"r": 8}, "has shape"),
         ({"gralora_k": 1}, "has shape"),
         ({"extra": 1}, "must hold exactly"),
+        ({"use_rslora": True, "use_dora": False}, "must hold exactly"),
+        ({"use_rslora": 1}, "use_rslora=1"),
     ],
 )
 def test_illegal_metadata_is_refused_before_the_model_is_touched(tmp_path, fields, text):

@@ -283,3 +283,24 @@ def test_a_base_in_the_other_layout_is_the_same_base(tmp_path):
         warnings.simplefilter("error")
         gralora.load_adapter(linear, tmp_path / "a")
     assert same_bits(gralora.delta_weight(linear), gralora.delta_weight(conv).t().contiguous())
+
+
+@pytest.mark.parametrize("fields", [{"gralora_k": 1}, {"r": 8, "gralora_k": 4}, {"hybrid_r": 3}])
+@pytest.mark.parametrize("format", ["peft", "lora"])
+def test_rslora_s_scale_goes_out_by_an_equal_alpha(tmp_path, format, fields):
+    model = gralora.inject(bert().double(), ["query", "dense"], random_config(use_rslora=True, alpha=3, **fields))
+    base = logits(gralora.unload(copy.deepcopy(model)))
+    gralora.save_adapter(model, tmp_path / "out", format=format)
+    theirs = in_peft(gralora.unload(copy.deepcopy(model)), tmp_path / "out")
+    assert relative(logits(model), base) > 1e-3
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-10, atol=1e-10)
+    again = gralora.load_adapter(gralora.unload(copy.deepcopy(model)), tmp_path / "out")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-12, atol=1e-12)
+
+
+def test_with_k_1_rslora_s_scale_is_that_of_peft_s_lora():
+    config = peft.LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["q_proj"])
+    theirs = quietly(peft.get_peft_model, llama(), config)
+    ours = gralora.inject(llama(), ["q_proj"], random_config(gralora_k=1, alpha=3, use_rslora=True))
+    scales = {layer.scaling["default"] for layer in theirs.modules() if hasattr(layer, "scaling")}
+    assert scales == {config.scaling for config in gralora.adapter_status(ours).configs.values()} == {3 / 4**0.5}

@@ -35,7 +35,7 @@ def model_of(**configs):
     return model
 
 
-SAME_K = {"a": {"r": 4, "alpha": 3}, "b": {"r": 8, "hybrid_r": 2}, "c": {"r": 2, "targets": ["2"]}}
+SAME_K = {"a": {"r": 4, "alpha": 3, "use_rslora": True}, "b": {"r": 8, "hybrid_r": 2}, "c": {"r": 2, "targets": ["2"]}}
 OTHER_K = {"a": {"r": 4, "gralora_k": 2}, "b": {"r": 6, "gralora_k": 3, "hybrid_r": 1}, "c": {"r": 4, "gralora_k": 4}}
 
 

@@ -18,7 +18,7 @@ def test_one_row_per_layer_and_adapter_and_totals_below():
     rows = gralora.summary(model)
     assert [(row.layer, row.adapter) for row in rows][:3] == [("q", "a"), ("q", "b"), ("k", "a")]
     q_b = rows[1]
-    assert q_b == ("q", (16, 16), "b", 8, 4, 2, 20, (8 + 2) * 32, 1.0, 1.0)
+    assert q_b == ("q", (16, 16), "b", 8, 4, 2, 20, 2.0, (8 + 2) * 32, 1.0, 1.0)
     assert sum(row.parameters for row in rows) == sum(
         p.numel() for n, p in model.named_parameters() if "gralora_adapters" in n
     )

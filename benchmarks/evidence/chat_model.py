@@ -17,7 +17,7 @@ The rules, fixed before the first run:
   are alike. It is better altogether if it is better at one rank and not worse at the other.
 
     python -m benchmarks.evidence.chat_model             5 hours on two cores; goes on where it was interrupted
-    python -m benchmarks.evidence.chat_model --quick     2 minutes
+    python -m benchmarks.evidence.chat_model --quick     20 seconds
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torch.nn import functional as F
 import gralora
 from benchmarks import common
 from benchmarks.evidence import _methods as methods
-from benchmarks.jobs.chat import Chat, Term, load_data
+from benchmarks.jobs.chat import Term, load_chat, load_data
 
 RANKS, ALPHA, SEEDS = (16, 64), 32, (0, 1, 2)
 STEPS, WARM_UP, BATCH, VALIDATED, TESTED = 40, 4, 16, 120, 300
@@ -138,17 +138,14 @@ def _runs(done: Done) -> Iterator[Run]:
         yield Run(result["name"], result["r"], result["lr"], result["seed"])
 
 
-@functools.lru_cache(1)
-def chat() -> Chat:
-    return Chat()
-
-
 def inputs(terms: list[Term]) -> dict[str, Any]:
     """The question as chat, without a system's message, padded on the left."""
     texts = [
         f"<|im_start|>user\n{term.text}: positive or negative?<|im_end|>\n<|im_start|>assistant\n" for term in terms
     ]
-    found = chat().tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
+    found = load_chat().tokenizer(
+        texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
+    )
     positions = (found.attention_mask.cumsum(-1) - 1).clamp_min(0)
     return {
         "input_ids": found.input_ids,
@@ -160,7 +157,7 @@ def inputs(terms: list[Term]) -> dict[str, Any]:
 
 
 def loss_of(model: nn.Module, terms: list[Term]) -> Tensor:
-    wanted = chat().ids[torch.tensor([term.answer for term in terms])]
+    wanted = load_chat().ids[torch.tensor([term.answer for term in terms])]
     return F.cross_entropy(model(**inputs(terms)).logits[:, -1], wanted)
 
 
@@ -169,7 +166,7 @@ def quality(model: nn.Module, terms: list[Term]) -> dict[str, float]:
     """The share of right answers, and the loss."""
     terms = sorted(terms, key=lambda term: len(term.text))  # so that there is little padding
     found = torch.cat([model(**inputs(terms[i : i + 30])).logits[:, -1] for i in range(0, len(terms), 30)])
-    wanted = chat().ids[torch.tensor([term.answer for term in terms])]
+    wanted = load_chat().ids[torch.tensor([term.answer for term in terms])]
     right = (found.argmax(-1) == wanted).float().mean().item()
     return {"right": right, "loss": F.cross_entropy(found, wanted).item()}
 
@@ -181,13 +178,13 @@ def old_task(model: nn.Module) -> float:
 
     text = Path(sklearn.datasets.__file__).with_name("descr") / "breast_cancer.rst"
     prose = text.read_text(encoding="utf-8").partition("References")[0][-1500:]
-    tokens = chat().tokenizer(prose, return_tensors="pt").input_ids[:, :256]
+    tokens = load_chat().tokenizer(prose, return_tensors="pt").input_ids[:, :256]
     return float(model(tokens, labels=tokens, use_cache=False).loss)
 
 
-def prepared(run: Run, training: list[Term]) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """The model with what is trained, and the groups that the optimiser gets."""
-    method, model = METHODS[run.name], chat().model()
+def prepared(run: Run, training: list[Term], few: int | None) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The model with what is trained, and the groups that the optimiser gets; `few`: GraLoRA in the first block alone."""
+    method, model = METHODS[run.name], load_chat().model()
     torch.manual_seed(run.seed)
     if method.lora:
         config = peft.LoraConfig(
@@ -196,22 +193,29 @@ def prepared(run: Run, training: list[Term]) -> tuple[nn.Module, list[dict[str, 
         model = peft.get_peft_model(model, config)
         return model, [{"params": [p for p in model.parameters() if p.requires_grad], "lr": run.lr}]
     hybrid_r = run.r // 2 if method.hybrid else 0
-    own = gralora.GraloraConfig(run.r - hybrid_r, hybrid_r, ALPHA, gralora_k=method.k, use_rslora=method.rs)
+    own = gralora.GraloraConfig(
+        run.r - hybrid_r,
+        hybrid_r,
+        ALPHA,
+        gralora_k=method.k,
+        use_rslora=method.rs,
+        layers_to_transform=[0] if few else None,
+    )
     gralora.inject(model, "all-linear", own)
     if method.start:
-        batches = [training[i : i + BATCH] for i in range(0, CALIBRATED, BATCH)]
+        batches = [training[i : i + BATCH] for i in range(0, few or CALIBRATED, BATCH)]
         gralora.initialize(model, method.start, batches, forward=loss_of)
     return model, gralora.adapter_parameter_groups(model, run.lr, b_ratio=method.b_ratio)
 
 
-def measure(run: Run, steps: int = STEPS, few: bool = False) -> dict[str, Any]:
+def measure(run: Run, steps: int = STEPS, few: int | None = None) -> dict[str, Any]:
+    """Train and test; `few`: with this many terms wherever terms are taken."""
     training, held_out = load_data()
-    validation, test = training[:VALIDATED], held_out[:TESTED]
-    validation, test = (validation[:20], test[:20]) if few else (validation, test)
-    training = training[VALIDATED:]
+    validation, test, training = training[:VALIDATED][:few], held_out[:TESTED][:few], training[VALIDATED:]
+    batch = few or BATCH
     random.Random(run.seed).shuffle(training)
     start = time.perf_counter()
-    model, groups = prepared(run, training)
+    model, groups = prepared(run, training, few)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
@@ -219,7 +223,7 @@ def measure(run: Run, steps: int = STEPS, few: bool = False) -> dict[str, Any]:
     for step in range(steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min((step + 1) / WARM_UP, 1.0, (steps - step) / max(steps - WARM_UP, 1))
-        loss = loss_of(model, training[step * BATCH : (step + 1) * BATCH])
+        loss = loss_of(model, training[step * batch : (step + 1) * batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -245,7 +249,7 @@ def measure(run: Run, steps: int = STEPS, few: bool = False) -> dict[str, Any]:
 
 def before() -> dict[str, Any]:
     """The model as it ships."""
-    model = chat().model()
+    model = load_chat().model()
     return {"test": quality(model, load_data()[1][:TESTED]), "old task": old_task(model)}
 
 
@@ -360,13 +364,13 @@ def write(out: Path, done: Done, base: dict[str, Any] | None, *, quiet: bool = F
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parser(__doc__, quick="two methods, one rate, 2 steps").parse_args(argv)
+    args = common.parser(__doc__, quick="two methods, one rate, 2 steps of 4 terms").parse_args(argv)
     file: Path = args.out / "chat_model.json"
     there = json.loads(file.read_text()) if file.exists() else {}
     steps = 2 if args.quick else STEPS
     done = {key: result for key, result in there.get("runs", {}).items() if result.get("steps", STEPS) == steps}
     base = there.get("before") or (None if args.quick else before())
-    function: Callable[[Run], dict[str, Any]] = functools.partial(measure, steps=steps, few=args.quick)
+    function: Callable[[Run], dict[str, Any]] = functools.partial(measure, steps=steps, few=4 if args.quick else None)
 
     def carry_out(todo: list[Run]) -> None:
         for run, result in common.each(function, todo, "chat_model", here=args.quick):

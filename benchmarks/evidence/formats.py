@@ -18,14 +18,14 @@ import torch
 
 import gralora
 from benchmarks import common
-from benchmarks.jobs.chat import Chat, answers, load_data, train
+from benchmarks.jobs.chat import answers, load_chat, load_data, train
 
 FORMATS = ("gralora", "peft", "lora", "gguf", "mlx")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def measure(steps: int, questions: int) -> dict[str, dict[str, Any]]:
-    chat, (training, held_out) = Chat(), load_data()
+    chat, (training, held_out) = load_chat(), load_data()
     model = gralora.inject(chat.model(), "all-linear", gralora.GraloraConfig(r=16, gralora_k=2, alpha=32))
     asked = held_out[:questions]
     base = answers(model, chat, asked)

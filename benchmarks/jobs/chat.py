@@ -13,6 +13,8 @@ llama.cpp, which is started with the base's own file and the adapter and asked w
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import importlib.util
 import random
 import time
@@ -59,6 +61,11 @@ class Chat:
         self.ids = torch.tensor([tokens[0] for tokens in self.answers])
 
     def model(self) -> nn.Module:
+        """A model of its own, in float32. The file is read once: that takes longer than many steps."""
+        return copy.deepcopy(self._base)
+
+    @functools.cached_property
+    def _base(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
         file = base_file()
@@ -74,6 +81,12 @@ class Chat:
             texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
         )
         return encoded.input_ids, encoded.attention_mask
+
+
+@functools.lru_cache(1)
+def load_chat() -> Chat:
+    """The same for all that one process does."""
+    return Chat()
 
 
 def load_data(seed: int = 0) -> tuple[list[Term], list[Term]]:
@@ -175,7 +188,7 @@ def ask_llama_cpp(out: Path, chat: Chat, terms: list[Term], ours: Tensor) -> dic
 
 
 def main_job(r: int, k: int, steps: int | None, out: Path) -> None:
-    chat, (training, held_out) = Chat(), load_data()
+    chat, (training, held_out) = load_chat(), load_data()
     held_out = held_out[:40] if steps else held_out
     asked = held_out[: 20 if steps else ASKED]
     out.mkdir(parents=True, exist_ok=True)

@@ -37,10 +37,21 @@ def leading_directions(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def leading_of_blocks(gradient: Tensor, k: int, count: int) -> Tensor:
-    """The leading right singular vectors of every block of `gradient` (out, in): (j, i, n, m), n at most `count`."""
+    """The leading right singular vectors of every block of `gradient` (out, in): (j, i, n, m), n at most `count`.
+
+    Out of the eigenvectors of a block's Gram matrix on its shorter side, which takes a fraction of its SVD's time; in float64
+    the leading ones lose nothing that matters by it.
+    """
     blocks = rearrange(gradient.to("cpu", torch.float64), "(j o) (i m) -> j i o m", j=k, i=k)
-    _, _, vectors = torch.linalg.svd(blocks, full_matrices=False)
-    return signed(vectors[..., :count, :])
+    tall = blocks.shape[-2] >= blocks.shape[-1]
+    gram = blocks.mT @ blocks if tall else blocks @ blocks.mT
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :count].mT
+    return signed(vectors if tall else orthonormal(vectors @ blocks))
+
+
+def orthonormal(directions: Tensor) -> Tensor:
+    """Rows made orthonormal, the first first; those that are zero, as of a block that lacks the rank, become any others."""
+    return torch.linalg.qr(directions.mT).Q.mT
 
 
 def signed(directions: Tensor) -> Tensor:

@@ -69,6 +69,6 @@ def is_share(rank: object) -> bool:
         return False
     if not 0 < rank < 1:
         raise ValueError(
-            f"rank {rank!r} is not legal: it must be an integer of at least 1, or a share of the squared norm between 0 and 1."
+            f"rank={rank!r} is not legal: it must be an integer of at least 1, or a share of the squared norm between 0 and 1."
         )
     return True

@@ -302,5 +302,5 @@ def test_with_k_1_rslora_s_scale_is_that_of_peft_s_lora():
     config = peft.LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["q_proj"])
     theirs = quietly(peft.get_peft_model, llama(), config)
     ours = gralora.inject(llama(), ["q_proj"], random_config(gralora_k=1, alpha=3, use_rslora=True))
-    scales = {layer.scaling["default"] for layer in theirs.modules() if hasattr(layer, "scaling")}
+    scales = {m.scaling["default"] for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert scales == {config.scaling for config in gralora.adapter_status(ours).configs.values()} == {3 / 4**0.5}

@@ -24,8 +24,8 @@ def test_one_row_per_layer_and_adapter_and_totals_below():
     )
     text = str(rows)
     assert text == repr(rows)
-    assert "layer  shape    adapter  r  k  hybrid_r  alpha  parameters  active  merged" in text
-    assert any(line.split() == ["b", "8", "4", "2", "20", "320", "yes", "yes"] for line in text.splitlines())
+    assert "layer  shape    adapter  r  k  hybrid_r  alpha  scaling  parameters  active  merged" in text
+    assert any(line.split() == ["b", "8", "4", "2", "20", "2", "320", "yes", "yes"] for line in text.splitlines())
     trainable, total = gralora.count_parameters(model)
     assert text.splitlines()[-1].endswith(f"{trainable:,} trainable of {total:,}")
     assert "5 layers, adapters: a, b" in text

@@ -51,7 +51,8 @@ def leading_of_blocks(gradient: Tensor, k: int, count: int) -> Tensor:
 
 def orthonormal(directions: Tensor) -> Tensor:
     """Rows made orthonormal, the first first; those that are zero, as of a block that lacks the rank, become any others."""
-    return torch.linalg.qr(directions.mT).Q.mT
+    Q: Tensor = torch.linalg.qr(directions.mT).Q
+    return Q.mT
 
 
 def signed(directions: Tensor) -> Tensor:

@@ -101,10 +101,11 @@ def initialize(
     if redistribute:
         check_unwrapped(model)
     count = _watch(unwrapped(model), method, batches, places, adapter_name, forward)
-    if not count:
+    totals = [_total(method, place) for place in places]
+    if not summed(torch.tensor(float(count), device=totals[0].device)):
         raise ValueError("batches is empty: there is nothing to start from.")
-    for place in places:
-        place.total = None if place.total is None else summed(place.total)
+    for place, total in zip(places, totals, strict=True):
+        place.total = summed(total)  # every process has the same, so each of them fails or none
     _check_seen(method, places)
     ranks = _redistributed(places) if redistribute else [place.config.r for place in places]
     found = [_start(method, place, r) for place, r in zip(places, ranks, strict=True)]
@@ -217,14 +218,27 @@ def _add_gradients(loss: Tensor, probes: list[tuple[_Place, Tensor, Tensor]]) ->
     found = torch.autograd.grad(loss.sum(), [probe for *_, probe in probes], allow_unused=True) if probes else ()
     for (place, x, _), gradient in zip(probes, found, strict=True):
         if gradient is not None:
-            rows, outputs = (
-                tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in place.layer.rows(x, gradient)
-            )
-            place.add(outputs.t() @ rows.to(outputs.dtype))
+            dtype = _wide(place.adapter.A.dtype)
+            rows, outputs = (tensor.to(dtype) for tensor in place.layer.rows(x, gradient))
+            place.add(outputs.t() @ rows)
 
 
 def _exactly(rows: Tensor) -> Tensor:
     return rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)  # which has no float64
+
+
+def _total(method: str, place: _Place) -> Tensor:
+    """What a place has added up, or zeros of that shape: a batch need not reach every layer in every process."""
+    if place.total is not None:
+        return place.total
+    (n_in, n_out), A = place.layer.spot.sizes, place.adapter.A
+    blocks = 1 if place.config.hybrid_r else place.config.gralora_k
+    shape = (blocks, n_in // blocks, n_in // blocks) if method == "eva" else (n_out, n_in)
+    return _exactly(A.new_zeros(shape)) if method == "eva" else A.new_zeros(shape, dtype=_wide(A.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _check_seen(method: str, places: list[_Place]) -> None:

@@ -141,6 +141,54 @@ def test_ddp_refuses_what_it_would_pass_over(processes):
     assert same_bits(first, second) and first.abs().sum() > 0
 
 
+def _ddp_initializes(rank, method):
+    x, target = data()
+    loss = {"forward": lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])}
+    alone = adapted(init_weights=True)
+    gralora.initialize(alone, method, zip(x.chunk(WORLD), target.chunk(WORLD)), adapter_name="a", **loss)
+    found = []
+    for wrap in (False, True):
+        model = adapted(init_weights=True)
+        wrapped = DistributedDataParallel(model) if wrap else model
+        gralora.initialize(wrapped, method, [(mine(rank, x), mine(rank, target))], adapter_name="a", **loss)
+        found.append(gralora.adapter_state_dict(model, "a"))
+    expected = gralora.adapter_state_dict(alone, "a")
+    for state in found:
+        for key, tensor in state.items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4)
+    empty = [] if rank else [(x, target)]  # one process without data is no failure, and none fails alone
+    gralora.initialize(adapted(init_weights=True), method, empty, adapter_name="a", **loss)
+    refused(
+        lambda: gralora.initialize(adapted(init_weights=True), method, [], adapter_name="a", **loss), "batches is empty"
+    )
+    return found[0]
+
+
+@pytest.mark.parametrize("method", ["eva", "gradient"])
+def test_a_start_out_of_data_is_that_of_all_processes_data(processes, method):
+    first, second = processes.run(_ddp_initializes, method)
+    assert all(same_bits(first[name], second[name]) for name in first)
+
+
+def _spread_are_refused(rank):
+    mesh, x = init_device_mesh("cpu", (WORLD,)), data()[0]
+    sharded = shard(adapted(), mesh)
+    refused(
+        lambda: gralora.initialize(sharded, "eva", [x], adapter_name="a"), "spread over processes: initialize first"
+    )
+    refused(lambda: gralora.prepare_hotswap(sharded, 8, "a"), "fully_shard")
+    parallel = parallelize_module(Layers().blocks[0], mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    config = random_config(init_weights="loftq")
+    refused(lambda: gralora.inject(parallel, ["0"], config, reference=Layers().blocks[0]), "spread over processes")
+    gralora.inject(parallel, ["0", "2"], random_config(init_weights=True))
+    refused(lambda: gralora.prepare_hotswap(parallel, 8), "spread over processes")
+    refused(lambda: gralora.initialize(parallel, "eva", [x]), "spread over processes: initialize first")
+
+
+def test_starts_and_room_are_refused_where_an_adapter_is_spread(processes):
+    processes.run(_spread_are_refused)
+
+
 def _ddp_saves(rank, folder):
     model = adapted()
     wrapped = DistributedDataParallel(model)

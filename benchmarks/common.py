@@ -36,7 +36,14 @@ def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder for the JSON and the picture")
     result.add_argument("--quick", action="store_true", help=quick)
+    result.add_argument("--device", default="cpu", help="cpu, or an accelerator such as cuda")
     return result
+
+
+def synchronize(device: str) -> None:
+    """Wait till all that was asked of an accelerator is done; a CPU is never behind."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
 
 def machine() -> dict[str, Any]:
@@ -110,16 +117,24 @@ def each(
         pool.shutdown(cancel_futures=True)
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Seconds per call of each variant, one after the other in every round, so that noise falls on all alike."""
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds per call of each variant, one after the other in every round, so that noise falls on all alike.
+
+    On an accelerator what is timed is what it has done, not what it was asked.
+    """
     for run in variants.values():
-        run()
+        for _ in range(1 if device == "cpu" else 3):
+            run()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
+            synchronize(device)
             start = time.perf_counter()
             for _ in range(repeats):
                 run()
+            synchronize(device)
             times[name].append((time.perf_counter() - start) / repeats)
     return times
 

@@ -1,11 +1,15 @@
-"""Exact counts: kernels that move data, the largest new tensor, and bytes that autograd keeps for backward."""
+"""Exact counts: kernels that move data, the largest new tensor, bytes that autograd keeps for backward, and the peak."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NO_DATA_MOVED = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
@@ -54,3 +58,24 @@ def kept_for_backward(forward: Callable[[], object], without: list[torch.Tensor]
         out = forward()  # held, so that no address is used twice
     del out
     return sum(kept.values())
+
+
+def peak(step: Callable[[], object], device: str = "cpu") -> int:
+    """The most bytes that `step` holds above what was held before it, by the allocator's own account."""
+    step()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+        held = torch.accelerator.memory_allocated()
+        torch.accelerator.reset_peak_memory_stats()
+        step()
+        torch.accelerator.synchronize()
+        return int(torch.accelerator.max_memory_allocated()) - int(held)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    memory = sorted((e["ts"], e["args"]) for e in events if e.get("name") == "[memory]")
+    before = memory[0][1]["Total Allocated"] - memory[0][1]["Bytes"]
+    return int(max(args["Total Allocated"] for _, args in memory) - before)

@@ -7,17 +7,11 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common
-from benchmarks.speed._counting import kept_for_backward
+from benchmarks.speed._counting import kept_for_backward, peak
 from benchmarks.speed._variants import FROZEN, OURS, PEFT_GRALORA, PEFT_LORA, build
 
 NAMES = (FROZEN, OURS, PEFT_GRALORA, PEFT_LORA)
@@ -33,20 +27,6 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.q(x), self.k(x), self.v(x)
-
-
-def peak(step: Callable[[], object]) -> int:
-    """The most bytes that `step` holds above what was held before it."""
-    step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    memory = sorted((e["ts"], e["args"]) for e in events if e.get("name") == "[memory]")
-    before = memory[0][1]["Total Allocated"] - memory[0][1]["Bytes"]
-    return max(args["Total Allocated"] for _, args in memory) - before
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -141,7 +141,10 @@ class GraloraAdapter(nn.Module):
     @property
     def tensors(self) -> Tensors:
         """(A, B, A_general, B_general), as the functions of `gralora.maths.functional` take them."""
-        return self.A, self.B, self.A_general, self.B_general
+        own = self.__dict__["_parameters"]  # past nn.Module's __getattr__, which takes as long as a small kernel
+        if "A" in own and "B" in own:
+            return own["A"], own["B"], own.get("A_general"), own.get("B_general")
+        return self.A, self.B, self.A_general, self.B_general  # parametrised
 
     def arguments(self, weight: float = 1.0) -> tuple[Tensors, float, float]:
         """(tensors, scaling, dropout) that hold for a forward now, the scaling times `weight`."""
@@ -312,16 +315,14 @@ class GraloraAdapters(Switchable):
 
     def applied(self) -> list[tuple[GraloraAdapter, float]]:
         """The adapters that a forward must add now, with their weights."""
-        mode = self.mode
+        mode = self.mode if self.scopes else None
         if isinstance(mode, Only):
             return [(self[mode.name], 1.0)] if mode.name in self else []
         if torch.compiler.is_compiling():
             return [] if mode is OFF else list(self.acting)
         if self.changed:
             check_unchanged(self.changed)
-        if not self.active or mode is OFF:
-            return []
-        return [(self[name], weight) for name, weight in self.active.items() if name not in self.merged]
+        return [] if mode is OFF else list(self.acting)
 
 
 @contextmanager

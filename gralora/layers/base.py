@@ -240,14 +240,17 @@ class GraloraLayer(nn.Module):
             update: as `self.update`, where that depends on more than x.
         """
         adapters = cast(GraloraAdapters, self._modules[CHILD])
-        mode, update = adapters.mode, update or self.update
+        mode = adapters.mode if adapters.scopes else None
         if isinstance(mode, Rows):
             y = base(*args, **kwargs)
-            return self._run_rows(x, y, mode, dim, update) if isinstance(y, Tensor) else self.reading(args, kwargs)
+            if not isinstance(y, Tensor):
+                return self.reading(args, kwargs)
+            return self._run_rows(x, y, mode, dim, update or self.update)
         applied = adapters.applied()
         if not applied:
             return base(*args, **kwargs)
-        if not self.fast(x, applied[0][0].A) or any(is_hooked(adapter) for adapter, _ in applied):
+        if not self.fast(x, applied[0][0].tensors[0]) or any([is_hooked(adapter) for adapter, _ in applied]):
+            update = update or self.update
             y = base(*args, **kwargs)
             if not isinstance(y, Tensor):
                 return self.reading(args, kwargs)
@@ -374,8 +377,8 @@ class GraloraLayer(nn.Module):
 
 def held(owner: nn.Module, name: str) -> Any:
     """What is under a parameter's name in `owner`: the parameter, what stands in for it, or what is computed from others."""
-    value = owner._parameters.get(name)
-    return getattr(owner, name, None) if value is None else value
+    parameters = owner._parameters
+    return parameters[name] if name in parameters else getattr(owner, name, None)
 
 
 def gralora_layers(model: nn.Module) -> Iterator[tuple[str, GraloraLayer]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -131,6 +132,16 @@ def divisors(number: int) -> list[int]:
     """All positive divisors of `number`, ascending: the legal values of `gralora_k` for it."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
+
+
+def legal_k(in_features: int, out_features: int, r: int) -> str:
+    """The values of `gralora_k` that fit a layer, as an error message lists them."""
+    return ", ".join(map(str, divisors(math.gcd(in_features, out_features, r))))
+
+
+def suggested(r: int, legal: Collection[int]) -> int:
+    """The k of the paper's rule, 2 up to r = 32 and 4 from r = 64, or the largest legal one below it."""
+    return max(k for k in legal if k <= (2 if r < 64 else 4))
 
 
 def _integer(name: str, value: Any, least: int) -> int:

@@ -16,14 +16,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from gralora.config import GraloraConfig
+from gralora.config import GraloraConfig, legal_k
 from gralora.files.atomic import write_atomically, write_folder
 from gralora.files.experts import is_experts
 from gralora.files.lora import is_embedding, is_projection, tensors_beside
 from gralora.files.own import FLOATS, GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in
 from gralora.files.shards import CONV1D_MODELS, DTYPES, INDEX, Checkpoint, Shard
 from gralora.files.tokens import token_modules
-from gralora.layers.adapter import legal_k
 from gralora.layers.attention import PACKED, third
 from gralora.layers.class_change import join
 from gralora.layers.loading import FACTORS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules import module as _all
 
-from gralora.config import GraloraConfig, divisors
+from gralora.config import GraloraConfig, legal_k
 from gralora.engines.distributed import copy_into, is_spread, spread_like, spread_update, whole
 from gralora.engines.offload import HOOK, bring_back
 from gralora.layers.class_change import LOADED
@@ -238,6 +238,7 @@ class GraloraAdapters(Switchable):
         base_weight: the parameter that holds the weight without them, while any is merged, else None.
         acting: what a forward must add, with its weights. Compiled code takes it from here and not by name, so that it need
             not be compiled anew for an adapter of the same shape.
+        sole: the name and the weight of what acts, where it is one adapter.
         changed: when other adapters became active, by `pending.moment`.
     """
 
@@ -245,12 +246,13 @@ class GraloraAdapters(Switchable):
     merged: dict[str, float]
     base_weight: nn.Parameter | None
     acting: tuple[tuple[GraloraAdapter, float], ...]
+    sole: tuple[str, float] | None = None
     changed: int = 0
 
     def __init__(self) -> None:
         super().__init__()
         # the base weight is not registered: it is no parameter of the model while it is put aside
-        self.__dict__.update(active={}, merged={}, base_weight=None, acting=(), changed=0)
+        self.__dict__.update(active={}, merged={}, base_weight=None, acting=(), sole=None, changed=0)
 
     def __getitem__(self, name: str) -> GraloraAdapter:
         return cast(GraloraAdapter, self._modules[name])
@@ -279,7 +281,9 @@ class GraloraAdapters(Switchable):
 
     def _find_acting(self) -> None:
         merged = self.__dict__.get("merged", ())
-        self.acting = tuple((self[name], weight) for name, weight in self.active.items() if name not in merged)
+        acting = [(name, weight) for name, weight in self.active.items() if name not in merged]
+        self.acting = tuple((self[name], weight) for name, weight in acting)
+        self.sole = acting[0] if len(acting) == 1 else None
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As `GraloraAdapter.to`, of all of them."""
@@ -313,6 +317,25 @@ class GraloraAdapters(Switchable):
             parts.append(f"merged={' + '.join(self.merged)}")
         return ", ".join(parts)
 
+    def alone(self) -> tuple[Tensors, float] | None:
+        """(tensors, scaling) where one adapter acts, in this place and now, and nothing but its product is asked of it.
+
+        The short way through what `applied`, `arguments` and `is_hooked` ask, for calls that take no longer than asking.
+        """
+        sole = self.__dict__.get("sole")
+        if sole is None or self.__dict__["scopes"]:
+            return None
+        if self.__dict__["changed"] and torch._C._current_graph_task_id() != -1:  # a checkpoint may run again
+            return None
+        adapter = self.__dict__["_modules"][sole[0]]
+        own = adapter.__dict__
+        if type(adapter) is not GraloraAdapter or "raw" in own or is_hooked(adapter):
+            return None
+        config = own["config"]
+        if own["training"] and config.gralora_dropout:
+            return None
+        return adapter.tensors, sole[1] * config.scaling
+
     def applied(self) -> list[tuple[GraloraAdapter, float]]:
         """The adapters that a forward must add now, with their weights."""
         mode = self.mode if self.scopes else None
@@ -322,7 +345,10 @@ class GraloraAdapters(Switchable):
             return [] if mode is OFF else list(self.acting)
         if self.changed:
             check_unchanged(self.changed)
-        return [] if mode is OFF else list(self.acting)
+        if not self.active or mode is OFF:
+            return []
+        # by name: a replica's own, or what has taken an adapter's place
+        return [(self[name], weight) for name, weight in self.active.items() if name not in self.merged]
 
 
 @contextmanager
@@ -363,16 +389,6 @@ def check_adapter_name(name: object) -> None:
         raise TypeError(f"adapter_name={name!r} is a {type(name).__name__}: it must be a string.")
     if not name or "." in name:
         raise ValueError(f"adapter_name={name!r} is not legal: it must be non-empty and hold no dot.")
-
-
-def legal_k(in_features: int, out_features: int, r: int) -> str:
-    """The values of `gralora_k` that fit a layer, as an error message lists them."""
-    return ", ".join(map(str, divisors(math.gcd(in_features, out_features, r))))
-
-
-def suggested(r: int, legal: Collection[int]) -> int:
-    """The k of the paper's rule, 2 up to r = 32 and 4 from r = 64, or the largest legal one below it."""
-    return max(k for k in legal if k <= (2 if r < 64 else 4))
 
 
 def _kaiming(fan_in: int, *shape: int) -> Tensor:

@@ -249,7 +249,7 @@ class GraloraLayer(nn.Module):
         applied = adapters.applied()
         if not applied:
             return base(*args, **kwargs)
-        if not self.fast(x, applied[0][0].tensors[0]) or any([is_hooked(adapter) for adapter, _ in applied]):
+        if not self.fast(x, applied[0][0].tensors[0]) or any(is_hooked(adapter) for adapter, _ in applied):
             update = update or self.update
             y = base(*args, **kwargs)
             if not isinstance(y, Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from einops import rearrange
@@ -13,14 +13,39 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gralora.config import GraloraConfig
-from gralora.layers.base import held
+from gralora.layers.base import CHILD, held
 from gralora.layers.in_place import InPlaceLayer
+from gralora.maths import autograd
 
 
 class LinearLayer(InPlaceLayer):
     """A layer whose weight is a matrix: (out, in), or (in, out) if `stored_transposed`."""
 
     stored_transposed: ClassVar[bool] = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's dtype."""
+        if len(args) == 1 and not kwargs and not torch.is_grad_enabled() and autograd.eager():
+            y = self._alone(args[0])
+            if y is not None:
+                return y
+        return super().forward(*args, **kwargs)
+
+    def _alone(self, x: Tensor) -> Tensor | None:
+        """The forward where one adapter acts on a plain layer, without gradients, as in decoding; None where it is not so.
+
+        What it asks, it asks on every call, so nothing can be out of date; it only asks in the cheapest way.
+        """
+        own = self.__dict__
+        found = own["_modules"][CHILD].alone()
+        if found is None or type(x) is not Tensor or "_base_instance_forward" in own or not self.is_plain():
+            return None
+        (A, B, A_general, B_general), scaling = found
+        weight = own["_parameters"].get("weight")
+        if type(weight) is not nn.Parameter or type(A) is not nn.Parameter or not autograd.alike(x, weight, A):
+            return None
+        y = F.linear(x, weight.t() if self.stored_transposed else weight, own["_parameters"]["bias"])
+        return autograd.add_into_(y, x, A, B, A_general, B_general, scaling)
 
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
         weight = held(self, "weight")

@@ -56,6 +56,26 @@ def usable(x: Tensor, A: Tensor) -> bool:
     )
 
 
+def alike(x: Tensor, weight: Tensor, A: Tensor) -> bool:
+    """Whether plain tensors are of one type, which is also that of their product."""
+    return (
+        x.dtype is weight.dtype is A.dtype
+        and not torch._C._is_any_autocast_enabled()
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.numel() > 0
+    )
+
+
+def add_into_(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, A_general: Tensor | None, B_general: Tensor | None, scaling: float
+) -> Tensor:
+    """y, a product of x that nobody else holds, plus the update of x, where `alike` holds and no gradient is asked for."""
+    y = y.contiguous()
+    _add_(y, x, A, B, A_general, B_general, scaling)
+    return y
+
+
 def linear_with_adapter(
     x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, scaling: float, dropout: float
 ) -> Tensor:
@@ -177,6 +197,9 @@ def _forward(
     own = x if x.dtype == dtype else x.to(dtype)
     own = own if keep == 1.0 else own.reshape(-1, own.shape[-1])  # as backward wants its masks
     dropped, mask = _drop(own, keep)
+    if mask is None and direct:
+        z, z_general = _add_(y, own, A, B, A_general, B_general, scaling)
+        return y, Saved(z, z_general, None, None)
     z = _regroup(torch.bmm(_blocks(dropped, k), A))
     z_general = mask_general = None
     if A_general is not None:
@@ -191,6 +214,19 @@ def _forward(
     if not direct:
         y.add_(update)
     return y, Saved(z, z_general, mask, mask_general)
+
+
+def _add_(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, A_general: Tensor | None, B_general: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor | None]:
+    """y += update, of one type with everything; returns z and z_general."""
+    k = A.shape[0]
+    z, z_general = _regroup(torch.bmm(_blocks(x, k), A)), None
+    _blocks(y, k).baddbmm_(z, B, alpha=scaling)
+    if A_general is not None and B_general is not None:
+        z_general = x.reshape(-1, x.shape[-1]) @ A_general.t()
+        y.view(-1, y.shape[-1]).addmm_(z_general, B_general.t(), alpha=scaling)
+    return z, z_general
 
 
 def _backward(

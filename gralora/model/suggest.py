@@ -8,8 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from gralora.config import GraloraConfig, divisors
-from gralora.layers.adapter import suggested
+from gralora.config import GraloraConfig, divisors, suggested
 from gralora.layers.kinds import ADAPTABLE, spots
 
 

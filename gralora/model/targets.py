@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from gralora.config import GraloraConfig, as_config, divisors
+from gralora.config import GraloraConfig, as_config, divisors, legal_k, suggested
 from gralora.engines.distributed import is_spread
 from gralora.engines.walk import all_named_modules, modules
-from gralora.layers.adapter import legal_k, suggested
 from gralora.layers.base import PREFIX, Spot
 from gralora.layers.class_change import join
 from gralora.layers.kinds import ADAPTABLE, spots, why_refused

@@ -123,7 +123,7 @@ def spread_update(x: Tensor, tensors: Sequence[Tensor | None], scaling: float, d
 def check_unwrapped(model: nn.Module) -> None:
     """Raise ValueError if an engine has taken the parameters of `model` already: it would pass over new ones."""
     for name, module in named_modules(model):
-        engine = _engine(module)
+        engine = engine_of(module)
         if engine is not None:
             raise ValueError(
                 f"{name or 'the model'!r} is under {engine} already, which would not see the gradients of a new adapter. "
@@ -228,7 +228,8 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _engine(module: nn.Module) -> str | None:
+def engine_of(module: nn.Module) -> str | None:
+    """The engine that a module is, which has taken the parameters beneath it; None if it is none."""
     if isinstance(module, DistributedDataParallel):
         return "DistributedDataParallel"
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -37,7 +37,7 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if id(module) not in found:
             found[id(module)] = entry
             if module._modules:
-                waiting.extend(_children(name, module))
+                waiting.extend(children(name, module))
     return list(found.values())
 
 
@@ -48,10 +48,10 @@ def all_named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         name, module = entry = waiting.pop()
         if not _wraps(module):
             yield entry
-        waiting.extend(_children(name, module))
+        waiting.extend(children(name, module))
 
 
-def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+def children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The last first."""
     prefix = f"{name}." if name else ""
     children = reversed(module._modules.items())

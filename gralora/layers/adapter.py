@@ -282,8 +282,10 @@ class GraloraAdapters(Switchable):
     def _find_acting(self) -> None:
         merged = self.__dict__.get("merged", ())
         acting = [(name, weight) for name, weight in self.active.items() if name not in merged]
-        self.acting = tuple((self[name], weight) for name, weight in acting)
-        self.sole = acting[0] if len(acting) == 1 else None
+        self.__dict__.update(
+            acting=tuple([(self[name], weight) for name, weight in acting]),
+            sole=acting[0] if len(acting) == 1 else None,
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As `GraloraAdapter.to`, of all of them."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from gralora.layers.base import PREFIX, GraloraLayer, held
-from gralora.layers.class_change import InPlaceModule, change_class, restore_class, traced
+from gralora.layers.base import PREFIX, GraloraLayer
+from gralora.layers.class_change import InPlaceModule, change_class, held, restore_class, traced
 from gralora.layers.parts import PartHost, PartLayer
 from gralora.layers.scope import OFF
 

@@ -375,18 +375,17 @@ class GraloraLayer(nn.Module):
         self.gralora_adapters.training = self.training
 
 
-def held(owner: nn.Module, name: str) -> Any:
-    """What is under a parameter's name in `owner`: the parameter, what stands in for it, or what is computed from others."""
-    parameters = owner._parameters
-    return parameters[name] if name in parameters else getattr(owner, name, None)
+def name_of(path: str, layer: GraloraLayer) -> str:
+    """The name of a map by where its layer lies: a part's own is not that of the child that it is."""
+    above, _, own = path.rpartition(".")
+    return join(above, own.removeprefix(PREFIX)) if layer.part else path
 
 
 def gralora_layers(model: nn.Module) -> Iterator[tuple[str, GraloraLayer]]:
     """Every adapted map of `model` with its name, once each."""
     for name, module in named_modules(model):
         if isinstance(module, GraloraLayer):
-            above, _, own = name.rpartition(".")
-            yield join(above, own.removeprefix(PREFIX) if module.part else own), module
+            yield name_of(name, module), module
 
 
 def delta_weight(layer: nn.Module, adapter_name: str | None = None) -> Tensor:

@@ -196,3 +196,9 @@ def _new(mixin: type[InPlaceModule], original: type[nn.Module]) -> InPlaceModule
 
 def one_line(module: nn.Module, text: str) -> str:
     return f"{type(module).__name__}({text})"
+
+
+def held(owner: nn.Module, name: str) -> Any:
+    """What is under a parameter's name in `owner`: the parameter, what stands in for it, or what is computed from others."""
+    parameters = owner._parameters
+    return parameters[name] if name in parameters else getattr(owner, name, None)

@@ -25,8 +25,7 @@ from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
 from gralora.layers.adapter import GraloraAdapter
-from gralora.layers.base import held
-from gralora.layers.class_change import traced
+from gralora.layers.class_change import held, traced
 from gralora.layers.in_place import InPlaceLayer
 from gralora.maths import functional
 from gralora.maths.functional import Tensors

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
 from gralora.layers.adapter import GraloraAdapter
-from gralora.layers.base import held
-from gralora.layers.class_change import traced
+from gralora.layers.class_change import held, traced
 from gralora.layers.in_place import InPlaceLayer
 from gralora.layers.running import forward_runs
 from gralora.layers.sums import Share, Sum

@@ -8,8 +8,8 @@ from typing import cast
 from torch import nn
 
 from gralora.layers.attention import Projection
-from gralora.layers.base import GraloraLayer, Spot, held
-from gralora.layers.class_change import made_class
+from gralora.layers.base import GraloraLayer, Spot
+from gralora.layers.class_change import held, made_class
 from gralora.layers.convolution import GraloraConv, GraloraConvTranspose
 from gralora.layers.embedding import GraloraEmbedding
 from gralora.layers.experts import ExpertWeights

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gralora.config import GraloraConfig
-from gralora.layers.base import CHILD, held
+from gralora.layers.base import CHILD
+from gralora.layers.class_change import held
 from gralora.layers.in_place import InPlaceLayer
 from gralora.maths import autograd
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
@@ -17,18 +18,21 @@ from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own
 from gralora.layers.pending import moment, set_trained
 from gralora.layers.scope import OFF, Rows, Switchable, switched
-from gralora.model.record import forget, vanished, warn_of_vanished
+from gralora.model.record import forget, story, vanished
 from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules, slot
 from gralora.model.state import (
     activate,
     all_or_nothing,
+    check_among,
     check_known,
     check_unmerged,
     known_adapters,
     named_adapter_parameters,
     put_back_weight,
+    switch,
 )
 from gralora.model.statistics import put_back
+from gralora.model.survey import survey
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -101,8 +105,14 @@ def set_adapter(
     """
     weights = weights_of(names)
     trained = weights if trainable is None or trainable is True else weights_of(trainable or ())
-    check_known(model, *weights, *trained)
-    warn_of_vanished(model, weights)
+    found = survey(model)
+    check_among(found.names(), *weights, *trained)
+    gone = [part for name in weights for part in found.gone(name)]
+    if gone:
+        warnings.warn(story(gone), UserWarning, stacklevel=2)
+    if found.only_adapters:
+        switch((adapters for _, adapters in found.layers), weights, trained, moment())
+        return
     _refuse_shared(model, weights)
     with all_or_nothing(model), no_more_trained(model):
         for _, layer in gralora_layers(model):

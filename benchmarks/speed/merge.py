@@ -1,4 +1,5 @@
-"""Merging an adapter into the weight (ΔW, and the sum), against PEFT.
+"""Merging an adapter into the weight (ΔW, and the sum), against PEFT, and against the least that it can be: a clone of the weight
+(which exact unmerging needs) followed by one product for each block. The finite check is on.
 
 python -m benchmarks.speed.merge
 """
@@ -7,16 +8,37 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import gralora
 from benchmarks import common
 from benchmarks.speed._variants import OURS, PEFT_GRALORA, build
 
-SIZES = ((1024, 1024), (768, 3072), (4096, 4096))
+SIZES = ((1024, 1024), (768, 3072), (3072, 768), (4096, 4096))
+LEAST = "clone, a product a block"
+
+
+@torch.no_grad()
+def least(layer: gralora.GraloraLayer) -> Callable[[], Tensor]:
+    adapter = layer.gralora_adapters["default"]
+    weight, A, B, scaling = layer.weight, adapter.A, adapter.B, adapter.config.scaling
+    k, m, r = A.shape
+    s, o = r // k, B.shape[2]
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        new = weight.clone()
+        for j in range(k):
+            for i in range(k):
+                block, up = new[j * o : (j + 1) * o, i * m : (i + 1) * m], B[j][i * s : (i + 1) * s]
+                block.addmm_(up.t(), A[i][:, j * s : (j + 1) * s].t(), alpha=scaling)
+        return new
+
+    return run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,8 +49,12 @@ def main(argv: list[str] | None = None) -> None:
         for r, k in ((32, 2), (64, 4), (128, 8)):
             models = build(nn.Sequential(nn.Linear(n_in, n_out)), ["0"], r, k, names=(OURS, PEFT_GRALORA))
             theirs = models[PEFT_GRALORA][0]
-            times: dict[str, list[float]] = {OURS: [], PEFT_GRALORA: []}
-            for _ in range(7):
+            times: dict[str, list[float]] = {OURS: [], PEFT_GRALORA: [], LEAST: []}
+            floor = least(models[OURS][0])
+            for _ in range(11):
+                start = time.perf_counter()
+                floor()
+                times[LEAST].append(time.perf_counter() - start)
                 start = time.perf_counter()
                 gralora.merge(models[OURS])
                 times[OURS].append(time.perf_counter() - start)
@@ -41,13 +67,16 @@ def main(argv: list[str] | None = None) -> None:
                     theirs.unmerge()
             medians = {name: statistics.median(values) for name, values in times.items()}
             ratio = common.ratio(times, OURS, PEFT_GRALORA)
-            results.append({"in": n_in, "out": n_out, "r": r, "k": k, "seconds": medians, "ratio": ratio})
+            over = common.ratio(times, OURS, LEAST)
+            results.append(
+                {"in": n_in, "out": n_out, "r": r, "k": k, "seconds": medians, "ratio": ratio, "over_least": over}
+            )
     labels = [f"{v['in']}x{v['out']}, r={v['r']}, k={v['k']}" for v in results]
     rows = [
-        (label, *(f"{s * 1e3:.2f}" for s in v["seconds"].values()), f"{v['ratio']:.3f}")
+        (label, *(f"{s * 1e3:.2f}" for s in v["seconds"].values()), f"{v['ratio']:.3f}", f"{v['over_least']:.2f}")
         for label, v in zip(labels, results, strict=True)
     ]
-    print(common.table(("", f"{OURS}, ms", f"{PEFT_GRALORA}, ms", "ratio"), rows))
+    print(common.table(("", *(f"{name}, ms" for name in times), "over PEFT's", "over the least"), rows))
     summary = statistics.median(v["ratio"] for v in results)
     print(f"\nmedian ratio {summary:.3f}")
     figure = common.bars("Time to merge, over PEFT's", "ratio", labels, {OURS: [v["ratio"] for v in results]})

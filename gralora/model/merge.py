@@ -29,7 +29,7 @@ from gralora.model.statistics import keep_moved
 from gralora.model.targets import output_tied
 from gralora.model.tokens import TokenRows
 
-CACHED = 2**19  # numbers
+AT_ONCE = 2**22  # numbers: large enough for fast products, small enough for what is held beside the weight
 
 
 def merge(
@@ -315,9 +315,9 @@ def write_merged(
     for (A, *_), _ in updates:
         dtype = torch.promote_types(dtype, A.dtype)
     factors = [(tuple(t if t is None else t.to(dtype) for t in tensors), scaling) for tensors, scaling in updates]
-    # rows within one output block of every adapter, and few enough to stay in a cache through all that is done to them
+    # rows within one output block of every adapter
     block = math.gcd(*(tensors[1].shape[-1] for tensors, _ in updates))
-    step = max(d for d in divisors(block) if d == 1 or d * target.shape[1] <= CACHED)
+    step = max(d for d in divisors(block) if d == 1 or d * target.shape[1] <= AT_ONCE)
     for start in range(0, target.shape[0], step):
         rows = target[start : start + step]
         work = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
@@ -72,6 +73,12 @@ class Rows:
             names, counts = list(groups), [len(rows) for rows in groups.values()]
             self._sorted[key] = (order.to(device), order.argsort().to(device), names, counts)
         return self._sorted[key]
+
+
+@functools.lru_cache(64)
+def rows_of(names: tuple[str | None, ...], dim: int, repeat: str | None) -> Rows:
+    """One object for one assignment, so that compiled code, which stands on the very object, stays valid in a later block."""
+    return Rows(names, dim, repeat)
 
 
 class Only:

@@ -17,7 +17,7 @@ from gralora.layers.adapter import GraloraAdapters
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own
 from gralora.layers.pending import moment, set_trained
-from gralora.layers.scope import OFF, Rows, Switchable, switched
+from gralora.layers.scope import OFF, Switchable, rows_of, switched
 from gralora.model.record import forget, story, vanished
 from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules, slot
 from gralora.model.state import (
@@ -176,7 +176,7 @@ def mixed_batch(
     _refuse_mixing(model, wanted)
     with ExitStack() as stack:
         _put_base_biases(model, stack)
-        stack.enter_context(switched(_containers(model), Rows(names_per_sample, dim, repeat)))
+        stack.enter_context(switched(_containers(model), rows_of(tuple(names_per_sample), dim, repeat)))
         yield
 
 

@@ -80,6 +80,27 @@ def test_what_computes_something_else_is_compiled_once_more_and_is_right():
     torch.testing.assert_close(run(X), model(X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [Block, llama], ids=["linear layers", "llama"])
+def test_a_mixed_batch_is_one_graph_and_its_block_may_end_and_come_again(make):
+    model = several(make().eval(), ("a", "b"))
+    inputs = (X,) if make is Block else (TOKENS.repeat(2, 1),)
+    run, counter = compiled(model)
+    value = (lambda out: out) if make is Block else (lambda out: out.logits)
+    with torch.no_grad():
+        base = value(model(*inputs))
+        for rows in (["a", "b", None, "a"], ["b", "b", "a", None], ["a", "b", None, "a"]):
+            for _ in range(2):
+                with gralora.mixed_batch(model, rows):
+                    expected = value(model(*inputs))
+                    torch.testing.assert_close(value(run(*inputs)), expected, rtol=1e-4, atol=1e-5)
+            gralora.set_adapter(model, [])
+            plain = rows.index(None)
+            torch.testing.assert_close(expected[plain], value(model(*inputs))[plain], rtol=1e-4, atol=1e-5)
+            gralora.set_adapter(model, "a")
+    assert relative(expected, base) > 1e-3
+    assert counter.frame_count == 2  # one for each assignment, whenever its block is opened
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_any_batch_size_takes_two_compilations_at_most(dynamic):
     model = several(mlp(16, 32, 16), "a")

@@ -31,18 +31,26 @@ Result = TypeVar("Result")
 VERSIONED = ("gralora", "torch", "peft", "transformers", "loralib", "numpy")
 
 
-def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
-    """A command line with `--out` and `--quick`; the module's docstring is its help."""
+def parser(doc: str | None, quick: str, *, device: bool = False) -> argparse.ArgumentParser:
+    """A command line with `--out` and `--quick`, and `--device` where that makes sense; the module's docstring is its help."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder for the JSON and the picture")
     result.add_argument("--quick", action="store_true", help=quick)
-    result.add_argument("--device", default="cpu", help="cpu, or an accelerator such as cuda")
+    if device:
+        result.add_argument("--device", default="cpu", type=_default_device, help="cpu, or an accelerator such as cuda")
     return result
 
 
-def synchronize(device: str) -> None:
-    """Wait till all that was asked of an accelerator is done; a CPU is never behind."""
-    if device != "cpu":
+def _default_device(name: str) -> str:
+    """What is made from now on is made there."""
+    if name != "cpu":  # where it is so by itself, and setting it costs every tensor that is made
+        torch.set_default_device(name)
+    return name
+
+
+def synchronize() -> None:
+    """Wait till all that was asked of the default device is done; a CPU is never behind."""
+    if torch.get_default_device().type != "cpu":
         torch.accelerator.synchronize()
 
 
@@ -117,24 +125,22 @@ def each(
         pool.shutdown(cancel_futures=True)
 
 
-def interleaved(
-    variants: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1, device: str = "cpu"
-) -> dict[str, list[float]]:
+def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
     """Seconds per call of each variant, one after the other in every round, so that noise falls on all alike.
 
     On an accelerator what is timed is what it has done, not what it was asked.
     """
     for run in variants.values():
-        for _ in range(1 if device == "cpu" else 3):
+        for _ in range(1 if torch.get_default_device().type == "cpu" else 3):
             run()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            synchronize(device)
+            synchronize()
             start = time.perf_counter()
             for _ in range(repeats):
                 run()
-            synchronize(device)
+            synchronize()
             times[name].append((time.perf_counter() - start) / repeats)
     return times
 

@@ -60,10 +60,10 @@ def kept_for_backward(forward: Callable[[], object], without: list[torch.Tensor]
     return sum(kept.values())
 
 
-def peak(step: Callable[[], object], device: str = "cpu") -> int:
-    """The most bytes that `step` holds above what was held before it, by the allocator's own account."""
+def peak(step: Callable[[], object]) -> int:
+    """The most bytes that `step` holds above what was held before it, by the own account of the default device's allocator."""
     step()
-    if device != "cpu":
+    if torch.get_default_device().type != "cpu":
         torch.accelerator.synchronize()
         held = torch.accelerator.memory_allocated()
         torch.accelerator.reset_peak_memory_stats()

@@ -145,10 +145,10 @@ def runs_of(
     case: Case, models: dict[str, nn.Module], device: str, quick: bool
 ) -> tuple[dict[str, Callable[[], None]], int]:
     """What is timed of every model, and by how many tokens its time is to be divided."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def tokens(*shape: int) -> torch.Tensor:
-        return torch.randint(1000, 40_000, shape, generator=generator).to(device)
+        return torch.randint(1000, 40_000, shape, generator=generator, device="cpu").to(device)
 
     if case.part == "training":
         batch = tokens(2, 16) if quick else tokens(*map(int, case.what.partition(",")[0].split(" x ")))
@@ -167,7 +167,7 @@ def measure(case: Case, models: dict[str, nn.Module], device: str, quick: bool, 
         merged = copy.deepcopy(models[OURS])
         models = {**models, MERGED: gralora.merge_and_unload(merged)}
     runs, count = runs_of(case, models, device, quick)
-    times = common.interleaved(runs, rounds, device=device)
+    times = common.interleaved(runs, rounds)
     above = {name: common.above(times, name, FROZEN) for name in models if name != FROZEN}
     result = {
         **case._asdict(),
@@ -177,12 +177,14 @@ def measure(case: Case, models: dict[str, nn.Module], device: str, quick: bool, 
         "over LoRA (PEFT)": above[OURS] / above[PEFT_LORA],
     }
     if case.part == "training":
-        result["peak MiB"] = {name: peak(run, device) / MIB for name, run in runs.items()}
+        result["peak MiB"] = {name: peak(run) / MIB for name, run in runs.items()}
     return result
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.parser(__doc__, quick="two blocks, few tokens, float32, r = 32, k = 2, nothing compiled")
+    parser = common.parser(
+        __doc__, quick="two blocks, few tokens, float32, r = 32, k = 2, nothing compiled", device=True
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     args = parser.parse_args(argv)
     parts = [part for part in args.parts.split(",") if not (args.quick and part == "compiled")]

@@ -329,12 +329,11 @@ class GraloraAdapters(Switchable):
             return None
         if self.__dict__["changed"] and torch._C._current_graph_task_id() != -1:  # a checkpoint may run again
             return None
-        adapter = self.__dict__["_modules"][sole[0]]
-        own = adapter.__dict__
-        if type(adapter) is not GraloraAdapter or "raw" in own or is_hooked(adapter):
+        adapter = self.__dict__["_modules"].get(sole[0])
+        if type(adapter) is not GraloraAdapter or is_hooked(adapter):
             return None
-        config = own["config"]
-        if own["training"] and config.gralora_dropout:
+        own, config = adapter.__dict__, adapter.config
+        if "raw" in own or (own["training"] and config.gralora_dropout):
             return None
         return adapter.tensors, sole[1] * config.scaling
 

@@ -42,10 +42,13 @@ class LinearLayer(InPlaceLayer):
         if found is None or type(x) is not Tensor or "_base_instance_forward" in own or not self.is_plain():
             return None
         (A, B, A_general, B_general), scaling = found
-        weight = own["_parameters"].get("weight")
-        if type(weight) is not nn.Parameter or type(A) is not nn.Parameter or not autograd.alike(x, weight, A):
+        parameters = own["_parameters"]
+        weight = parameters.get("weight")
+        if type(weight) is not nn.Parameter or type(A) is not nn.Parameter or "bias" not in parameters:
+            return None  # or parametrised
+        if not autograd.alike(x, weight, A):
             return None
-        y = F.linear(x, weight.t() if self.stored_transposed else weight, own["_parameters"]["bias"])
+        y = F.linear(x, weight.t() if self.stored_transposed else weight, parameters["bias"])
         return autograd.add_into_(y, x, A, B, A_general, B_general, scaling)
 
     def plain(self) -> tuple[Tensor, Tensor | None] | None:

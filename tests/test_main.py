@@ -65,6 +65,17 @@ def test_convert_cuts_to_a_rank_and_prints_the_errors(adapter, tmp_path, capsys)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
 
 
+def test_convert_cuts_to_a_share_of_the_squared_norm(adapter, tmp_path, capsys):
+    model, path = adapter
+    assert run("convert", path, tmp_path / "out", "--to", "lora", "--rank", "0.9") == 0
+    assert "q" in capsys.readouterr().out
+    pairs, cut = gralora.to_lora(model, rank=0.9), gralora.load_adapter(Block(), tmp_path / "out")
+    for name, layer in gralora_layers(cut):
+        assert layer.gralora_adapters["default"].config.r == pairs[f"{name}.lora_A.weight"].shape[0] < 9
+    assert run("convert", path, tmp_path / "wrong", "--to", "lora", "--rank", "1.5") == 1
+    assert "a share of the squared norm between 0 and 1" in capsys.readouterr().err
+
+
 def test_exit_codes_and_one_line_of_failure(adapter, tmp_path, capsys):
     _, path = adapter
     (tmp_path / "bad").write_bytes(b"nonsense")

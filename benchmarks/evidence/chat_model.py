@@ -172,24 +172,23 @@ def quality(model: nn.Module, terms: list[Term]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def old_task(model: nn.Module) -> float:
+def old_task(model: nn.Module, length: int = 256) -> float:
     """The loss on English prose that has nothing to do with the task: the description of a data set in scikit-learn."""
     import sklearn.datasets
 
     text = Path(sklearn.datasets.__file__).with_name("descr") / "breast_cancer.rst"
     prose = text.read_text(encoding="utf-8").partition("References")[0][-1500:]
-    tokens = load_chat().tokenizer(prose, return_tensors="pt").input_ids[:, :256]
+    tokens = load_chat().tokenizer(prose, return_tensors="pt").input_ids[:, :length]
     return float(model(tokens, labels=tokens, use_cache=False).loss)
 
 
 def prepared(run: Run, training: list[Term], few: int | None) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """The model with what is trained, and the groups that the optimiser gets; `few`: GraLoRA in the first block alone."""
+    """The model with what is trained, and the groups that the optimiser gets; `few`: in the first block alone."""
     method, model = METHODS[run.name], load_chat().model()
     torch.manual_seed(run.seed)
     if method.lora:
-        config = peft.LoraConfig(
-            r=run.r, lora_alpha=ALPHA, use_rslora=method.rs, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        where = {"target_modules": ["q_proj"], "layers_to_transform": [0]} if few else {"target_modules": "all-linear"}
+        config = peft.LoraConfig(r=run.r, lora_alpha=ALPHA, use_rslora=method.rs, task_type="CAUSAL_LM", **where)
         model = peft.get_peft_model(model, config)
         return model, [{"params": [p for p in model.parameters() if p.requires_grad], "lr": run.lr}]
     hybrid_r = run.r // 2 if method.hybrid else 0
@@ -239,7 +238,7 @@ def measure(run: Run, steps: int = STEPS, few: int | None = None) -> dict[str, A
         "trainable": methods.trained(model),
         "validation": lost if cut else quality(model, validation),
         "test": lost if cut else quality(model, test),
-        "old task": None if cut else old_task(model),
+        "old task": None if cut else old_task(model, 16 if few else 256),
         "cut": cut,
         "losses": losses,
         "seconds": round(time.perf_counter() - start, 1),

@@ -17,11 +17,6 @@ X = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
 NAMES = ("a", "b", "c", "d")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-
-
 def compiled(model, **options):
     counter = CompileCounterWithBackend("eager")
     return torch.compile(model, backend=counter, fullgraph=True, **options), counter
@@ -80,24 +75,18 @@ def test_what_computes_something_else_is_compiled_once_more_and_is_right():
     torch.testing.assert_close(run(X), model(X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [Block, llama], ids=["linear layers", "llama"])
-def test_a_mixed_batch_is_one_graph_and_its_block_may_end_and_come_again(make):
-    model = several(make().eval(), ("a", "b"))
-    inputs = (X,) if make is Block else (TOKENS.repeat(2, 1),)
+def test_a_mixed_batch_is_one_graph_and_its_block_may_end_and_come_again():
+    model = several(mlp(16, 24, 8).eval(), ("a", "b"))
     run, counter = compiled(model)
-    value = (lambda out: out) if make is Block else (lambda out: out.logits)
     with torch.no_grad():
-        base = value(model(*inputs))
         for rows in (["a", "b", None, "a"], ["b", "b", "a", None], ["a", "b", None, "a"]):
-            for _ in range(2):
-                with gralora.mixed_batch(model, rows):
-                    expected = value(model(*inputs))
-                    torch.testing.assert_close(value(run(*inputs)), expected, rtol=1e-4, atol=1e-5)
-            gralora.set_adapter(model, [])
-            plain = rows.index(None)
-            torch.testing.assert_close(expected[plain], value(model(*inputs))[plain], rtol=1e-4, atol=1e-5)
+            with gralora.mixed_batch(model, rows):
+                expected = model(X)
+                torch.testing.assert_close(run(X), expected, rtol=1e-4, atol=1e-5)
+            for index, name in enumerate(rows):
+                gralora.set_adapter(model, [] if name is None else name)
+                torch.testing.assert_close(expected[index], model(X)[index], rtol=1e-4, atol=1e-5)
             gralora.set_adapter(model, "a")
-    assert relative(expected, base) > 1e-3
     assert counter.frame_count == 2  # one for each assignment, whenever its block is opened
 
 

@@ -20,6 +20,9 @@ from gralora.layers.loading import Appendage
 OFF: Final = "off"
 """The mode of a container that a block has switched off."""
 
+SIZES = 32
+"""For how many sizes of a batch's axis an assignment of rows keeps their order."""
+
 
 class Rows:
     """The mode of a container whose adapters are chosen per row of the batch.
@@ -62,7 +65,8 @@ class Rows:
             known: the adapters that there are; the rows of others go with None.
         """
         key = (size, tuple(known), device)
-        if key not in self._sorted:
+        found = self._sorted.get(key)
+        if found is None:
             groups: dict[str | None, list[int]] = {name: [] for name in self.names if name in known}
             groups[None] = []
             count, each = len(self.names), size // len(self.names)
@@ -71,8 +75,11 @@ class Rows:
                 groups[name if name in known else None].extend(own)
             order = torch.tensor([i for rows in groups.values() for i in rows])
             names, counts = list(groups), [len(rows) for rows in groups.values()]
-            self._sorted[key] = (order.to(device), order.argsort().to(device), names, counts)
-        return self._sorted[key]
+            found = (order.to(device), order.argsort().to(device), names, counts)
+            if len(self._sorted) >= SIZES:  # an assignment outlives its block
+                self._sorted.clear()
+            self._sorted[key] = found
+        return found
 
 
 @functools.lru_cache(64)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import gralora
-from gralora.layers.scope import Switchable
+from gralora.layers.scope import SIZES, Switchable
 
 from ..models import ROWS, Experts, four_adapters, mlp, random_config, same_bits
 
@@ -314,3 +314,17 @@ def test_any_tensor_under_a_parameters_name_counts_as_the_weight(detached):
     torch.testing.assert_close(y, model(x))
     with gralora.disable_adapter(model):
         assert not torch.allclose(y, model(x))
+
+
+def test_an_assignment_of_rows_outlives_its_block_and_keeps_no_more_than_some_sizes():
+    model = gralora.inject(nn.Linear(16, 8), "", random_config(), adapter_name="a")
+    x, expected = torch.randn(400, 16), []
+    with gralora.mixed_batch(model, ["a", None], repeat="interleave"):
+        for size in range(2, 200, 2):
+            expected.append(model(x[:size]))
+            assert same_bits(model(x[:size]), expected[-1])
+        first = model.gralora_adapters.mode
+    assert len(first._sorted) <= SIZES
+    with gralora.mixed_batch(model, ["a", None], repeat="interleave"):
+        assert model.gralora_adapters.mode is first
+        assert same_bits(model(x[:2]), expected[0])

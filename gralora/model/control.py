@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
@@ -18,7 +17,7 @@ from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own
 from gralora.layers.pending import moment, set_trained
 from gralora.layers.scope import OFF, Switchable, rows_of, switched
-from gralora.model.record import forget, story, vanished
+from gralora.model.record import forget, vanished, warn_of
 from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules, slot
 from gralora.model.state import (
     activate,
@@ -107,9 +106,7 @@ def set_adapter(
     trained = weights if trainable is None or trainable is True else weights_of(trainable or ())
     found = survey(model)
     check_among(found.names(), *weights, *trained)
-    gone = [part for name in weights for part in found.gone(name)]
-    if gone:
-        warnings.warn(story(gone), UserWarning, stacklevel=2)
+    warn_of([part for name in weights for part in found.gone(name)])
     if found.only_adapters:
         switch((adapters for _, adapters in found.layers), weights, trained, moment())
         return

@@ -8,23 +8,10 @@ from collections.abc import Iterable
 from torch import nn
 
 from gralora.engines.walk import named_modules
-from gralora.layers.base import gralora_layers
-from gralora.layers.class_change import join
-from gralora.model.saved import bias_swaps, saved_modules
-
-RECORD = "_gralora_record"
-"""On the module that was injected into: adapter name -> names of all that it has there."""
-
+from gralora.model.survey import RECORD, survey
 
 LEFT_OUT = "_gralora_left_out"
-"""On the same module: linear layers that "all-linear" could not take."""
-
-
-def parts_of(model: nn.Module, adapter_name: str) -> list[str]:
-    """The layers, saved modules and biases of an adapter, by name."""
-    layers = [name for name, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters]
-    saved = [name for name, module in saved_modules(model) if adapter_name in module.gralora_saved]
-    return layers + saved + [key for key, _, swap in bias_swaps(model) if adapter_name in swap.names]
+"""On the module that was injected into: linear layers that "all-linear" could not take."""
 
 
 def record(model: nn.Module, adapter_name: str, names: Iterable[str]) -> None:
@@ -46,13 +33,8 @@ def forget(model: nn.Module, adapter_name: str | None = None) -> None:
 
 def vanished(model: nn.Module, names: Iterable[str]) -> list[str]:
     """What was adapted by these adapters, and is there no more."""
-    recorded = [(path, module.__dict__[RECORD]) for path, module in named_modules(model) if RECORD in module.__dict__]
-    gone = []
-    for adapter_name in names if recorded else ():
-        there = set(parts_of(model, adapter_name))
-        full = (join(path, part) if part else path for path, own in recorded for part in own.get(adapter_name, ()))
-        gone += [part for part in full if part not in there]
-    return gone
+    found = survey(model)
+    return [part for name in names for part in found.gone(name)]
 
 
 def story(gone: list[str]) -> str:
@@ -64,8 +46,12 @@ def story(gone: list[str]) -> str:
     )
 
 
-def warn_of_vanished(model: nn.Module, names: Iterable[str], *, stacklevel: int = 3) -> None:
-    """Tell of what some adapters were injected into and that is there no more."""
-    gone = vanished(model, names)
+def warn_of(gone: list[str], *, stacklevel: int = 2) -> None:
+    """Tell of what has vanished, if anything."""
     if gone:
-        warnings.warn(story(gone), UserWarning, stacklevel=stacklevel)
+        warnings.warn(story(gone), UserWarning, stacklevel=stacklevel + 1)
+
+
+def warn_of_vanished(model: nn.Module, names: Iterable[str]) -> None:
+    """The same, of what some adapters were injected into."""
+    warn_of(vanished(model, names), stacklevel=3)

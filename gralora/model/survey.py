@@ -11,8 +11,10 @@ from gralora.engines.walk import children
 from gralora.layers.adapter import GraloraAdapter, GraloraAdapters
 from gralora.layers.base import CHILD, GraloraLayer, name_of
 from gralora.layers.class_change import join
-from gralora.model.record import RECORD
 from gralora.model.saved import BiasSwap, SavedCopies
+
+RECORD = "_gralora_record"
+"""On the module that was injected into: adapter name -> names of all that it has there (`record.py`)."""
 
 
 class Survey(NamedTuple):
@@ -47,7 +49,7 @@ class Survey(NamedTuple):
         there |= {path for path, copies in self.saved if adapter_name in copies._modules}
         there |= {key for key, swap in self.biases if adapter_name in swap.names}
         recorded = ((path, record.get(adapter_name, ())) for path, record in self.records)
-        full = (join(path, part) if path and part else path or part for path, parts in recorded for part in parts)
+        full = (join(path, part) if part else path for path, parts in recorded for part in parts)
         return [part for part in full if part not in there]
 
 

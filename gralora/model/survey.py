@@ -11,7 +11,7 @@ from gralora.engines.walk import children
 from gralora.layers.adapter import GraloraAdapter, GraloraAdapters
 from gralora.layers.base import CHILD, GraloraLayer, name_of
 from gralora.layers.class_change import join
-from gralora.model.saved import BiasSwap, SavedCopies
+from gralora.model.saved import BiasSwap, SavedCopies, SavedModule
 
 RECORD = "_gralora_record"
 """On the module that was injected into: adapter name -> names of all that it has there (`record.py`)."""
@@ -22,6 +22,7 @@ class Survey(NamedTuple):
 
     Attributes:
         layers, saved, biases: adapted maps, saved modules, and biases that adapters train.
+        lost: adapters and copies around which something has rebuilt their module, so that they act no more.
         records: what `inject` has written down, by the module that it was given.
         only_adapters: there is nothing but adapters as they are made, none merged, and no engine has taken them.
     """
@@ -29,6 +30,7 @@ class Survey(NamedTuple):
     layers: list[tuple[str, GraloraAdapters]]
     saved: list[tuple[str, SavedCopies]]
     biases: list[tuple[str, BiasSwap]]
+    lost: list[GraloraAdapters | SavedCopies]
     records: list[tuple[str, dict[str, Any]]]
     only_adapters: bool
 
@@ -41,6 +43,8 @@ class Survey(NamedTuple):
             found.update(dict.fromkeys(copies._modules))
         for _, swap in self.biases:
             found.update(dict.fromkeys(swap.names))
+        for containers in self.lost:
+            found.update(dict.fromkeys(containers._modules))
         return list(found)
 
     def gone(self, adapter_name: str) -> list[str]:
@@ -54,7 +58,7 @@ class Survey(NamedTuple):
 
 
 def survey(model: nn.Module) -> Survey:
-    found, usual = Survey([], [], [], [], False), True
+    found, usual = Survey([], [], [], [], [], False), True
     seen: set[int] = set()
     engines: dict[type, bool] = {}
     waiting = [("", model)]
@@ -79,11 +83,14 @@ def survey(model: nn.Module) -> Survey:
                 continue
         for entry in children(name, module) if below else ():
             child = entry[1]
-            if isinstance(child, SavedCopies):
+            if isinstance(child, SavedCopies) and isinstance(module, SavedModule):
                 found.saved.append((name, child))
             elif isinstance(child, BiasSwap):
                 found.biases.append((join(name, child.parameter), child))
-            elif child is not adapters:
+            elif isinstance(child, (GraloraAdapters, SavedCopies)):
+                if child is not adapters or not isinstance(module, GraloraLayer):
+                    found.lost.append(child)
+            else:
                 waiting.append(entry)
-    usual = usual and not found.saved and not found.biases and not any(engines.values())
+    usual = usual and not (found.saved or found.biases or found.lost or any(engines.values()))
     return found._replace(only_adapters=usual)

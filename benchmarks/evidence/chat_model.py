@@ -148,7 +148,7 @@ def base_model() -> nn.Module:
 
 
 def autocast() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16)
+    return torch.autocast(torch.get_default_device().type, torch.bfloat16)
 
 
 def inputs(terms: list[Term]) -> dict[str, Any]:
@@ -156,8 +156,8 @@ def inputs(terms: list[Term]) -> dict[str, Any]:
     texts = [
         f"<|im_start|>user\n{term.text}: positive or negative?<|im_end|>\n<|im_start|>assistant\n" for term in terms
     ]
-    found = load_chat().tokenizer(
-        texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
+    found = common.placed(
+        load_chat().tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
     )
     positions = (found.attention_mask.cumsum(-1) - 1).clamp_min(0)
     return {
@@ -195,7 +195,7 @@ def old_task(model: nn.Module, length: int = 256) -> float:
 
     text = Path(sklearn.datasets.__file__).with_name("descr") / "breast_cancer.rst"
     prose = text.read_text(encoding="utf-8").partition("References")[0][-1500:]
-    tokens = load_chat().tokenizer(prose, return_tensors="pt").input_ids[:, :length]
+    tokens = common.placed(load_chat().tokenizer(prose, return_tensors="pt").input_ids[:, :length])
     with autocast():
         return float(model(tokens, labels=tokens, use_cache=False).loss)
 

@@ -89,8 +89,8 @@ def told_apart(source: bytes) -> tuple[list[str], str]:
 
 def windows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """(count, WINDOW) bytes from anywhere in the text."""
-    starts = torch.randint(len(text) - WINDOW, (count, 1), generator=generator)
-    return text[starts + torch.arange(WINDOW)].long()
+    starts = torch.randint(len(text) - WINDOW, (count, 1), generator=generator, device="cpu")
+    return text[starts + torch.arange(WINDOW, device="cpu")].long()
 
 
 def model_of(*, quick: bool) -> nn.Module:
@@ -107,7 +107,7 @@ def train(
     model: nn.Module, text: Tensor, lr: float, steps: int, name: str, seed: int, *, watched: Tensor | None = None
 ) -> list[tuple[int, float]]:
     """AdamW with a warm-up and a cosine: (step, bits per byte of `watched`) at LOOKS places."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -145,7 +145,7 @@ class Setting:
 
 def setting(*, quick: bool) -> Setting:
     documentation, code = read(limit=60 if quick else None)
-    fixed, count = torch.Generator().manual_seed(1), 64 if quick else 256
+    fixed, count = torch.Generator("cpu").manual_seed(1), 64 if quick else 256
     watched = windows(code.validation, 64, fixed)
     held_out = {
         "code": windows(code.held_out, count, fixed),

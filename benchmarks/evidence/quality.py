@@ -73,7 +73,8 @@ load_data = functools.lru_cache(encoder.load_data)
 
 def measure(run: Run, steps: int | None = None) -> dict[str, Any]:
     data, held_out = load_data(quick=steps is not None)
-    order = torch.randperm(len(data) - VALIDATED, generator=torch.Generator().manual_seed(run.seed))
+    generator = torch.Generator("cpu").manual_seed(run.seed)
+    order = torch.randperm(len(data) - VALIDATED, generator=generator, device="cpu")
     training, validation = data[VALIDATED + order[:TRAINED]], data[torch.arange(VALIDATED if steps is None else 50)]
     model = prepared(run)
     losses, seconds = encoder.train(model, training, run.lr, steps, run.key, seed=run.seed)

@@ -43,8 +43,9 @@ class Case(NamedTuple):
 
 
 def target(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    U, V = (torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator)).Q for _ in range(2))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = (common.placed(torch.randn(SIZE, SIZE, generator=generator, device="cpu")) for _ in range(2))
+    U, V = (torch.linalg.qr(each).Q for each in drawn)
     return (U / torch.arange(1, SIZE + 1).sqrt()) @ V.mT
 
 

@@ -56,7 +56,7 @@ def digits(seed: int) -> tuple[Data, Data, Data]:
     """(training, validation, held out): images (n, 1, 8, 8) from 0 to 1 and their digits."""
     found = load_digits()
     images, labels = torch.tensor(found.images).float()[:, None] / 16, torch.tensor(found.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     fifth = len(order) // 5
     training, validation, held_out = order[2 * fifth :], order[:fifth], order[fifth : 2 * fifth]
     return tuple((images[i], labels[i]) for i in (training, validation, held_out))  # type: ignore[return-value]

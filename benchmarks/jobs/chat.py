@@ -62,7 +62,7 @@ class Chat:
 
     def model(self) -> nn.Module:
         """A model of its own, in float32. The file is read once: that takes longer than many steps."""
-        return copy.deepcopy(self._base)
+        return common.placed(copy.deepcopy(self._base))
 
     @functools.cached_property
     def _base(self) -> nn.Module:
@@ -80,7 +80,7 @@ class Chat:
         encoded = self.tokenizer(
             texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
         )
-        return encoded.input_ids, encoded.attention_mask
+        return common.placed(encoded.input_ids), common.placed(encoded.attention_mask)
 
 
 @functools.lru_cache(1)

@@ -57,7 +57,7 @@ class TermRater(nn.Module):
         from transformers import AutoModel, logging
 
         logging.set_verbosity_error()  # it reports the pooler that the checkpoint has and this model leaves out
-        self.encoder = AutoModel.from_pretrained(minilm(), add_pooling_layer=False)
+        self.encoder = common.placed(AutoModel.from_pretrained(minilm(), add_pooling_layer=False))
         self.head = nn.Linear(self.encoder.config.hidden_size, 1)
 
     def forward(self, data: Data) -> Tensor:
@@ -75,7 +75,8 @@ def load_data(seed: int = 0, *, quick: bool = False) -> tuple[Data, Data]:
     rows = [line.split("\t") for line in lexicon.splitlines() if line.strip()]
     rows = [row for row in rows if row[0].isascii() and row[0][0].isalpha()]
     random.Random(seed).shuffle(rows)
-    tokens = AutoTokenizer.from_pretrained(minilm())([row[0] for row in rows], padding=True, return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    tokens = common.placed(tokenizer([row[0] for row in rows], padding=True, return_tensors="pt"))
     data = Data(tokens["input_ids"], tokens["attention_mask"], torch.tensor([float(row[1]) for row in rows]))
     order = torch.arange(len(data))
     return data[order[HELD_OUT:]], data[order[: HELD_OUT // 4 if quick else HELD_OUT]]
@@ -83,7 +84,7 @@ def load_data(seed: int = 0, *, quick: bool = False) -> tuple[Data, Data]:
 
 def batches(data: Data, steps: int | None, seed: int = 0) -> Iterator[Data]:
     """One epoch in a fixed order, or its first `steps` batches."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     for index in order.split(BATCH)[:steps]:
         yield data[index]
 

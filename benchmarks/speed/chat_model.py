@@ -182,9 +182,7 @@ def measure(case: Case, models: dict[str, nn.Module], device: str, quick: bool, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.parser(
-        __doc__, quick="two blocks, few tokens, float32, r = 32, k = 2, nothing compiled", device=True
-    )
+    parser = common.parser(__doc__, quick="two blocks, few tokens, float32, r = 32, k = 2, nothing compiled")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     args = parser.parse_args(argv)
     parts = [part for part in args.parts.split(",") if not (args.quick and part == "compiled")]

@@ -138,7 +138,7 @@ def measure(case: Case, device: str, rounds: int, repeats: int) -> dict[str, Any
 
 def main(argv: list[str] | None = None) -> None:
     args = common.parser(__doc__, quick="64 x 64, few rounds, nothing compiled; on a CPU too").parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if args.device == "cpu" and torch.cuda.is_available() else args.device
     if device == "cpu" and not args.quick:
         raise SystemExit(
             "no GPU here, and nothing is claimed about one that was not measured; --quick tries the code out"

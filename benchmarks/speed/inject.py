@@ -11,10 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-import time
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import peft
 import torch
@@ -53,13 +50,6 @@ def llama(layers: int) -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers))
 
 
-def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """(seconds, result)."""
-    start = time.perf_counter()
-    result = function(*args)
-    return time.perf_counter() - start, result
-
-
 def measure(model: nn.Module, rounds: int) -> dict[str, list[float]]:
     """Seconds of inject and of unload, ours and PEFT's, one after the other in every round."""
     times: dict[str, list[float]] = {f"{what}, {who}": [] for what in ("inject", "unload") for who in (OURS, PEFT)}
@@ -67,8 +57,8 @@ def measure(model: nn.Module, rounds: int) -> dict[str, list[float]]:
     ours, theirs = gralora.GraloraConfig(r=8), peft.GraloraConfig(r=8, target_modules=targets)
     for _ in range(rounds + 1):
         one, other = copy.deepcopy(model), copy.deepcopy(model)
-        steps = [timed(gralora.inject, one, targets, ours), timed(peft.get_peft_model, other, theirs)]
-        steps += [timed(gralora.unload, one), timed(steps[1][1].unload)]
+        steps = [common.timed(gralora.inject, one, targets, ours), common.timed(peft.get_peft_model, other, theirs)]
+        steps += [common.timed(gralora.unload, one), common.timed(steps[1][1].unload)]
         for values, (seconds, _) in zip(times.values(), steps, strict=True):
             values.append(seconds)
     return {name: values[1:] for name, values in times.items()}
@@ -80,8 +70,8 @@ def grown(count: int, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         model = nested(count)
         gc.collect()  # what the rounds before have left is not this one's
-        found["inject"].append(timed(gralora.inject, model, "all-linear", gralora.GraloraConfig(r=8))[0])
-        found["unload"].append(timed(gralora.unload, model)[0])
+        found["inject"].append(common.timed(gralora.inject, model, "all-linear", gralora.GraloraConfig(r=8))[0])
+        found["unload"].append(common.timed(gralora.unload, model)[0])
     return {what: statistics.median(values) for what, values in found.items()}
 
 

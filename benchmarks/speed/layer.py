@@ -76,9 +76,7 @@ def compiled(rounds: int, backend: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parser(__doc__, quick="one shape, few rounds, no code made by the compiler", device=True).parse_args(
-        argv
-    )
+    args = common.parser(__doc__, quick="one shape, few rounds, no code made by the compiler").parse_args(argv)
     shapes = {(768, 768): (1, 256)} if args.quick else SHAPES
     rounds = 5 if args.quick else 15
     cases = [(*shape, t, r, k) for shape, counts in shapes.items() for t in counts for r, k in RANKS]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -41,12 +40,7 @@ def llama(width: int, layers: int) -> nn.Module:
 
 def milliseconds(call: Callable[[int], object], rounds: int) -> float:
     """Median over calls with 0, 1, ..."""
-    times = []
-    for index in range(rounds):
-        start = time.perf_counter()
-        call(index)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+    return statistics.median(common.timed(call, index)[0] for index in range(rounds)) * 1e3
 
 
 def ours(width: int, layers: int, count: int, folder: Path, rounds: int) -> dict[str, float]:

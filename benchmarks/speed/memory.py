@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parser(__doc__, quick="256 instead of 1024", device=True).parse_args(argv)
+    args = common.parser(__doc__, quick="256 instead of 1024").parse_args(argv)
     size = 256 if args.quick else 1024
     result: dict[str, dict[str, dict[str, float]]] = {}
     for dtype in (torch.bfloat16, torch.float32):

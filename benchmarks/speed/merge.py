@@ -7,7 +7,6 @@ python -m benchmarks.speed.merge
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -52,18 +51,11 @@ def main(argv: list[str] | None = None) -> None:
             times: dict[str, list[float]] = {OURS: [], PEFT_GRALORA: [], LEAST: []}
             floor = least(models[OURS][0])
             for _ in range(11):
-                start = time.perf_counter()
-                floor()
-                times[LEAST].append(time.perf_counter() - start)
-                start = time.perf_counter()
-                gralora.merge(models[OURS])
-                times[OURS].append(time.perf_counter() - start)
+                times[LEAST].append(common.timed(floor)[0])
+                times[OURS].append(common.timed(gralora.merge, models[OURS])[0])
                 gralora.unmerge(models[OURS])
-                start = time.perf_counter()
                 with torch.no_grad():
-                    theirs.merge()
-                times[PEFT_GRALORA].append(time.perf_counter() - start)
-                with torch.no_grad():
+                    times[PEFT_GRALORA].append(common.timed(theirs.merge)[0])
                     theirs.unmerge()
             medians = {name: statistics.median(values) for name, values in times.items()}
             ratio = common.ratio(times, OURS, PEFT_GRALORA)

@@ -6,7 +6,6 @@ python -m benchmarks.speed.meta
 from __future__ import annotations
 
 import resource
-import time
 
 import torch
 from tqdm import tqdm
@@ -42,9 +41,9 @@ def main(argv: list[str] | None = None) -> None:
         "summary": lambda: gralora.summary(model),
     }
     for name, step in tqdm(steps.items(), desc="meta", mininterval=1):
-        before, start = resident(), time.perf_counter()
-        step()
-        seconds[name], mib[name] = time.perf_counter() - start, resident() - before
+        before = resident()
+        seconds[name], _ = common.timed(step)
+        mib[name] = resident() - before
     trainable, total = gralora.count_parameters(model)
     rows = [(name, f"{seconds[name]:.2f}", f"{mib[name]:.1f}") for name in steps]
     print(common.table(("", "seconds", "MiB more at the peak"), rows))

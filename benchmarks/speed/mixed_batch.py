@@ -67,7 +67,8 @@ def by_groups(model: nn.Module, tokens: torch.Tensor, size: int) -> torch.Tensor
 
 
 def variants(width: int, layers: int, length: int) -> dict[str, Callable[[], torch.Tensor]]:
-    tokens = torch.randint(0, 1000, (ROWS, length), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    tokens = common.placed(torch.randint(0, 1000, (ROWS, length), generator=generator, device="cpu"))
     plain, ours, theirs = gpt2(width, layers), adapted(width, layers), peft_adapted(width, layers)
 
     def mixed() -> torch.Tensor:

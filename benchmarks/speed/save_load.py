@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import peft
@@ -41,9 +40,7 @@ def main(argv: list[str] | None = None) -> None:
                 lambda m=other: peft.PeftModel.from_pretrained(m, directory),
             )
             for name, run in zip(names, runs, strict=True):
-                start = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(common.timed(run)[0])
         size = file.stat().st_size
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(common.table(("", "ms"), [(name, f"{value * 1e3:.1f}") for name, value in medians.items()]))

@@ -53,7 +53,7 @@ def step_of(model: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parser(__doc__, quick="two small layers, few rounds", device=True).parse_args(argv)
+    args = common.parser(__doc__, quick="two small layers, few rounds").parse_args(argv)
     width, layers, rounds = (64, 2, 3) if args.quick else (512, 4, 9)
     tokens = torch.arange(4 * 128).reshape(4, 128)
     results: dict[str, dict[str, float]] = {}

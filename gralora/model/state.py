@@ -15,7 +15,8 @@ from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import join
 from gralora.layers.loading import factor_key
 from gralora.layers.pending import set_trained
-from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules
+from gralora.model.saved import bias_swaps, saved_modules
+from gralora.model.survey import survey
 
 T = TypeVar("T")
 
@@ -31,14 +32,8 @@ class UnknownAdapterError(KeyError):
 
 
 def known_adapters(model: nn.Module) -> list[str]:
-    """The names of all adapters of `model`, in the order in which they are first met."""
-    names: dict[str, None] = {}
-    for module in modules(model):
-        if isinstance(module, (GraloraAdapters, SavedCopies)):
-            names.update(dict.fromkeys(module))
-        elif isinstance(module, BiasSwap):
-            names.update(dict.fromkeys(module.names))
-    return list(names)
+    """The names of all adapters of `model`."""
+    return survey(model).names()
 
 
 def check_known(model: nn.Module, *names: str) -> None:

@@ -258,7 +258,8 @@ def test_an_embedding_is_trained_and_saved_whole_also_where_its_weight_is_read(t
     assert same_bits(gralora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")(tokens), trained)
     with gralora.disable_adapter(model):
         assert same_bits(model(tokens), y)
-    torch.testing.assert_close(gralora.merge_and_unload(copy.deepcopy(model))(tokens), trained)
+    merged = gralora.merge_and_unload(copy.deepcopy(model))(tokens)
+    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-4)
     assert same_bits(gralora.unload(model)(tokens), y)
 
 

@@ -62,5 +62,10 @@ def children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def child_of(module: nn.Module, name: str) -> nn.Module | None:
+    """The child of that name; asked so that a scripted module can be asked, whose registers are no dicts."""
+    return module._modules[name] if name in module._modules else None  # noqa: SIM401
+
+
 def _wraps(module: nn.Module) -> bool:
     return isinstance(module, (DataParallel, DistributedDataParallel)) or any(key in module._modules for key in WRAPPED)

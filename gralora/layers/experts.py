@@ -153,6 +153,8 @@ class GraloraExperts(PartHost):
             return value
         if torch.compiler.is_compiling():
             return layer.read(value)
+        if not layer.is_read(value):  # an engine brings the parameter or takes it away, within the forward
+            return value
         # what a checkpoint runs again must save the same tensors in the same order: it shares no reading with what is around
         region, read = _checkpoint(), _read.get()
         if read is None and region is not None and torch._C._current_graph_task_id() != -1:

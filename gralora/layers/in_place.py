@@ -90,7 +90,7 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
     def is_read(self, weight: Tensor) -> bool:
         if torch.compiler.is_compiling():  # where nobody can look who it is; a plain layer itself does not ask
             return self.is_plain()
-        return _running.reading is self or forward_runs(self)
+        return forward_runs(None if _running.reading is self else self)
 
     @classmethod
     def is_plain(cls) -> bool:

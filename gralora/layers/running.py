@@ -20,7 +20,8 @@ def forward_runs(module: nn.Module | None) -> bool:
     """Whether this thread is within the forward of some module, the innermost of which is not `module` itself.
 
     Outside of any, a weight that is read is the parameter, for those who tie, initialise, prune, shard or compare it. So it
-    is to `module`'s own forward, to whose output the update is added, and to engines, which move it within a forward.
+    is to `module`'s own forward, to whose output the update is added (None: to that of none), and to engines, which move it
+    within a forward.
     """
     frame = sys._getframe(1)
     while frame is not None:

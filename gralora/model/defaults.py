@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from gralora.config import AUTO, GraloraConfig
-from gralora.engines.walk import named_modules
+from gralora.engines.walk import child_of, named_modules
 
 # The attention projections, by `model.config.model_type`; where PEFT has a choice for LoRA it is that choice, so that a user
 # who moves here adapts the same layers.
@@ -72,7 +72,7 @@ def default_targets(model: nn.Module) -> str | tuple[str, ...]:
 def task_heads(model: nn.Module) -> list[str]:
     """The heads that a model has for a task: those of its own children that `HEADS` names, or None."""
     own = getattr(type(model), "_base_class", type(model)).__name__
-    return [name for name in HEADS if _TASK.search(own) and isinstance(model._modules.get(name), nn.Module)]
+    return [name for name in HEADS if _TASK.search(own) and child_of(model, name) is not None]
 
 
 def settled(model: nn.Module, config: GraloraConfig) -> GraloraConfig:

@@ -287,7 +287,16 @@ def _saved_units(model: nn.Module, configs: list[GraloraConfig], names: Names) -
 def _biases(plan: Plan, configs: list[GraloraConfig], names: Names) -> dict[str, tuple[nn.Module, str]]:
     """The (owner, parameter) of every bias that is trained. "all" in one config means all; saved modules are whole."""
     if any(config.bias == "all" for config in configs):
-        candidates = [(module, name) for _, _, module in names for name in module._parameters if is_bias(name)]
+        owners = [module for _, _, module in names]
+        scripted = [
+            m for m in owners if isinstance(m, torch.jit.ScriptModule) and any(map(is_bias, m._parameters.keys()))
+        ]
+        if scripted:
+            at = names.names[id(scripted[0])][0]
+            raise ValueError(
+                f"the bias of {at!r} is in TorchScript, where it can't be trained: bias='gralora_only' leaves it."
+            )
+        candidates = [(module, name) for module in owners for name in module._parameters if is_bias(name)]
     else:
         spots = [t.spot for t in plan.targets if t.config.bias == "gralora_only"]
         candidates = [spot.kind.bias_at(spot.module, spot.part) for spot in spots]

@@ -18,7 +18,7 @@ from torch.fx import Proxy
 
 from gralora.engines.distributed import is_spread, layout
 from gralora.engines.offload import is_offloaded
-from gralora.engines.walk import modules, named_modules
+from gralora.engines.walk import child_of, modules, named_modules
 from gralora.layers.base import PREFIX, GraloraLayer
 from gralora.layers.class_change import InPlaceModule, change_class, join, traced
 from gralora.layers.loading import Appendage
@@ -289,7 +289,7 @@ def add_bias(owner: nn.Module, parameter: str, name: str, bias: nn.Parameter) ->
 
 def base_bias(owner: nn.Module, parameter: str) -> nn.Parameter:
     """The base's own bias `parameter` of `owner`, whichever adapter's is in place."""
-    swap = owner._modules.get(PREFIX + parameter)
+    swap = child_of(owner, PREFIX + parameter)
     base = swap.get(owner, BiasSwap.BASE) if isinstance(swap, BiasSwap) else owner._parameters[parameter]
     return cast(nn.Parameter, base)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
 from gralora.engines.distributed import engine_of
-from gralora.engines.walk import children
+from gralora.engines.walk import child_of, children
 from gralora.layers.adapter import GraloraAdapter, GraloraAdapters
 from gralora.layers.base import CHILD, GraloraLayer, name_of
 from gralora.layers.class_change import join
@@ -67,13 +67,12 @@ def survey(model: nn.Module) -> Survey:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        own, cls = module.__dict__, type(module)
+        own, below, cls = module.__dict__, module._modules, type(module)
         if RECORD in own:
             found.records.append((name, own[RECORD]))
         if cls not in engines:
             engines[cls] = engine_of(module) is not None
-        below = own["_modules"]
-        adapters = below.get(CHILD)
+        adapters = cast("GraloraAdapters | None", child_of(module, CHILD))
         if adapters is not None and isinstance(module, GraloraLayer):
             found.layers.append((name_of(name, module) if module.part else name, adapters))
             usual = usual and not adapters.merged

@@ -59,7 +59,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_an_offloaded_model_computes_and_trains_as_one_in_memory(way, when, tmp_path):
     # frozen, since a product of torch's is another one, to the last bit, where a gradient is asked of a factor
-    base, near, far = model().requires_grad_(False)(X), adapt(model()), model()
+    free, base, near, far = model()(X), model().requires_grad_(False)(X), adapt(model()), model()
     if when == "hooks before inject":
         WAYS[way](far, tmp_path)
         adapt(far)
@@ -76,6 +76,7 @@ def test_an_offloaded_model_computes_and_trains_as_one_in_memory(way, when, tmp_
         torch.testing.assert_close(far(X), near(X))
         with gralora.disable_adapter(far):
             assert same_bits(far(X), base)
+        assert not [name for name, p in far.named_parameters() if p.requires_grad and "gralora" not in name]
     target = torch.zeros(3, 5, 4)
     losses = ten_losses(far, X, target)
     torch.testing.assert_close(losses, ten_losses(near, X, target), rtol=1e-4, atol=1e-5)
@@ -91,7 +92,33 @@ def test_an_offloaded_model_computes_and_trains_as_one_in_memory(way, when, tmp_
     torch.testing.assert_close(far(X), near(X), rtol=1e-4, atol=1e-5)
     gralora.merge(far)
     torch.testing.assert_close(far(X), near(X), rtol=1e-4, atol=1e-5)
-    assert same_bits(gralora.unload(far)(X), base)
+    assert same_bits(gralora.unload(far)(X), free)
+
+
+class Router(nn.Linear):
+    """Returns more than a tensor, so that it is run with W + ΔW as its weight."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.softmax(-1)
+
+
+@pytest.mark.parametrize("when", ["hooks before inject", "hooks after inject"])
+def test_an_offloaded_layer_that_is_run_with_its_sum_stays_frozen(when):
+    torch.manual_seed(0)
+    near, config = nn.Sequential(Router(16, 4)), random_config()
+    far = copy.deepcopy(near)
+    if when == "hooks before inject":
+        accelerate.cpu_offload(far, execution_device="cpu")
+    gralora.inject(far, ["0"], config)
+    if when == "hooks after inject":
+        accelerate.cpu_offload(far, execution_device="cpu")
+    gralora.inject(near, ["0"], config)
+    gralora.load_adapter_state_dict(far, gralora.adapter_state_dict(near))
+    for _ in range(2):
+        for one, other in zip(far(X), near(X), strict=True):
+            torch.testing.assert_close(one, other)
+        assert far[0]._parameters["weight"].is_meta and not far[0]._parameters["weight"].requires_grad
 
 
 @pytest.mark.parametrize("way", WAYS)

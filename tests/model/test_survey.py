@@ -33,7 +33,10 @@ def test_it_finds_what_the_other_walks_find(make):
     assert [name for name, _ in found.layers] == [name for name, _ in gralora_layers(model)]
     assert sorted(name for name, _ in found.saved) == sorted(name for name, _ in saved_modules(model))
     assert sorted(key for key, _ in found.biases) == sorted(key for key, _, _ in bias_swaps(model))
-    assert found.names() == known_adapters(model)
+    named = [name for _, layer in gralora_layers(model) for name in layer.gralora_adapters]
+    named += [name for _, module in saved_modules(model) for name in module.gralora_saved]
+    named += [name for _, _, swap in bias_swaps(model) for name in swap.names]
+    assert found.names() == known_adapters(model) == list(dict.fromkeys(named))
     assert not any(found.gone(name) for name in found.names())
     assert found.only_adapters is (make in (two_adapters, wrapped, Block))
 
@@ -94,3 +97,14 @@ def test_the_short_way_leaves_the_model_as_the_long_one_does(names, trainable, m
     }
     x = torch.randn(2, 5, 16)
     torch.testing.assert_close(short(x), long(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_scripted_part_is_walked_over():
+    model = gralora.inject(nn.ModuleDict({"fc": nn.Linear(4, 4)}), ["fc"], random_config(bias="all"))
+    model["jit"] = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"the bias of 'jit.0' is in TorchScript"):
+        gralora.inject(model, ["fc"], random_config(bias="all"), adapter_name="b")
+    gralora.inject(model, ["fc"], random_config(bias="gralora_only"), adapter_name="b")
+    gralora.set_adapter(model, "b")
+    assert gralora.adapter_names(model) == ["default", "b"] and gralora.active_adapters(model) == {"b": 1.0}

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 AUTO = "auto"
 LARGEST_ALPHA, LARGEST_WEIGHT = 1e30, 1e6  # of an adapter: so that their product is a float32
@@ -45,6 +45,9 @@ class GraloraConfig:
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range; the text says which values are legal.
     """
+
+    RECOMMENDED_RATE: ClassVar[float] = 1e-3
+    """AdamW's learning rate for `recommended`: the best, or not told from it, in the experiment named there."""
 
     r: int = 32
     hybrid_r: int = 0
@@ -108,6 +111,21 @@ class GraloraConfig:
         self._set("exclude_modules", _names("exclude_modules", self.exclude_modules, may_be_regex=True))
         if self.modules_to_save != AUTO:
             self._set("modules_to_save", _names("modules_to_save", self.modules_to_save, may_be_regex=False))
+
+    @classmethod
+    def recommended(cls, r: int = 16, **fields: Any) -> GraloraConfig:
+        """What did best of GraLoRA on a real language model, each setting at its own best learning rate.
+
+        rsLoRA's scale with alpha = 32, k = 2 (or 1 where r is odd), and the usual start, for AdamW at `RECOMMENDED_RATE`. Under
+        this scale the best rate hardly moves with r. Source: `benchmarks/evidence/chat_model.py`, whose results, and what
+        they say of LoRA, are in `benchmarks/README.md`.
+
+        Args:
+            r: rank.
+            fields: of the config, in place of what is recommended.
+        """
+        k = 2 - _integer("r", r, 1) % 2
+        return cls(**{"r": r, "alpha": 32, "gralora_k": k, "use_rslora": True, **fields})
 
     @property
     def scaling(self) -> float:

@@ -11,21 +11,22 @@ from torch import nn
 
 import gralora
 
-BEFORE, LORA, FULL = "before", "LoRA", "full fine-tuning"
+BEFORE, LORA, FULL, RECOMMENDED = "before", "LoRA", "full fine-tuning", "recommended"
 Case = TypeVar("Case", bound=Hashable)
 Result = TypeVar("Result", bound=Mapping[str, Any])
 
 
 def rates(name: str, adapters: Sequence[float], full: Sequence[float]) -> Sequence[float]:
-    """The learning rates that are tried: those of `adapters`, or of `full` fine-tuning."""
-    return {BEFORE: (0.0,), FULL: full}.get(name, adapters)
+    """The learning rates that are tried: those of `adapters`, or of `full` fine-tuning; what is recommended, at its own."""
+    own = [gralora.GraloraConfig.RECOMMENDED_RATE * 2.0**i for i in (-1, 0, 1)]
+    return {BEFORE: (0.0,), FULL: full, RECOMMENDED: own}.get(name, adapters)
 
 
 def prepared(model: nn.Module, name: str, r: int, linear: str | list[str], head: str | None = None) -> nn.Module:
     """`model` with what is trained: all of it, or adapters of alpha = 2 * r in the layers `linear`, and the `head` whole.
 
     `name` is "before" (nothing is trained), "full fine-tuning", "LoRA" (PEFT's), "GraLoRA k=N" or "hybrid k=N", of whose
-    rank half is a plain LoRA pair.
+    rank half is a plain LoRA pair, or "recommended": `GraloraConfig.recommended(r)`, whose alpha is its own.
     """
     if name in (BEFORE, FULL):
         return model.requires_grad_(name == FULL)
@@ -34,6 +35,8 @@ def prepared(model: nn.Module, name: str, r: int, linear: str | list[str], head:
         return peft.get_peft_model(
             model, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=linear, modules_to_save=saved)
         )
+    if name == RECOMMENDED:
+        return gralora.inject(model, linear, gralora.GraloraConfig.recommended(r, modules_to_save=saved))
     hybrid_r = r // 2 if name.startswith("hybrid") else 0
     config = gralora.GraloraConfig(r - hybrid_r, hybrid_r, alpha=2 * r, gralora_k=int(name[-1]), modules_to_save=saved)
     return gralora.inject(model, linear, config)

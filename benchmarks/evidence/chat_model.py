@@ -26,6 +26,7 @@ import functools
 import json
 import math
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -381,7 +382,12 @@ def write(out: Path, done: Done, base: dict[str, Any] | None, *, quiet: bool = F
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parser(__doc__, quick="two methods, one rate, 2 steps of 4 terms").parse_args(argv)
+    parser = common.parser(__doc__, quick="two methods, one rate, 2 steps of 4 terms")
+    parser.add_argument(
+        "--only", default="", help="a regular expression: methods to go on with, where there is no time for all"
+    )
+    args = parser.parse_args(argv)
+    names = [name for name in METHODS if re.search(args.only, name)]
     file: Path = args.out / "chat_model.json"
     there = json.loads(file.read_text()) if file.exists() else {}
     steps = 2 if args.quick else STEPS
@@ -399,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
         carry_out([run for run in quick if run.key not in done])
     else:
         for r in RANKS:
-            while todo := next_runs(r, done, list(METHODS)):
+            while todo := next_runs(r, done, names):
                 carry_out(todo)
     print("\n" + tables(write(args.out, done, base), base))
 

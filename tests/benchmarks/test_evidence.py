@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from benchmarks.evidence import _methods as methods
-from benchmarks.evidence import quality
+from benchmarks.evidence import quality, vision
 
 from .quick import RESULTS, check, names, run
 
@@ -38,6 +38,15 @@ def test_quality_draws_what_it_has(count, tmp_path):
     quality.write(tmp_path, runs, {run.key: committed[run.key] for run in runs[:count]}, quiet=True)
     cases = {(run.name, run.rank) for run in runs[:count]}
     assert len(json.loads((tmp_path / "quality.json").read_text())["chosen"]) == len(cases)
+
+
+def test_vision_goes_on_where_it_was_interrupted_unless_it_was_for_other_epochs(tmp_path):
+    accuracy = {"accuracy": 0.5, "loss": 1.0}
+    result = {"validation": accuracy, "new": accuracy, "old": accuracy, "trainable": 3}
+    done = {vision.Run("8 and 9", name, 1e-3, 0): result for name in (methods.LORA, "GraLoRA k=2")}
+    vision.write(tmp_path, done, (2, 2), quiet=True)
+    assert vision.there(tmp_path / "vision.json", (2, 2)) == done
+    assert vision.there(tmp_path / "vision.json", (60, 20)) == vision.there(tmp_path / "none.json", (2, 2)) == {}
 
 
 def test_what_the_evidence_compares_trains_equally_many_parameters_and_the_rate_is_chosen_by_the_mean_error():

@@ -46,7 +46,7 @@ class GraloraConfig:
         TypeError, ValueError: a field is of the wrong type or out of range; the text says which values are legal.
     """
 
-    RECOMMENDED_RATE: ClassVar[float] = 1e-3
+    RECOMMENDED_RATE: ClassVar[float] = 2e-3
     """AdamW's learning rate for `recommended`: the best, or not told from it, in the experiment named there."""
 
     r: int = 32
@@ -116,16 +116,16 @@ class GraloraConfig:
     def recommended(cls, r: int = 16, **fields: Any) -> GraloraConfig:
         """What did best of GraLoRA on a real language model, each setting at its own best learning rate.
 
-        rsLoRA's scale with alpha = 32, k = 2 (or 1 where r is odd), and the usual start, for AdamW at `RECOMMENDED_RATE`. Under
-        this scale the best rate hardly moves with r. Source: `benchmarks/evidence/chat_model.py`, whose results, and what
-        they say of LoRA, are in `benchmarks/README.md`.
+        alpha = 32, k = 2 (or 1 where r is odd) and the usual start, for AdamW at `RECOMMENDED_RATE`, which was right at r = 16
+        and at 64; with rsLoRA's scale the best rate fell with r. It is LoRA's quality, and no more.
+        Source: `benchmarks/evidence/chat_model.py`; its results are in `benchmarks/README.md`.
 
         Args:
             r: rank.
             fields: of the config, in place of what is recommended.
         """
         k = 2 - _integer("r", r, 1) % 2
-        return cls(**{"r": r, "alpha": 32, "gralora_k": k, "use_rslora": True, **fields})
+        return cls(**{"r": r, "alpha": 32, "gralora_k": k, **fields})
 
     @property
     def scaling(self) -> float:

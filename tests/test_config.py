@@ -32,8 +32,8 @@ def test_with_rslora_it_is_alpha_over_the_root_of_the_sum_and_has_an_equal_plain
 
 def test_what_is_recommended_is_a_config_whose_fields_can_be_replaced():
     config = GraloraConfig.recommended(64, modules_to_save=["head"])
-    assert config == GraloraConfig(64, alpha=32, gralora_k=2, use_rslora=True, modules_to_save=["head"])
-    assert config.scaling == 4 and 1e-4 < GraloraConfig.RECOMMENDED_RATE < 1e-2
+    assert config == GraloraConfig(64, alpha=32, gralora_k=2, modules_to_save=["head"])
+    assert config.scaling == 0.5 and 1e-4 < GraloraConfig.RECOMMENDED_RATE < 1e-2
     assert GraloraConfig.recommended(9).gralora_k == 1 and GraloraConfig.recommended(8, gralora_k=4).gralora_k == 4
     assert "RECOMMENDED_RATE" not in {field.name for field in dataclasses.fields(GraloraConfig)}
     with pytest.raises(TypeError, match="r='8' is a str"):

@@ -117,9 +117,8 @@ class GraloraConfig:
         """What did best of GraLoRA on a real language model, each setting at its own best learning rate.
 
         alpha = 32, k = 2 (or 1 where r is odd) and the usual start, for AdamW at `RECOMMENDED_RATE`, which was right at r = 16
-        and at 64; with rsLoRA's scale the best rate fell with r. It is LoRA's quality, and no more. Tune the rate all the same: on
-        another model half of it was best.
-        Source: `benchmarks/evidence/chat_model.py`; its results are in `benchmarks/README.md`.
+        and at 64; with rsLoRA's scale the best rate fell with r. It is LoRA's quality, and no more. Tune the rate all the same:
+        on another model half of it was best. Source: `benchmarks/evidence/chat_model.py`, results in `benchmarks/README.md`.
 
         Args:
             r: rank.

@@ -179,7 +179,8 @@ def picture(cases: list[dict[str, Any]]) -> common.Figure:
                 axes.scatter(kept, learned, sizes, color=line[0].get_color(), marker="*")
         axes.set(title=f"adapted to {task}, r = {RANK}", xlabel="kept: 0 to 7 upright, %", ylabel="learned, %")
         axes.set(xlim=(-2, 100), ylim=(70, 100))
-        axes.legend(fontsize=8, loc="lower left")
+        if axes.lines:
+            axes.legend(fontsize=8, loc="lower left")
     return figure
 
 

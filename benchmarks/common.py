@@ -117,6 +117,12 @@ def write(out: Path, name: str, result: dict[str, Any], figure: Figure, *, quiet
     print(f"\n{describe(result['machine'])}\nwrote {out / name}.json and {out / name}.png")
 
 
+def written(out: Path, name: str) -> dict[str, Any]:
+    """What an earlier call has written into `NAME.json` of `out`; empty where there is none."""
+    file = out / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def each(
     function: Callable[[Case], Result], cases: Sequence[Case], name: str, *, here: bool
 ) -> Iterator[tuple[Case, Result]]:

@@ -23,7 +23,6 @@ The rules, fixed before the first run:
 from __future__ import annotations
 
 import functools
-import json
 import math
 import random
 import re
@@ -388,8 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     names = [name for name in METHODS if re.search(args.only, name)]
-    file: Path = args.out / "chat_model.json"
-    there = json.loads(file.read_text()) if file.exists() else {}
+    there = common.written(args.out, "chat_model")
     steps = 2 if args.quick else STEPS
     done = {key: result for key, result in there.get("runs", {}).items() if result.get("steps", STEPS) == steps}
     base = there.get("before") or (None if args.quick else before())

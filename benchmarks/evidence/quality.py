@@ -13,7 +13,6 @@ rate. All of one rank have the same number of trained parameters.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -160,9 +159,8 @@ def write(out: Path, runs: list[Run], done: Done, *, quiet: bool = False) -> lis
 def main(argv: list[str] | None = None) -> None:
     args = common.parser(__doc__, quick="two runs of 10 steps").parse_args(argv)
     runs, steps = plan(quick=args.quick), 10 if args.quick else None
-    file: Path = args.out / "quality.json"
-    there = json.loads(file.read_text())["runs"] if file.exists() else {}
-    done = {key: result for key, result in there.items() if result.get("steps") == steps}
+    there = common.written(args.out, "quality")
+    done = {key: result for key, result in there.get("runs", {}).items() if result.get("steps") == steps}
     left = [run for run in runs if run.key not in done]
     for run, result in common.each(functools.partial(measure, steps=steps), left, "quality", here=args.quick):
         done[run.key] = result

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,9 +183,9 @@ def picture(cases: list[dict[str, Any]]) -> common.Figure:
     return figure
 
 
-def there(file: Path, epochs: tuple[int, int]) -> dict[Run, dict[str, Any]]:
-    """What an earlier call has run and written, if for as many epochs."""
-    found = json.loads(file.read_text()) if file.exists() else {}
+def there(out: Path, epochs: tuple[int, int]) -> dict[Run, dict[str, Any]]:
+    """What an earlier call has run, if for as many epochs."""
+    found = common.written(out, "vision")
     if tuple(found.get("epochs", (EPOCHS, ADAPT_EPOCHS))) != epochs:
         return {}
     kept = (({key: each.pop(key) for key in Run._fields}, each) for each in found.get("runs", ()))
@@ -209,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = functools.partial(measure, epochs=epochs[0], adapt_epochs=epochs[1])
     rates = {name: methods.rates(name, ADAPTER_RATES, FULL_RATES)[: 1 if args.quick else None] for name in names}
     runs = [Run(task, name, lr, seed) for seed in seeds for task in TASKS for name in names for lr in rates[name]]
-    done = there(args.out / "vision.json", epochs)
+    done = there(args.out, epochs)
     for run, result in common.each(measured, [run for run in runs if run not in done], "vision", here=args.quick):
         done[run] = result
         write(args.out, {run: done[run] for run in runs if run in done}, epochs, quiet=True)

@@ -46,8 +46,8 @@ class Case(NamedTuple):
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     shapes, many = (((64, 64),), 32) if quick else (((4096, 4096), (4096, 14336)), 2048)
-    hows = ["as it is", *(["CUDA graph"] if device == "cuda" else []), *([] if quick else ["compiled"])]
-    weights = ["float32", "bfloat16", *(["nf4"] if device == "cuda" else [])]
+    hows = ["as it is", *(["CUDA graph"] if device.startswith("cuda") else []), *([] if quick else ["compiled"])]
+    weights = ["float32", "bfloat16", *(["nf4"] if device.startswith("cuda") else [])]
     for n_in, n_out in shapes:
         for weight in weights:
             for how in hows:
@@ -137,14 +137,14 @@ def measure(case: Case, device: str, rounds: int, repeats: int) -> dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parser(__doc__, quick="64 x 64, few rounds, nothing compiled; on a CPU too").parse_args(argv)
-    device = "cuda" if args.device == "cpu" and torch.cuda.is_available() else args.device
+    parser = common.parser(__doc__, quick="64 x 64, few rounds, nothing compiled; on a CPU too")
+    parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    device = args.device
     if device == "cpu" and not args.quick:
         raise SystemExit(
             "no GPU here, and nothing is claimed about one that was not measured; --quick tries the code out"
         )
-    if device != "cpu":
-        torch.set_default_device(device)
     rounds, repeats = (3, 2) if args.quick else (15, 10)
     results = []
     for case in tqdm(list(cases(device, args.quick)), desc="gpu", mininterval=1):
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     for row in results:
         for name, reason in row["failed"].items():
             print(f"{Case(*(row[f] for f in Case._fields)).title}: {name} failed: {reason}")
-    card = torch.cuda.get_device_name() if device == "cuda" else device
+    card = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     shown = [row for row in results if f"over {PEFT_LORA}" in row]
     series = {f"over {name}": [row.get(f"over {name}", 0.0) for row in shown] for name in (PEFT_GRALORA, PEFT_LORA)}
     titles = [Case(*(row[field] for field in Case._fields)).title for row in shown]

@@ -26,30 +26,32 @@ class LinearLayer(InPlaceLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's dtype."""
-        if len(args) == 1 and not kwargs and not torch.is_grad_enabled() and autograd.eager():
+        if len(args) == 1 and not kwargs:
             y = self._alone(args[0])
             if y is not None:
                 return y
         return super().forward(*args, **kwargs)
 
     def _alone(self, x: Tensor) -> Tensor | None:
-        """The forward where one adapter acts on a plain layer, without gradients, as in decoding; None where it is not so.
+        """The forward where one adapter acts on a plain layer without dropout; None where it is not so.
 
         What it asks, it asks on every call, so nothing can be out of date; it only asks in the cheapest way.
         """
+        if torch.compiler.is_compiling():
+            return None
         own = self.__dict__
         found = own["_modules"][CHILD].alone()
         if found is None or type(x) is not Tensor or "_base_instance_forward" in own or not self.is_plain():
             return None
-        (A, B, A_general, B_general), scaling = found
+        tensors, scaling = found
         parameters = own["_parameters"]
         weight = parameters.get("weight")
-        if type(weight) is not nn.Parameter or type(A) is not nn.Parameter or "bias" not in parameters:
+        if type(weight) is not nn.Parameter or type(tensors[0]) is not nn.Parameter or "bias" not in parameters:
             return None  # or parametrised
-        if not autograd.alike(x, weight, A):
+        if not autograd.usable(x, tensors[0]):
             return None
-        y = F.linear(x, weight.t() if self.stored_transposed else weight, parameters["bias"])
-        return autograd.add_into_(y, x, A, B, A_general, B_general, scaling)
+        matrix = weight.t() if self.stored_transposed else weight
+        return autograd.linear_with_adapter(x, matrix, parameters["bias"], tensors, scaling, 0.0)
 
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
         weight = held(self, "weight")

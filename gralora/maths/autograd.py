@@ -56,26 +56,6 @@ def usable(x: Tensor, A: Tensor) -> bool:
     )
 
 
-def alike(x: Tensor, weight: Tensor, A: Tensor) -> bool:
-    """Whether plain tensors are of one type, which is also that of their product."""
-    return (
-        x.dtype is weight.dtype is A.dtype
-        and not torch._C._is_any_autocast_enabled()
-        and x.layout is torch.strided
-        and not x.is_nested
-        and x.numel() > 0
-    )
-
-
-def add_into_(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, A_general: Tensor | None, B_general: Tensor | None, scaling: float
-) -> Tensor:
-    """y, a product of x that nobody else holds, plus the update of x, where `alike` holds and no gradient is asked for."""
-    y = y.contiguous()
-    _add_(y, x, A, B, A_general, B_general, scaling)
-    return y
-
-
 def linear_with_adapter(
     x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, scaling: float, dropout: float
 ) -> Tensor:
@@ -84,6 +64,10 @@ def linear_with_adapter(
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
         tensors = _cast(tensors, dtype)
+    if not (dropout or torch.is_grad_enabled()) and x.dtype is weight.dtype is tensors[0].dtype:
+        y = F.linear(x, weight, bias).contiguous()  # what is below comes to the same, and asks more on the way
+        _add_(y, x, *tensors, scaling)
+        return y
     return _run(None, x, weight, bias, tensors, scaling, dropout)
 
 
@@ -194,8 +178,8 @@ def _forward(
     scaling = scaling / keep
     k, dtype = A.shape[0], A.dtype
     direct = dtype == y.dtype
-    own = x if x.dtype == dtype else x.to(dtype)
-    own = own if keep == 1.0 else own.reshape(-1, own.shape[-1])  # as backward wants its masks
+    own = _in(x, dtype)
+    own = own if keep == 1.0 else _rows(own)  # as backward wants its masks
     dropped, mask = _drop(own, keep)
     if mask is None and direct:
         z, z_general = _add_(y, own, A, B, A_general, B_general, scaling)
@@ -204,7 +188,7 @@ def _forward(
     z_general = mask_general = None
     if A_general is not None:
         dropped, mask_general = _drop(own, keep)
-        z_general = dropped.reshape(-1, dropped.shape[-1]) @ A_general.t()
+        z_general = _rows(dropped) @ A_general.t()
     del own, dropped  # may be copies of x; what follows is as large
     # where the types differ, the update is built in the adapter's and added once, so rounded once
     update = y if direct else torch.empty_like(y, dtype=dtype)
@@ -224,7 +208,7 @@ def _add_(
     z, z_general = _regroup(torch.bmm(_blocks(x, k), A)), None
     _blocks(y, k).baddbmm_(z, B, alpha=scaling)
     if A_general is not None and B_general is not None:
-        z_general = x.reshape(-1, x.shape[-1]) @ A_general.t()
+        z_general = _rows(x) @ A_general.t()
         y.view(-1, y.shape[-1]).addmm_(z_general, B_general.t(), alpha=scaling)
     return z, z_general
 
@@ -240,13 +224,12 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     _, need_x, need_weight, need_bias, need_A, need_B, need_A_general, need_B_general = ctx.needs_input_grad[:8]
     A, B, _, B_general = tensors
-    keep = 1.0 - ctx.dropout
-    scaling = ctx.scaling / keep
-    flat, g = None if x is None else x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    scaling = ctx.scaling / (1.0 - ctx.dropout)
+    g, x = _rows(grad), None if x is None else _rows(x)
     grad_x = grad_z = grad_z_general = grad_A = grad_B = grad_A_general = grad_B_general = None
     # first all that reads the output's gradient, then all that reads x: copies in the adapter's type live briefly
-    own = g.to(A.dtype)
-    blocks = _blocks(own, len(B))
+    own = _in(g, A.dtype)
+    blocks = _blocks(own, B.shape[0])
     if need_B:
         grad_B = _product(cast(Tensor, saved.z).mT, blocks, scaling)
     if need_A or need_x:
@@ -257,9 +240,9 @@ def _backward(
         grad_z_general = _product(own, B_general, scaling)
     del own, blocks
     if need_A or need_A_general:
-        own = cast(Tensor, flat).to(A.dtype)
+        own = _in(cast(Tensor, x), A.dtype)
         if need_A:
-            grad_A = _tall_product(_blocks(_masked(own, saved.mask), len(A)), cast(Tensor, grad_z))
+            grad_A = _tall_product(_blocks(_masked(own, saved.mask), A.shape[0]), cast(Tensor, grad_z))
         if need_A_general:
             grad_A_general = cast(Tensor, grad_z_general).t() @ _masked(own, saved.mask_general)
         del own
@@ -267,8 +250,8 @@ def _backward(
         grad_x = g @ weight
     if need_x:
         grad_x = _add_input_grad(grad_x, ctx.dtype, tensors, cast(Tensor, grad_z), grad_z_general, saved)
-        grad_x = grad_x.view(ctx.shape)
-    grad_weight = g.t() @ cast(Tensor, flat) if need_weight else None
+        grad_x = grad_x if len(ctx.shape) == 2 else grad_x.view(ctx.shape)
+    grad_weight = g.t() @ cast(Tensor, x) if need_weight else None
     grad_bias = g.sum(0) if need_bias else None
     return grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_A_general, grad_B_general
 
@@ -284,8 +267,9 @@ def _add_input_grad(
     """The adapter's part of the input's gradient, into the base's part where the types agree and nothing was dropped."""
     A, _, A_general, _ = tensors
     direct = grad_x is not None and grad_x.dtype == A.dtype and saved.mask is None
-    update = grad_x if direct and grad_x is not None else grad_z.new_empty(grad_z.shape[1], len(A) * A.shape[1])
-    _blocks(update, len(A)).baddbmm_(grad_z, A.mT, beta=1 if direct else 0)
+    k, m, _ = A.shape
+    update = grad_x if direct and grad_x is not None else grad_z.new_empty(grad_z.shape[1], k * m)
+    _blocks(update, k).baddbmm_(grad_z, A.mT, beta=1 if direct else 0)
     if saved.mask is not None:
         update.mul_(saved.mask)
     if A_general is not None and grad_z_general is not None:
@@ -324,6 +308,15 @@ def _backward_of_plain(
     needed = {i: t for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i + 1]}
     found = dict(zip(needed, torch.autograd.grad(y, list(needed.values()), grad, create_graph=True), strict=True))
     return tuple(found.get(i) for i in range(len(inputs)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., n) -> (t, n)"""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _blocks(x: Tensor, k: int) -> Tensor:

@@ -28,3 +28,9 @@ def test_what_is_placed_lies_where_new_tensors_do():
 def test_a_measured_call_gives_its_seconds_and_its_result():
     seconds, result = common.timed(lambda a, b: a + b, 1, 2)
     assert seconds >= 0 and result == 3
+
+
+def test_what_an_earlier_call_has_written_is_read_again_and_nothing_where_there_is_none(tmp_path):
+    assert common.written(tmp_path, "one") == {}
+    common.write(tmp_path, "one", {"runs": {"a": 1}}, common.Figure(), quiet=True)
+    assert common.written(tmp_path, "one")["runs"] == {"a": 1}

@@ -45,8 +45,8 @@ def test_vision_goes_on_where_it_was_interrupted_unless_it_was_for_other_epochs(
     result = {"validation": accuracy, "new": accuracy, "old": accuracy, "trainable": 3}
     done = {vision.Run("8 and 9", name, 1e-3, 0): result for name in (methods.LORA, "GraLoRA k=2")}
     vision.write(tmp_path, done, (2, 2), quiet=True)
-    assert vision.there(tmp_path / "vision.json", (2, 2)) == done
-    assert vision.there(tmp_path / "vision.json", (60, 20)) == vision.there(tmp_path / "none.json", (2, 2)) == {}
+    assert vision.there(tmp_path, (2, 2)) == done
+    assert vision.there(tmp_path, (60, 20)) == vision.there(tmp_path / "none", (2, 2)) == {}
 
 
 def test_what_the_evidence_compares_trains_equally_many_parameters_and_the_rate_is_chosen_by_the_mean_error():

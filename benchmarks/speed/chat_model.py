@@ -6,7 +6,8 @@ checkpointing (its frozen step has a gradient through the same layers, to the em
 behind 64, with a dynamic and a static cache, in eager mode and compiled. Bytes are the allocator's peak above what was held
 before.
 
-    python -m benchmarks.speed.chat_model                     40 minutes on two cores; --parts training,decoding for some of it
+    python -m benchmarks.speed.chat_model                     40 minutes on two cores; goes on where it was interrupted
+    python -m benchmarks.speed.chat_model --parts training    some of it
     python -m benchmarks.speed.chat_model --quick             two blocks of the model, few tokens
     python -m benchmarks.speed.chat_model --device cuda
 """
@@ -17,6 +18,7 @@ import copy
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ NAMES = (FROZEN, OURS, PEFT_GRALORA, PEFT_LORA)
 SHAPES = ((32, 2), (64, 4))
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PARTS = ("training", "prefill", "decoding", "compiled")
+FILE = "speed_chat_model"  # the experiment of that name has a file too
 MIB = 2**20
 
 
@@ -186,31 +189,43 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     args = parser.parse_args(argv)
     parts = [part for part in args.parts.split(",") if not (args.quick and part == "compiled")]
-    results: list[dict[str, Any]] = []
-    built: tuple[Any, dict[str, nn.Module]] | None = None
-    for case in cases(parts, args.quick):
-        key = case.r, case.k, case.dtype
-        if built is None or built[0] != key:
-            built = None  # before the next four are made
-            built = key, variants(base_model(getattr(torch, case.dtype), args.device, args.quick), case.r, case.k)
-        rounds = 3 if args.quick or "compiled" in case.what else 7
-        results.append(measure(case, built[1], args.device, args.quick, rounds))
-        print(case.title, {name: round(value, 1) for name, value in results[-1]["ms"].items()}, flush=True)
+    done = there(args.out, args.quick)
+    left = [case for case in cases(parts, args.quick) if case not in done]
+    for (r, k, dtype), group in itertools.groupby(left, lambda case: (case.r, case.k, case.dtype)):
+        models = variants(base_model(getattr(torch, dtype), args.device, args.quick), r, k)
+        for case in group:
+            rounds = 3 if args.quick or "compiled" in case.what else 7
+            done[case] = measure(case, models, args.device, args.quick, rounds)
+            print(case.title, {name: round(value, 1) for name, value in done[case]["ms"].items()}, flush=True)
+            write(args.out, done, args.quick, quiet=True)
+        del models  # before the next four are made
     rows = []
-    for row in results:
-        one = row["tokens"] if row["part"] == "decoding" else 1
+    for case, row in done.items():
+        one = row["tokens"] if case.part == "decoding" else 1
         ms = [f"{row['ms'][n] / one:.1f}" if n in row["ms"] else "" for n in (*NAMES, MERGED)]
         ratios = [f"{row[f'over {name}']:.2f}" for name in (PEFT_GRALORA, PEFT_LORA)]
         held = row.get("peak MiB", {})
         told = "; ".join(f"{held[name]:.0f}" for name in NAMES if name in held)
-        rows.append((f"{row['part']}, {row['what']}", f"{row['r']}, {row['k']}", row["dtype"], *ms, *ratios, told))
+        rows.append((f"{case.part}, {case.what}", f"{case.r}, {case.k}", case.dtype, *ms, *ratios, told))
     head = ("ms a step, a prefill, or a token decoded", "r, k", "", *NAMES, MERGED)
     head += ("above frozen, over GraLoRA (PEFT)", "over LoRA (PEFT)", f"peak MiB: {'; '.join(NAMES)}")
     print("\n" + common.table(head, rows))
-    labels = [f"{row['part']}, {row['what']}\nr = {row['r']}, {row['dtype']}" for row in results]
-    series = {f"over {name}": [row[f"over {name}"] for row in results] for name in (PEFT_GRALORA, PEFT_LORA)}
+    write(args.out, done, args.quick)
+
+
+def there(out: Path, quick: bool) -> dict[Case, dict[str, Any]]:
+    """What an earlier call has measured, if on this very machine."""
+    found = common.written(out, FILE)
+    if (found.get("quick"), found.get("machine")) != (quick, common.machine()):
+        return {}
+    return {Case(*(row[field] for field in Case._fields)): row for row in found["rows"]}
+
+
+def write(out: Path, done: dict[Case, dict[str, Any]], quick: bool, *, quiet: bool = False) -> None:
+    labels = [f"{case.part}, {case.what}\nr = {case.r}, {case.dtype}" for case in done]
+    series = {f"over {name}": [row[f"over {name}"] for row in done.values()] for name in (PEFT_GRALORA, PEFT_LORA)}
     figure = common.bars("SmolLM2-135M: time above the frozen model, over PEFT's", "ratio", labels, series)
-    common.write(args.out, "chat_model", {"rows": results}, figure)
+    common.write(out, FILE, {"quick": quick, "rows": list(done.values())}, figure, quiet=quiet)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ import json
 
 import pytest
 
+from benchmarks.speed import chat_model
+
 from .quick import RESULTS, check, names, run
 
 
 @pytest.mark.parametrize("name", names("speed"))
 def test_benchmark_prints_a_table_and_writes_json_and_picture(name, tmp_path, capsys):
     run(f"speed.{name}", tmp_path, "--quick")
-    check(name, tmp_path, capsys.readouterr().out)
+    check(f"speed.{name}", tmp_path, capsys.readouterr().out)
 
 
 def test_kernel_counts_are_repeatable_and_those_of_the_committed_run(tmp_path):
@@ -20,3 +22,15 @@ def test_kernel_counts_are_repeatable_and_those_of_the_committed_run(tmp_path):
     assert {case: counts["gralora"] for case, counts in again.items()} == ours
     for counts in again.values():
         assert counts["gralora"] < counts["LoRA (PEFT)"] < counts["GraLoRA (PEFT)"]
+
+
+def test_the_chat_model_goes_on_where_it_was_interrupted_unless_it_was_elsewhere(tmp_path):
+    case = chat_model.Case("prefill", "1 x 512", 32, 2, "float32")
+    done = {case: {**case._asdict(), "over GraLoRA (PEFT)": 0.5, "over LoRA (PEFT)": 0.5}}
+    chat_model.write(tmp_path, done, False, quiet=True)
+    assert chat_model.there(tmp_path, False) == done
+    assert chat_model.there(tmp_path, True) == chat_model.there(tmp_path / "none", False) == {}
+    written = json.loads((tmp_path / "speed_chat_model.json").read_text())
+    written["machine"]["cpu"] = "another"
+    (tmp_path / "speed_chat_model.json").write_text(json.dumps(written))
+    assert chat_model.there(tmp_path, False) == {}

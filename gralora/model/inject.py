@@ -133,7 +133,7 @@ def install(
     *,
     trainable: bool | None = None,
 ) -> None:
-    """Carry out a plan, or on any exception leave the model as it was.
+    """Carry out a plan, within the caller's `all_or_nothing`.
 
     The model's first adapter becomes active and, unless `trainable` says otherwise, is trained; a further one is neither.
     """
@@ -147,27 +147,26 @@ def install(
     shared: dict[int, nn.Parameter] = {}
     bases = [base_bias(owner, parameter) for owner, parameter in plan.biases.values()]
     biases = [shared.setdefault(id(base), nn.Parameter(base.detach().clone())) for base in bases]
-    with all_or_nothing(model):
-        if first:
-            for module in modules(model):
-                freeze_own(module)
-        for target, adapter in zip(plan.targets, adapters, strict=True):
-            spot = target.spot
-            spot.kind.attach(spot.module, spot.part).gralora_adapters.add(adapter_name, adapter)
-        for unit, replica in zip(plan.saved.values(), copies, strict=True):
-            add_copy(unit, adapter_name, replica)
-        for unit, own in rows:
-            add_copy(unit, adapter_name, own)
-        for (owner, parameter), bias in zip(plan.biases.values(), biases, strict=True):
-            add_bias(owner, parameter, adapter_name, bias)
-        _keep_nested_tensors_out(model)
-        keep_still(model)
-        record(model, adapter_name, [*(t.name for t in plan.targets), *plan.saved, *plan.tokens, *plan.biases])
-        if first:
-            activate(model, {adapter_name: 1.0}, trained=[adapter_name] if trainable else ())
-        else:
-            for trained in named_adapter_parameters(model, adapter_name).values():
-                trained.requires_grad_(trainable)
+    if first:
+        for module in modules(model):
+            freeze_own(module)
+    for target, adapter in zip(plan.targets, adapters, strict=True):
+        spot = target.spot
+        spot.kind.attach(spot.module, spot.part).gralora_adapters.add(adapter_name, adapter)
+    for unit, replica in zip(plan.saved.values(), copies, strict=True):
+        add_copy(unit, adapter_name, replica)
+    for unit, own in rows:
+        add_copy(unit, adapter_name, own)
+    for (owner, parameter), bias in zip(plan.biases.values(), biases, strict=True):
+        add_bias(owner, parameter, adapter_name, bias)
+    _keep_nested_tensors_out(model)
+    keep_still(model)
+    record(model, adapter_name, [*(t.name for t in plan.targets), *plan.saved, *plan.tokens, *plan.biases])
+    if first:
+        activate(model, {adapter_name: 1.0}, trained=[adapter_name] if trainable else ())
+    else:
+        for trained in named_adapter_parameters(model, adapter_name).values():
+            trained.requires_grad_(trainable)
 
 
 def _warn_of_heads(model: nn.Module, plan: Plan) -> None:

@@ -65,7 +65,8 @@ def linear_with_adapter(
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
         tensors = _cast(tensors, dtype)
     if not (dropout or torch.is_grad_enabled()) and x.dtype is weight.dtype is tensors[0].dtype:
-        y = F.linear(x, weight, bias).contiguous()  # what is below comes to the same, and asks more on the way
+        y = F.linear(x, weight, bias)  # what is below comes to the same, and asks more on the way
+        y = y if y.is_contiguous() else y.contiguous()
         _add_(y, x, *tensors, scaling)
         return y
     return _run(None, x, weight, bias, tensors, scaling, dropout)
@@ -320,16 +321,18 @@ def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(x: Tensor, k: int) -> Tensor:
-    """ "... (k m) -> k t m", a view of what is contiguous. One token takes one call less, of the many that it is made of."""
+    """ "... (k m) -> k t m", a view of what is contiguous, in one call: a layer of few tokens is made of its calls."""
     n = x.shape[-1]
-    return x.view(k, 1, n // k) if x.numel() == n else x.reshape(-1, k, n // k).transpose(0, 1)
+    if not x.is_contiguous():
+        return x.reshape(-1, k, n // k).transpose(0, 1)
+    return x.as_strided((k, x.numel() // n, n // k), (n // k, n, 1))
 
 
 def _regroup(z: Tensor) -> Tensor:
     """ "i t (j s) -> j t (i s)", one copy; its own inverse."""
     k, t, r = z.shape
-    apart = z.view(k, k, -1).transpose(0, 1) if t == 1 else z.view(k, t, k, -1).transpose(0, 2)
-    return apart.reshape(k, t, r)
+    s = r // k
+    return z.as_strided((k, t, k, s), (s, r, t * r, 1)).reshape(k, t, r)
 
 
 def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:

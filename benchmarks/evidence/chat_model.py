@@ -16,7 +16,7 @@ The rules, fixed before the first run:
   rightly, and the mean of the three differences is more than two of its standard errors; *worse* the other way round; else they
   are alike. It is better altogether if it is better at one rank and not worse at the other.
 
-    python -m benchmarks.evidence.chat_model             2 hours on two cores with AMX; goes on where it was interrupted
+    python -m benchmarks.evidence.chat_model             2 h 40 min on two cores with AMX; goes on where it was interrupted
     python -m benchmarks.evidence.chat_model --quick     20 seconds
 """
 

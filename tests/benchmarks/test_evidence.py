@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 
 from benchmarks.evidence import _methods as methods
-from benchmarks.evidence import quality, vision
+from benchmarks.evidence import confirmation, quality, vision
+from benchmarks.evidence.chat_model import Run
 
 from .quick import RESULTS, check, names, run
 
@@ -58,3 +59,22 @@ def test_what_the_evidence_compares_trains_equally_many_parameters_and_the_rate_
     [(case, by_rate, best)] = methods.by_case((("a", *run) for run in runs), lambda run: run["error"])
     assert (best, by_rate[best]) == (0.2, [{"error": 0.0}, {"error": 3.9}])
     assert (case, by_rate[0.1]) == ("a", [{"error": 1.0}, {"error": 3.0}])
+
+
+def test_what_is_confirmed_is_judged_by_the_rule_once_all_seeds_have_been_run(tmp_path):
+    assert confirmation.verdict([0.02, 0.01, 0.03, 0.02, 0.01, -0.01]) == "better"
+    assert confirmation.verdict([-0.02, -0.01, -0.03, -0.02, -0.01, 0.01]) == "worse"
+    assert confirmation.verdict([0.02, -0.01, 0.03, 0.02, 0.01, -0.01]) == "alike"  # four of six
+    assert confirmation.verdict([0.2, 0.001, 0.001, 0.001, 0.001, 0.001]) == "alike"  # one seed alone
+
+    def result(run: Run, right: float) -> dict[str, object]:
+        return {**run._asdict(), "test": {"right": right, "loss": 0.3}, "old task": 4.0}
+
+    cases = {("LoRA", 16, 2e-3): 0.8, ("LoRA, rs", 16, 1e-3): 0.9}
+    done = {(run := Run(*case, seed)): result(run, right) for case, right in cases.items() for seed in (3, 4)}
+    lora, other = confirmation.write(tmp_path, done, quiet=True)
+    assert (lora["seeds"], other["verdict"], "differences" in lora) == (2, "", False)
+    assert other["differences"] == pytest.approx([0.1, 0.1])
+    assert confirmation.there(tmp_path, 40) == done and confirmation.there(tmp_path, 2) == {}
+    done |= {(run := Run(*case, seed)): result(run, right) for case, right in cases.items() for seed in (5, 6, 7, 8)}
+    assert [row.get("verdict") for row in confirmation.summary(done)] == [None, "better"]

@@ -191,16 +191,13 @@ def _forward(
         dropped, mask_general = _drop(own, keep)
         z_general = _rows(dropped) @ A_general.t()
     del own, dropped  # may be copies of x; what follows is as large
-    general = None if z_general is None or B_general is None else (z_general, B_general.t())
-    if direct:
-        _blocks(y, k).baddbmm_(z, B, alpha=scaling)
-        if general is not None:
-            _rows(y).addmm_(*general, alpha=scaling)
-    else:  # the update is built in the adapter's type and added once, so rounded once
-        update = _outputs(z, B)
-        if general is not None:
-            update.addmm_(*general)
-        y.add_(update.view(y.shape), alpha=scaling)
+    # where the types differ, the update is built in the adapter's and added once, so rounded once
+    update = y if direct else torch.empty_like(y, dtype=dtype)
+    _blocks(update, k).baddbmm_(z, B, beta=1 if direct else 0, alpha=scaling)
+    if z_general is not None and B_general is not None:
+        update.view(-1, update.shape[-1]).addmm_(z_general, B_general.t(), alpha=scaling)
+    if not direct:
+        y.add_(update)
     return y, Saved(z, z_general, mask, mask_general)
 
 
@@ -336,16 +333,6 @@ def _regroup(z: Tensor) -> Tensor:
     k, t, r = z.shape
     s = r // k
     return z.as_strided((k, t, k, s), (s, r, t * r, 1)).reshape(k, t, r)
-
-
-def _outputs(z: Tensor, B: Tensor) -> Tensor:
-    """z (j, t, r) @ B (j, r, m) -> (t, (j m))"""
-    k, t, _ = z.shape
-    if t == 1:
-        return torch.bmm(z, B).view(1, -1)
-    outputs = z.new_empty(t, k * B.shape[2])
-    _blocks(outputs, k).baddbmm_(z, B, beta=0)
-    return outputs
 
 
 def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -118,7 +118,8 @@ class GraloraConfig:
 
         alpha = 32, k = 2 (or 1 where r is odd) and the usual start, for AdamW at `RECOMMENDED_RATE`, which was right at r = 16
         and at 64; with rsLoRA's scale the best rate fell with r. It is LoRA's quality, and no more. Tune the rate all the same:
-        on another model half of it was best. Source: `benchmarks/evidence/chat_model.py`, results in `benchmarks/README.md`.
+        on another model half of it was best, and with EVA's start it was half at r = 64 and an eighth at r = 16. Source:
+        `benchmarks/evidence/chat_model.py`, results in `benchmarks/README.md`.
 
         Args:
             r: rank.

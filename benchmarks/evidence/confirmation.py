@@ -6,7 +6,7 @@ beside LoRA at its own; and so is what `GraloraConfig.recommended` gives, at its
 than LoRA if in five of the six seeds, paired, it answers more of the held-out terms rightly, and the mean of the differences is
 more than two of its standard errors; *worse* the other way round; else they are alike. The held-out terms are the same.
 
-    python -m benchmarks.evidence.confirmation             20 minutes on two cores with AMX; goes on where it was interrupted
+    python -m benchmarks.evidence.confirmation             22 minutes on two cores with AMX; goes on where it was interrupted
     python -m benchmarks.evidence.confirmation --quick     10 seconds
 """
 

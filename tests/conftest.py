@@ -49,12 +49,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.randomly_reset_seed = False
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest come first, in whatever order: none of them is left for one process at the end, while the others are idle."""
-    items.sort(key=lambda item: "benchmarks" not in item.path.relative_to(item.config.rootpath).parts)
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

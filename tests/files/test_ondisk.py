@@ -219,10 +219,12 @@ def test_an_interrupted_merge_leaves_nothing_under_the_final_name(tmp_path):
         layer.gralora_adapters["default"].reset_parameters()
     gralora.save_adapter(model, tmp_path / "a")
     stops = (
-        "import os, signal; from gralora.files import ondisk; from gralora.__main__ import main; write = ondisk._Merging.write\n"
+        "import os, signal, time; from gralora.files import ondisk; from gralora.__main__ import main\n"
+        "write = ondisk._Merging.write\n"
         "def stopped(self, shard, path):\n"
         "    write(self, shard, path)\n"
         "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    while True: time.sleep(0.01)\n"  # till the signal is here: code in C may swallow what is raised in its midst
         "ondisk._Merging.write = stopped\n"
         "raise SystemExit(main())"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -59,6 +60,14 @@ def by_case(
         found.setdefault(case, {}).setdefault(lr, []).append(result)
     for case, by_rate in found.items():
         yield case, by_rate, min(by_rate, key=lambda lr: statistics.fmean(map(error, by_rate[lr])))
+
+
+def verdict(differences: Sequence[float], agreeing: int) -> str:
+    """Of paired differences: better if `agreeing` of them are above 0 and the mean is more than two standard errors; or worse."""
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    if mean > 2 * error and sum(d > 0 for d in differences) >= agreeing:
+        return "better"
+    return "worse" if mean < -2 * error and sum(d < 0 for d in differences) >= agreeing else "alike"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

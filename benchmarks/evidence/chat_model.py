@@ -303,19 +303,10 @@ def cases(done: Done) -> list[dict[str, Any]]:
                 pairs = [(each["test"], lora[r][seed]["test"]) for seed, each in by_seed.items()]
                 case["differences"] = [a["right"] - b["right"] for a, b in pairs]
                 case["loss differences"] = [a["loss"] - b["loss"] for a, b in pairs]
-                case["verdict"] = verdict(case["differences"])
+                whole = len(pairs) == len(SEEDS)
+                case["verdict"] = methods.verdict(case["differences"], len(SEEDS)) if whole else ""
             found.append(case)
     return found
-
-
-def verdict(differences: list[float]) -> str:
-    """The rule of the text above, of three paired differences."""
-    if len(differences) < len(SEEDS):
-        return ""
-    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    if abs(mean) <= 2 * error or len({d > 0 for d in differences}) > 1 or 0 in differences:
-        return "alike"
-    return "better" if mean > 0 else "worse"
 
 
 def at_one_rate(found: list[dict[str, Any]]) -> dict[str, dict[int, str]]:

@@ -31,18 +31,9 @@ CASES = (
     ("GraLoRA k=2", 64, 2e-3),
     ("GraLoRA k=2, EVA", 64, 1e-3),
 )
-SEEDS = (3, 4, 5, 6, 7, 8)
+SEEDS, AGREEING = (3, 4, 5, 6, 7, 8), 5
 
 Done = dict[Run, dict[str, Any]]
-
-
-def verdict(differences: list[float]) -> str:
-    """The rule of the text above."""
-    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    most = len(differences) - 1
-    if mean > 2 * error and sum(d > 0 for d in differences) >= most:
-        return "better"
-    return "worse" if mean < -2 * error and sum(d < 0 for d in differences) >= most else "alike"
 
 
 def summary(done: Done) -> list[dict[str, Any]]:
@@ -60,7 +51,7 @@ def summary(done: Done) -> list[dict[str, Any]]:
         lora = {seed: done[run]["test"]["right"] for seed in own if (run := Run(*LORA[r], seed)) in done}
         if case != LORA[r] and len(lora) == len(own):
             row["differences"] = [own[seed]["right"] - lora[seed] for seed in own]
-            row["verdict"] = verdict(row["differences"]) if len(own) == len(SEEDS) else ""
+            row["verdict"] = methods.verdict(row["differences"], AGREEING) if len(own) == len(SEEDS) else ""
         found.append(row)
     return found
 

@@ -89,7 +89,7 @@ def updates_of_groups(x: Tensor, counts: Sequence[int], groups: Sequence[tuple[T
     Args:
         counts: how many rows each of `groups`, (tensors, scaling), has.
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat = _rows(x)
     each = len(flat) // len(x)
     B = groups[0][0][1]
     update = flat.new_empty(len(flat), B.shape[0] * B.shape[2], dtype=B.dtype)

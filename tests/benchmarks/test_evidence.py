@@ -62,10 +62,10 @@ def test_what_the_evidence_compares_trains_equally_many_parameters_and_the_rate_
 
 
 def test_what_is_confirmed_is_judged_by_the_rule_once_all_seeds_have_been_run(tmp_path):
-    assert confirmation.verdict([0.02, 0.01, 0.03, 0.02, 0.01, -0.01]) == "better"
-    assert confirmation.verdict([-0.02, -0.01, -0.03, -0.02, -0.01, 0.01]) == "worse"
-    assert confirmation.verdict([0.02, -0.01, 0.03, 0.02, 0.01, -0.01]) == "alike"  # four of six
-    assert confirmation.verdict([0.2, 0.001, 0.001, 0.001, 0.001, 0.001]) == "alike"  # one seed alone
+    assert methods.verdict([0.02, 0.01, 0.03, 0.02, 0.01, -0.01], 5) == "better"
+    assert methods.verdict([-0.02, -0.01, -0.03, -0.02, -0.01, 0.01], 5) == "worse"
+    assert methods.verdict([0.02, -0.01, 0.03, 0.02, 0.01, -0.01], 5) == "alike"  # four of six
+    assert methods.verdict([0.2, 0.001, 0.001, 0.001, 0.001, 0.001], 5) == "alike"  # one seed alone
 
     def result(run: Run, right: float) -> dict[str, object]:
         return {**run._asdict(), "test": {"right": right, "loss": 0.3}, "old task": 4.0}

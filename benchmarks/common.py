@@ -1,4 +1,6 @@
-"""What every benchmark shares: its command line, the machine it ran on, its table, JSON and picture."""
+"""What every benchmark shares: its command line, the machine it ran on, its table, JSON and
+picture.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,19 @@ VERSIONED = ("gralora", "torch", "peft", "transformers", "loralib", "numpy")
 
 def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
     """A command line with `--out`, `--quick` and `--device`; the module's docstring is its help."""
-    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder for the JSON and the picture")
+    result = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/out"),
+        help="folder for the JSON and the picture",
+    )
     result.add_argument("--quick", action="store_true", help=quick)
-    result.add_argument("--device", default="cpu", type=_default_device, help="cpu, or an accelerator such as cuda")
+    result.add_argument(
+        "--device", default="cpu", type=_default_device, help="cpu, or an accelerator such as cuda"
+    )
     return result
 
 
@@ -46,7 +57,9 @@ def _default_device(name: str) -> str:
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     legal = ["cpu", *([] if there is None else [there.type])]
     if name.partition(":")[0] not in legal:
-        raise argparse.ArgumentTypeError(f"{name!r} is not on this machine, which has {' and '.join(legal)}")
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not on this machine, which has {' and '.join(legal)}"
+        )
     if name != "cpu":  # where it is so by itself, and setting it costs every tensor that is made
         torch.set_default_device(name)
     return name
@@ -91,7 +104,8 @@ def describe(info: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     device = "" if info["device"] == "cpu" else f"{info['device']}; "
     return (
-        f"{device}{info['cpu']}, {info['cores']} cores, {info['threads']} threads; Python {info['python']}, {versions}"
+        f"{device}{info['cpu']}, {info['cores']} cores, {info['threads']} threads; Python"
+        f" {info['python']}, {versions}"
     )
 
 
@@ -99,13 +113,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table, its columns aligned."""
     texts = [list(head), *([_text(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in texts) for i in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in texts]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in texts
+    ]
     lines.insert(1, "| " + " | ".join("-" * w for w in widths) + " |")
     return "\n".join(lines)
 
 
-def write(out: Path, name: str, result: dict[str, Any], figure: Figure, *, quiet: bool = False) -> None:
-    """`NAME.json` and `NAME.png` into `out`; the JSON whole at any moment, so that a long run can be interrupted."""
+def write(
+    out: Path, name: str, result: dict[str, Any], figure: Figure, *, quiet: bool = False
+) -> None:
+    """`NAME.json` and `NAME.png` into `out`; the JSON whole at any moment, so that a long run can
+    be interrupted.
+    """
     out.mkdir(parents=True, exist_ok=True)
     result = {**result, "machine": machine()}
     half = out / f".{name}.json"
@@ -126,16 +147,20 @@ def written(out: Path, name: str) -> dict[str, Any]:
 def each(
     function: Callable[[Case], Result], cases: Sequence[Case], name: str, *, here: bool
 ) -> Iterator[tuple[Case, Result]]:
-    """(case, function(case)) as they end: in this process, or in one for every core, with one thread each.
+    """(case, function(case)) as they end: in this process, or in one for every core, with one
+    thread each.
 
-    Runs of small models are faster side by side than one after the other with all threads; an accelerator is shared by none.
+    Runs of small models are faster side by side than one after the other with all threads; an
+    accelerator is shared by none.
     """
     if here or len(cases) < 2 or torch.get_default_device().type != "cpu":
         yield from ((case, function(case)) for case in tqdm(cases, desc=name, mininterval=1))
         return
     os.environ["TQDM_DISABLE"] = "1"  # the bars of those processes
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(os.cpu_count(), context, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(
+        os.cpu_count(), context, initializer=torch.set_num_threads, initargs=(1,)
+    )
     try:
         futures = {pool.submit(function, case): case for case in cases}
         for future in tqdm(as_completed(futures), total=len(futures), desc=name, mininterval=1):
@@ -153,8 +178,11 @@ def timed(function: Callable[..., Result], *args: Any) -> tuple[float, Result]:
     return time.perf_counter() - start, result
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Seconds per call of each variant, one after the other in every round, so that noise falls on all alike.
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1
+) -> dict[str, list[float]]:
+    """Seconds per call of each variant, one after the other in every round, so that noise falls on
+    all alike.
 
     On an accelerator what is timed is what it has done, not what it was asked.
     """
@@ -183,13 +211,20 @@ def ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
-def bars(title: str, unit: str, groups: Sequence[str], series: Mapping[str, Sequence[float]]) -> Figure:
+def bars(
+    title: str, unit: str, groups: Sequence[str], series: Mapping[str, Sequence[float]]
+) -> Figure:
     """Groups of bars, one colour per series."""
     figure = Figure(figsize=(max(7.0, 0.8 * len(groups)), 4))
     axes = figure.subplots()
     width = 0.8 / len(series)
     for i, (name, values) in enumerate(series.items()):
-        axes.bar([g + (i - (len(series) - 1) / 2) * width for g in range(len(groups))], values, width, label=name)
+        axes.bar(
+            [g + (i - (len(series) - 1) / 2) * width for g in range(len(groups))],
+            values,
+            width,
+            label=name,
+        )
     axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 4 else 0, fontsize=8)
     axes.set(title=title, ylabel=unit)
     axes.legend(fontsize=8)

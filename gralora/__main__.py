@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 from gralora.config import GraloraConfig
-from gralora.files.formats import FORMATS, LORA_FORMATS, convertible, located, model_fields, read_adapter
+from gralora.files.formats import (
+    FORMATS,
+    LORA_FORMATS,
+    convertible,
+    located,
+    model_fields,
+    read_adapter,
+)
 from gralora.files.ondisk import extract_checkpoint, merge_checkpoint, refuse_existing
 from gralora.files.own import AdapterFile, layer_tensors, out_in, read_json
 from gralora.files.serving import FORMAT as SERVERS
@@ -66,7 +73,9 @@ def convert(args: argparse.Namespace) -> None:
         file.model = model_fields(read_json(config))
     errors: dict[str, float] = {}
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    FORMATS[args.to].write(convertible(file, args.to, args.rank, errors, args.experts or "fused", dtype), args.out)
+    FORMATS[args.to].write(
+        convertible(file, args.to, args.rank, errors, args.experts or "fused", dtype), args.out
+    )
     if args.rank is not None:
         print(_table(("layer", "relative error"), list(errors.items())))
     print(f"wrote {args.out}")
@@ -76,7 +85,9 @@ def merge(args: argparse.Namespace) -> None:
     file = read_adapter(args.adapter)
     unmerged = merge_checkpoint(args.model, file, args.out, force=args.force, progress=_progress)
     if unmerged:
-        warnings.warn(f"copied as they were, without the adapter: {', '.join(unmerged)}", stacklevel=1)
+        warnings.warn(
+            f"copied as they were, without the adapter: {', '.join(unmerged)}", stacklevel=1
+        )
     print(f"wrote {args.out}")
 
 
@@ -89,8 +100,21 @@ def extract(args: argparse.Namespace) -> None:
     rows = extract_checkpoint(
         args.base, args.tuned, args.out, args.targets, config, force=args.force, progress=_progress
     )
-    head = ("layer", "out x in", f"error of GraLoRA k={args.k}", "of the best LoRA, equal parameters")
-    print(_table(head, [(row.layer, "{} x {}".format(*row.shape), row.error, row.best_lora_error) for row in rows]))
+    head = (
+        "layer",
+        "out x in",
+        f"error of GraLoRA k={args.k}",
+        "of the best LoRA, equal parameters",
+    )
+    print(
+        _table(
+            head,
+            [
+                (row.layer, "{} x {}".format(*row.shape), row.error, row.best_lora_error)
+                for row in rows
+            ],
+        )
+    )
     print(f"wrote {args.out}")
 
 
@@ -108,7 +132,9 @@ def parser() -> argparse.ArgumentParser:
             result.add_argument("--force", action="store_true", help="overwrite OUT")
         return result
 
-    command(info, "What an adapter holds: layers, sizes, norms.", "adapter").add_argument("--json", action="store_true")
+    command(info, "What an adapter holds: layers, sizes, norms.", "adapter").add_argument(
+        "--json", action="store_true"
+    )
     checked = command(check, "What a server will refuse, ignore or need of an adapter.", "adapter")
     checked.add_argument("--for", dest="server", choices=list(SERVERS), required=True)
     checked.add_argument("--base", type=Path, help="the base model's folder or config.json")
@@ -117,20 +143,35 @@ def parser() -> argparse.ArgumentParser:
     converted.add_argument(
         "--rank",
         type=_rank,
-        help="for plain LoRA: of every layer, a number, vllm, or a share of ‖ΔW‖² (0.95); by default exact",
+        help=(
+            "for plain LoRA: of every layer, a number, vllm, or a share of ‖ΔW‖² (0.95); by default"
+            " exact"
+        ),
     )
     converted.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="of the tensors; by default as they are"
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="of the tensors; by default as they are",
     )
     converted.add_argument(
-        "--base", type=Path, help="for gguf, where the adapter's file does not know its model: config.json"
+        "--base",
+        type=Path,
+        help="for gguf, where the adapter's file does not know its model: config.json",
     )
     converted.add_argument(
-        "--experts", choices=["fused", "each"], help="for lora: fused experts as one, or each for itself"
+        "--experts",
+        choices=["fused", "each"],
+        help="for lora: fused experts as one, or each for itself",
     )
-    command(merge, "Merge an adapter into a checkpoint, a file or a folder.", "model", "adapter", "out")
-    extracted = command(extract, "The best GraLoRA for TUNED - BASE, two checkpoints.", "base", "tuned", "out")
-    extracted.add_argument("--targets", required=True, metavar="REGEX", help="for the whole name of a layer")
+    command(
+        merge, "Merge an adapter into a checkpoint, a file or a folder.", "model", "adapter", "out"
+    )
+    extracted = command(
+        extract, "The best GraLoRA for TUNED - BASE, two checkpoints.", "base", "tuned", "out"
+    )
+    extracted.add_argument(
+        "--targets", required=True, metavar="REGEX", help="for the whole name of a layer"
+    )
     extracted.add_argument("-r", type=int, default=32)
     extracted.add_argument("-k", type=int, default=2)
     extracted.add_argument("--hybrid-r", type=int, default=0)
@@ -143,11 +184,17 @@ def _rank(text: str) -> int | float | str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns 0, or 1 for a failure, told in one line on standard error. Wrong usage exits with 2."""
+    """Run a command; returns 0, or 1 for a failure, told in one line on standard error. Wrong usage
+    exits with 2.
+    """
     args = parser().parse_args(argv)
     with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)  # told, whatever the surroundings make of warnings
-        warnings.showwarning = lambda message, *rest, **more: print(f"gralora: warning: {message}", file=sys.stderr)
+        warnings.simplefilter(
+            "always", UserWarning
+        )  # told, whatever the surroundings make of warnings
+        warnings.showwarning = lambda message, *rest, **more: print(
+            f"gralora: warning: {message}", file=sys.stderr
+        )
         try:
             args.run(args)
             sys.stdout.flush()
@@ -194,7 +241,9 @@ def _describe(file: AdapterFile, name: str) -> dict[str, Any]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    return table(head, [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows])
+    return table(
+        head, [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    )
 
 
 if __name__ == "__main__":

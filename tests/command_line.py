@@ -13,4 +13,6 @@ def run(*args: object) -> int:
 
 
 def command(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "gralora", *map(str, args)], capture_output=True, text=True, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "gralora", *map(str, args)], capture_output=True, text=True, **kwargs
+    )

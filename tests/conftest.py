@@ -27,7 +27,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def _no_skip(report: Any) -> Any:
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI"):
-        report.outcome, report.longrepr = "failed", f"under CI nothing may be skipped: {report.longrepr}"
+        report.outcome, report.longrepr = (
+            "failed",
+            f"under CI nothing may be skipped: {report.longrepr}",
+        )
     return report
 
 
@@ -44,7 +47,9 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Any:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Every test has the seed that `_seed` gives it: with DeepSpeed installed, pytest-randomly would give torch another."""
+    """Every test has the seed that `_seed` gives it: with DeepSpeed installed, pytest-randomly
+    would give torch another.
+    """
     if hasattr(config.option, "randomly_reset_seed"):
         config.option.randomly_reset_seed = False
 
@@ -56,7 +61,9 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _forgetful_compiler() -> Iterator[None]:
-    """What one test has compiled counts not against the next one's limit: models of all tests share the code of `Sequential`."""
+    """What one test has compiled counts not against the next one's limit: models of all tests share
+    the code of `Sequential`.
+    """
     yield
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
@@ -74,6 +81,8 @@ def processes() -> Iterator[Processes]:
 @pytest.fixture
 def adapter(tmp_path: Path) -> tuple[nn.Module, Path]:
     """A model with an adapter whose layers differ, and the file that it is saved in."""
-    model = gralora.inject(Block(), {"q": random_config(), "v": random_config(r=8, gralora_k=4, hybrid_r=2, alpha=3)})
+    model = gralora.inject(
+        Block(), {"q": random_config(), "v": random_config(r=8, gralora_k=4, hybrid_r=2, alpha=3)}
+    )
     gralora.save_adapter(model, tmp_path / "a")
     return model, tmp_path / "a"

@@ -1,4 +1,5 @@
-"""Mutated adapter files, from a seed, and what loading one must come to: a clean error, or an adapter that works.
+"""Mutated adapter files, from a seed, and what loading one must come to: a clean error, or an
+adapter that works.
 
 python -m tests.fuzzing --count 100000      more of what tests/test_hostile.py runs
 python -m tests.fuzzing --atheris 600       coverage-guided, for so many seconds (needs atheris)
@@ -37,7 +38,10 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc, self.conv, self.head = nn.Linear(8, 8), nn.Conv1d(8, 8, 2), nn.Linear(8, 4)
-        self.experts, self.attention = Experts(dtype=torch.float32), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.experts, self.attention = (
+            Experts(dtype=torch.float32),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+        )
 
     def forward(self, x):
         x = self.conv(self.fc(x).mT).mT
@@ -50,13 +54,21 @@ def seeds(folder: Path) -> list[Path]:
     everything = gralora.inject(
         Net(),
         ["fc", "conv", "up", "attention"],
-        GraloraConfig(r=4, hybrid_r=1, bias="gralora_only", modules_to_save=["head"], init_weights=False),
+        GraloraConfig(
+            r=4, hybrid_r=1, bias="gralora_only", modules_to_save=["head"], init_weights=False
+        ),
     )
     gralora.save_adapter(everything, folder / "everything")
-    linear = gralora.inject(Net(), ["fc"], GraloraConfig(r=4, bias="gralora_only", modules_to_save=["head"]))
+    linear = gralora.inject(
+        Net(), ["fc"], GraloraConfig(r=4, bias="gralora_only", modules_to_save=["head"])
+    )
     for format in ("gralora", "peft", "lora"):
         gralora.save_adapter(linear, folder / format, format=format)
-    varied = {"fc": GraloraConfig(r=2), "conv": GraloraConfig(r=4), "attention": GraloraConfig(r=4, alpha=3)}
+    varied = {
+        "fc": GraloraConfig(r=2),
+        "conv": GraloraConfig(r=4),
+        "attention": GraloraConfig(r=4, alpha=3),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gralora.save_adapter(gralora.inject(Net(), varied), folder / "varied", format="lora")
@@ -64,7 +76,27 @@ def seeds(folder: Path) -> list[Path]:
 
 
 WEIRD = [
-    *(0, 1, -1, 3, 2**31, 2**63, 2**70, -(2**63), 0.5, 1e308, -0.0, True, False, None, "", "4", "fc", "..", "../../x"),
+    *(
+        0,
+        1,
+        -1,
+        3,
+        2**31,
+        2**63,
+        2**70,
+        -(2**63),
+        0.5,
+        1e308,
+        -0.0,
+        True,
+        False,
+        None,
+        "",
+        "4",
+        "fc",
+        "..",
+        "../../x",
+    ),
     *(
         "\x00",
         "é" * 50,
@@ -99,7 +131,9 @@ WEIRD = [
 
 def mutated_json(rng: random.Random, value: object, depth: int = 0) -> object:
     """`value` with something in it changed, removed, doubled or put elsewhere."""
-    if isinstance(value, str) and value[:1] in '{["' and depth < 8:  # JSON within JSON: the metadata
+    if (
+        isinstance(value, str) and value[:1] in '{["' and depth < 8
+    ):  # JSON within JSON: the metadata
         try:
             return json.dumps(mutated_json(rng, json.loads(value), depth + 1))
         except ValueError:
@@ -112,14 +146,18 @@ def mutated_json(rng: random.Random, value: object, depth: int = 0) -> object:
         elif action < 0.7:
             del result[key]
         elif action < 0.85:
-            result[rng.choice([str(rng.choice(WEIRD)), key + "x", key[1:], rng.choice(list(value))])] = result.pop(key)
+            result[
+                rng.choice([str(rng.choice(WEIRD)), key + "x", key[1:], rng.choice(list(value))])
+            ] = result.pop(key)
         else:
             result[str(rng.choice(WEIRD))] = copy.deepcopy(rng.choice(list(value.values())))
         return result
     if isinstance(value, list) and value and rng.random() < 0.7:
         result = list(value)
         index = rng.randrange(len(result))
-        result[index : index + 1] = rng.choice([[], [result[index]] * 2, [mutated_json(rng, result[index], depth + 1)]])
+        result[index : index + 1] = rng.choice(
+            [[], [result[index]] * 2, [mutated_json(rng, result[index], depth + 1)]]
+        )
         return result
     if isinstance(value, int) and not isinstance(value, bool) and rng.random() < 0.4:
         return value + rng.choice([-8, -1, 1, 4, 8, value])
@@ -132,7 +170,9 @@ def split(data: bytes) -> tuple[dict, bytes]:
 
 
 def joined(header: object, body: bytes) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode("utf-8", "surrogatepass")
+    text = (
+        header if isinstance(header, bytes) else json.dumps(header).encode("utf-8", "surrogatepass")
+    )
     return struct.pack("<Q", len(text)) + text + body
 
 
@@ -148,7 +188,9 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
             broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
         return bytes(broken)
     if kind == 2:
-        length = rng.choice([0, 1, 7, len(data), 2**24, 2**32, 2**63, 2**64 - 1, rng.randrange(2 * len(data))])
+        length = rng.choice(
+            [0, 1, 7, len(data), 2**24, 2**32, 2**63, 2**64 - 1, rng.randrange(2 * len(data))]
+        )
         return struct.pack("<Q", length) + data[8:]
     if kind == 3:  # values that no training gives
         broken, place = bytearray(body), 4 * rng.randrange(len(body) // 4)
@@ -160,13 +202,27 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
         text = json.dumps(header).encode()
         deep = rng.choice([100, 1000, 100_000])
         piece = rng.choice(
-            [b"[" * deep, b'{"a":' * deep, b" " * deep, text[: rng.randrange(len(text))], b'"' + b"x" * deep]
+            [
+                b"[" * deep,
+                b'{"a":' * deep,
+                b" " * deep,
+                text[: rng.randrange(len(text))],
+                b'"' + b"x" * deep,
+            ]
         )
         return joined(text[:1] + piece + text[1:], body)
     if kind == 5:  # a key twice
         text, key = json.dumps(header), rng.choice(list(header))
         return joined(
-            ("{" + json.dumps(key) + ":" + json.dumps(mutated_json(rng, header[key])) + "," + text[1:]).encode(), body
+            (
+                "{"
+                + json.dumps(key)
+                + ":"
+                + json.dumps(mutated_json(rng, header[key]))
+                + ","
+                + text[1:]
+            ).encode(),
+            body,
         )
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         new = mutated_json(rng, header)
@@ -238,7 +294,9 @@ class Target:
 
 
 def fuzz(folder: Path, count: int, seed: int) -> Counter:
-    """`count` mutants; raises at the first that is neither refused cleanly nor loaded rightly, which is left in `folder`."""
+    """`count` mutants; raises at the first that is neither refused cleanly nor loaded rightly,
+    which is left in `folder`.
+    """
     rng, valid, target, outcomes = random.Random(seed), seeds(folder), Target(), Counter()
     for each in valid:
         assert target.meets(each) == "loaded"
@@ -274,7 +332,9 @@ def coverage_guided(folder: Path, seconds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--atheris", type=int, metavar="SECONDS")

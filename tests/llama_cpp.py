@@ -14,8 +14,19 @@ VOCABULARY = 64
 
 
 def _sizes(**more: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-    return {"vocab_size": VOCABULARY, **sizes, "num_key_value_heads": 2, "max_position_embeddings": 128, **more}
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+    }
+    return {
+        "vocab_size": VOCABULARY,
+        **sizes,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        **more,
+    }
 
 
 def small_model(name: str, **more: Any) -> nn.Module:
@@ -25,14 +36,18 @@ def small_model(name: str, **more: Any) -> nn.Module:
     gemma = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64, "pad_token_id": 0}
     made = {
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_sizes(**more))),
-        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**_sizes(sliding_window=None, **more))),
+        "mistral": lambda: t.MistralForCausalLM(
+            t.MistralConfig(**_sizes(sliding_window=None, **more))
+        ),
         "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**_sizes(**more))),
         "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**_sizes(head_dim=16, **more))),
         "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**_sizes(**gemma, **more))),
         "gemma3_text": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**_sizes(**gemma, **more))),
         "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**_sizes(pad_token_id=0, **more))),
         "gpt2": lambda: t.GPT2LMHeadModel(
-            t.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=128, **more)
+            t.GPT2Config(
+                vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=128, **more
+            )
         ),
     }
     torch.manual_seed(0)
@@ -47,11 +62,15 @@ def small_model(name: str, **more: Any) -> nn.Module:
 
 
 def write_model(model: nn.Module, path: Path) -> None:
-    """The base model as llama.cpp wants it: names, orders and conventions of its `convert_hf_to_gguf.py`."""
+    """The base model as llama.cpp wants it: names, orders and conventions of its
+    `convert_hf_to_gguf.py`.
+    """
     import gguf
 
     config = model.config
-    architecture = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    architecture = {"mistral": "llama", "gemma3_text": "gemma3"}.get(
+        config.model_type, config.model_type
+    )
     writer = gguf.GGUFWriter(path, architecture)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", heads)
@@ -95,7 +114,11 @@ def write_model(model: nn.Module, path: Path) -> None:
             tensor = tensor + 1
         if architecture == "llama" and key.endswith(("q_proj.weight", "k_proj.weight")):
             own = heads if "q_proj" in key else kv_heads
-            tensor = tensor.reshape(own, 2, len(tensor) // own // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+            tensor = (
+                tensor.reshape(own, 2, len(tensor) // own // 2, -1)
+                .swapaxes(1, 2)
+                .reshape(tensor.shape)
+            )
         writer.add_tensor(name, tensor.float().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -135,7 +158,13 @@ class Served:
 
     def log_probabilities(self, tokens: list[int], count: int = VOCABULARY) -> Tensor:
         """Of the token after `tokens`, by token."""
-        request = {"prompt": tokens, "max_tokens": 1, "logprobs": count, "temperature": 0.0, "cache_prompt": False}
+        request = {
+            "prompt": tokens,
+            "max_tokens": 1,
+            "logprobs": count,
+            "temperature": 0.0,
+            "cache_prompt": False,
+        }
         answer = self.server.handle_completions({**request, "n_probs": count})
         top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         found = torch.full((count,), -torch.inf)

@@ -17,7 +17,9 @@ class Block(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 4)
 
@@ -39,11 +41,16 @@ class Experts(nn.Module):
     def __init__(self, transposed=False, dtype=torch.float64):
         super().__init__()
         self.is_transposed = transposed
-        self.up = nn.Parameter(torch.randn(3, 8, 12, dtype=dtype) if transposed else torch.randn(3, 12, 8, dtype=dtype))
+        self.up = nn.Parameter(
+            torch.randn(3, 8, 12, dtype=dtype) if transposed else torch.randn(3, 12, 8, dtype=dtype)
+        )
         self.bias = nn.Parameter(torch.randn(1, 1, 12, dtype=dtype))
 
     def forward(self, x):
-        return sum(x @ (self.up[e] if self.is_transposed else self.up[e].mT) for e in range(3)) + self.bias
+        return (
+            sum(x @ (self.up[e] if self.is_transposed else self.up[e].mT) for e in range(3))
+            + self.bias
+        )
 
 
 class Everything(nn.Module):
@@ -83,7 +90,9 @@ def everything(bias="gralora_only"):
     targets = r"block\.(q|mlp\.0)|attention|conv1?d?|experts\.up|embed"
     config = random_config(alpha=4, bias=bias, modules_to_save=["head"])
     inject(model, targets, config, adapter_name="a")
-    inject(model, ["block.q", "attention", "conv", "up"], random_config(gralora_k=1), adapter_name="b")
+    inject(
+        model, ["block.q", "attention", "conv", "up"], random_config(gralora_k=1), adapter_name="b"
+    )
     assert len(list(gralora_layers(model))) == 2 + 4 + 2 + 1 + 1
     return model
 
@@ -105,21 +114,35 @@ def mlp(*widths: int, dtype: torch.dtype | None = None, bias: bool = True) -> nn
 def bert(**kwargs: Any) -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     return BertModel(BertConfig(vocab_size=64, **sizes, **kwargs)).eval()
 
 
 def gpt2(**kwargs: Any) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, **kwargs)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, **kwargs)
+    ).eval()
 
 
 def llama(**kwargs: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes, **kwargs)).eval()
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes, **kwargs)
+    ).eval()
 
 
 def opt(**kwargs: Any) -> nn.Module:
@@ -141,15 +164,24 @@ def t5(**kwargs: Any) -> nn.Module:
 def vit(**kwargs: Any) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, **sizes, **kwargs)).eval()
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    return ViTForImageClassification(
+        ViTConfig(image_size=16, patch_size=4, **sizes, **kwargs)
+    ).eval()
 
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
 
 def logits(model: nn.Module) -> torch.Tensor:
-    """The tensors that a transformers model returns (logits; or hidden states and pooled output), as one."""
+    """The tensors that a transformers model returns (logits; or hidden states and pooled output),
+    as one.
+    """
     config = model.config
     if config.model_type == "vit":
         out = model(pixel_values=torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16))
@@ -196,14 +228,19 @@ def randomize_(model: nn.Module, scale: float = 0.3) -> None:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """All that must be the same again: classes, parameters and buffers bit for bit, identity, hooks, requires_grad."""
+    """All that must be the same again: classes, parameters and buffers bit for bit, identity,
+    hooks, requires_grad.
+    """
     return {
         "classes": {name: type(module) for name, module in model.named_modules()},
         "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "identity": {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
         "trained": {name: p.requires_grad for name, p in model.named_parameters()},
         "hooks": {
-            name: [list(getattr(module, register)) for register in ("_forward_hooks", "_forward_pre_hooks")]
+            name: [
+                list(getattr(module, register))
+                for register in ("_forward_hooks", "_forward_pre_hooks")
+            ]
             for name, module in model.named_modules()
         },
         "attributes": {name: set(vars(module)) for name, module in model.named_modules()},

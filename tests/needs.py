@@ -6,5 +6,9 @@ import pytest
 
 
 def needs(package: str) -> ModuleType:
-    """The package, or a skip that says what to install; under CI a skip is a failure (`conftest.py`)."""
-    return pytest.importorskip(package, reason=f"{package} is missing: pip install '.[dev]'", exc_type=ImportError)
+    """The package, or a skip that says what to install; under CI a skip is a failure
+    (`conftest.py`).
+    """
+    return pytest.importorskip(
+        package, reason=f"{package} is missing: pip install '.[dev]'", exc_type=ImportError
+    )

@@ -20,7 +20,9 @@ from gralora.layers.base import gralora_layers
 
 def peft_config(config: GraloraConfig, targets: list[str] | str) -> peft.GraloraConfig:
     known = {f.name for f in dataclasses.fields(peft.GraloraConfig)}
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in known}
+    fields = {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in known
+    }
     fields["fan_in_fan_out"] = False
     if fields["modules_to_save"]:
         fields["modules_to_save"] = list(fields["modules_to_save"])
@@ -44,7 +46,10 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
 def peft_tensors(layer: PeftLayer) -> list[torch.Tensor]:
     tensors = [layer.gralora_A["default"], layer.gralora_B["default"]]
     if layer.hybrid_r["default"]:
-        tensors += [layer.gralora_A_general["default"].weight, layer.gralora_B_general["default"].weight]
+        tensors += [
+            layer.gralora_A_general["default"].weight,
+            layer.gralora_B_general["default"].weight,
+        ]
     return tensors
 
 
@@ -57,7 +62,9 @@ def pairs(ours: nn.Module, theirs: nn.Module) -> list[tuple[torch.Tensor, torch.
     layers, reference = dict(gralora_layers(ours)), peft_layers(theirs)
     assert list(layers) == list(reference)
     return [
-        pair for name in layers for pair in zip(our_tensors(layers[name]), peft_tensors(reference[name]), strict=True)
+        pair
+        for name in layers
+        for pair in zip(our_tensors(layers[name]), peft_tensors(reference[name]), strict=True)
     ]
 
 

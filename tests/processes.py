@@ -1,4 +1,6 @@
-"""Two processes joined by gloo, started once per test session: what the tests of distributed engines run on."""
+"""Two processes joined by gloo, started once per test session: what the tests of distributed
+engines run on.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,18 @@ PATIENCE = 60  # seconds for one call
 
 
 class Processes:
-    """A group of `WORLD` processes. `run` has each of them call a function at module level, and returns their results."""
+    """A group of `WORLD` processes. `run` has each of them call a function at module level, and
+    returns their results.
+    """
 
     def __init__(self) -> None:
         self._workers: list[Any] = []
         self._pipes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """[function(rank, *args) for every rank]; whatever fails in one fails here, and the next call starts anew."""
+        """[function(rank, *args) for every rank]; whatever fails in one fails here, and the next
+        call starts anew.
+        """
         if not self._workers:
             self._start()
         for pipe in self._pipes:
@@ -30,7 +36,11 @@ class Processes:
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             try:
-                done, result = pipe.recv() if pipe.poll(PATIENCE) else (False, f"no answer in {PATIENCE} seconds")
+                done, result = (
+                    pipe.recv()
+                    if pipe.poll(PATIENCE)
+                    else (False, f"no answer in {PATIENCE} seconds")
+                )
             except EOFError:
                 done, result = False, "the process died"
             results.append(result)
@@ -43,7 +53,8 @@ class Processes:
 
     def stop(self, *, kill: bool = True) -> None:
         for pipe in self._pipes:
-            pipe.close()  # at which a worker that is not stuck ends, and writes what coverage has counted
+            # at which a worker that is not stuck ends, and writes what coverage has counted
+            pipe.close()
         for worker in self._workers:
             if not kill:
                 worker.join(30)
@@ -68,7 +79,11 @@ def _serve(rank: int, store: str, pipe: Any) -> None:
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=PATIENCE)
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=PATIENCE),
     )
     while True:
         try:

@@ -12,8 +12,13 @@ def test_defaults_are_those_of_peft():
 
     theirs = peft.GraloraConfig()
     for field in dataclasses.fields(GraloraConfig):
-        if field.name not in ("fan_in_fan_out", "exclude_modules"):  # read off the layer here; not in PEFT's
-            source = theirs if hasattr(theirs, field.name) else peft.LoraConfig()  # what its GraLoRA lacks
+        if field.name not in (
+            "fan_in_fan_out",
+            "exclude_modules",
+        ):  # read off the layer here; not in PEFT's
+            source = (
+                theirs if hasattr(theirs, field.name) else peft.LoraConfig()
+            )  # what its GraLoRA lacks
             assert getattr(GraloraConfig(), field.name) == getattr(source, field.name), field.name
 
 
@@ -34,7 +39,10 @@ def test_what_is_recommended_is_a_config_whose_fields_can_be_replaced():
     config = GraloraConfig.recommended(64, modules_to_save=["head"])
     assert config == GraloraConfig(64, alpha=32, gralora_k=2, modules_to_save=["head"])
     assert config.scaling == 0.5 and 1e-4 < GraloraConfig.RECOMMENDED_RATE < 1e-2
-    assert GraloraConfig.recommended(9).gralora_k == 1 and GraloraConfig.recommended(8, gralora_k=4).gralora_k == 4
+    assert (
+        GraloraConfig.recommended(9).gralora_k == 1
+        and GraloraConfig.recommended(8, gralora_k=4).gralora_k == 4
+    )
     assert "RECOMMENDED_RATE" not in {field.name for field in dataclasses.fields(GraloraConfig)}
     with pytest.raises(TypeError, match="r='8' is a str"):
         GraloraConfig.recommended("8")
@@ -45,7 +53,9 @@ def test_peft_s_lora_config_is_answered_with_its_scale():
 
     from gralora.config import as_config
 
-    with pytest.raises(TypeError, match=r"GraloraConfig\(r=16, alpha=4, .* gralora_k=1, use_rslora=True"):
+    with pytest.raises(
+        TypeError, match=r"GraloraConfig\(r=16, alpha=4, .* gralora_k=1, use_rslora=True"
+    ):
         as_config(peft.LoraConfig(r=16, lora_alpha=4, use_rslora=True))
 
 
@@ -70,7 +80,11 @@ def test_is_frozen_and_hashable():
         ({"hybrid_r": 1.5}, TypeError, "hybrid_r=1.5"),
         ({"gralora_k": 0}, ValueError, "gralora_k=0"),
         ({"gralora_k": False}, TypeError, "gralora_k=False"),
-        ({"r": 6, "gralora_k": 4}, ValueError, r"gralora_k=4 does not divide r=6\. Legal for this r: 1, 2, 3, 6\."),
+        (
+            {"r": 6, "gralora_k": 4},
+            ValueError,
+            r"gralora_k=4 does not divide r=6\. Legal for this r: 1, 2, 3, 6\.",
+        ),
         ({"alpha": 0}, ValueError, "alpha=0 .* finite number above 0"),
         ({"alpha": -1.0}, ValueError, "alpha=-1.0"),
         ({"alpha": float("nan")}, ValueError, "alpha=nan"),
@@ -85,7 +99,11 @@ def test_is_frozen_and_hashable():
         ({"bias": "lora_only"}, ValueError, "bias='lora_only' .* 'none', 'all', 'gralora_only'"),
         ({"fan_in_fan_out": "no"}, TypeError, "fan_in_fan_out='no'"),
         ({"init_weights": 1}, TypeError, "init_weights=1"),
-        ({"init_weights": "gaussian"}, ValueError, "init_weights='gaussian' .* True, False, 'orthogonal', 'loftq'"),
+        (
+            {"init_weights": "gaussian"},
+            ValueError,
+            "init_weights='gaussian' .* True, False, 'orthogonal', 'loftq'",
+        ),
         ({"init_weights": "gradient"}, ValueError, r"Starts from data are for initialize\(\)"),
         ({"use_rslora": 1}, TypeError, "use_rslora=1"),
         ({"target_modules": 3}, TypeError, "target_modules=3"),

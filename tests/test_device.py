@@ -1,7 +1,8 @@
 """The core of the suite on whatever accelerator there is, and on the CPU where there is none.
 
-What an accelerator does otherwise: its kernels round otherwise, its random numbers are its own, work is queued on streams, and
-autograd runs backward in a thread of its own, which has no context variables of ours.
+What an accelerator does otherwise: its kernels round otherwise, its random numbers are its own,
+work is queued on streams, and autograd runs backward in a thread of its own, which has no context
+variables of ours.
 """
 
 import contextlib
@@ -36,13 +37,17 @@ def both(make):
 
 
 def adapted(dtype=torch.float32, **fields):
-    model = gralora.inject(mlp(16, 32, 8, dtype=dtype), "all-linear", random_config(**fields), dtype=dtype)
+    model = gralora.inject(
+        mlp(16, 32, 8, dtype=dtype), "all-linear", random_config(**fields), dtype=dtype
+    )
     return model
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "fields", [{}, {"r": 8, "gralora_k": 4, "hybrid_r": 2, "use_rslora": True}], ids=["plain", "hybrid"]
+    "fields",
+    [{}, {"r": 8, "gralora_k": 4, "hybrid_r": 2, "use_rslora": True}],
+    ids=["plain", "hybrid"],
 )
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_outputs_and_gradients_are_those_of_the_cpu(dtype, fields, tokens):
@@ -55,7 +60,16 @@ def test_outputs_and_gradients_are_those_of_the_cpu(dtype, fields, tokens):
         with torch.no_grad():
             assert relative(model(given), y) <= LOOSE[dtype]  # decoding has a way of its own
         y.square().sum().backward()
-        grads.append([t.cpu() for t in (y.detach(), given.grad, *(p.grad for p in gralora.adapter_parameters(model)))])
+        grads.append(
+            [
+                t.cpu()
+                for t in (
+                    y.detach(),
+                    given.grad,
+                    *(p.grad for p in gralora.adapter_parameters(model)),
+                )
+            ]
+        )
     for one, other in zip(*grads, strict=True):
         assert relative(other.float(), one.float()) <= LOOSE[dtype] and one.any()
 
@@ -94,7 +108,9 @@ def test_dropout_draws_are_repeated_by_a_seed_and_the_same_in_backward():
         y.sum().backward()
         outputs.append(y.detach())
         grads.append(model[0].gralora_adapters["default"].A.grad.clone())
-    assert all(same_bits(outputs[0], each) for each in outputs) and all(same_bits(grads[0], each) for each in grads)
+    assert all(same_bits(outputs[0], each) for each in outputs) and all(
+        same_bits(grads[0], each) for each in grads
+    )
     model.eval()
     assert not torch.equal(model(x), outputs[0])
 
@@ -126,7 +142,9 @@ def test_merged_is_beside_and_unmerge_gives_the_bits_back(dtype):
 
 
 def test_rows_of_a_batch():
-    _, model = both(lambda: gralora.inject(Block(), "all-linear", random_config(), adapter_name="a"))
+    _, model = both(
+        lambda: gralora.inject(Block(), "all-linear", random_config(), adapter_name="a")
+    )
     gralora.inject(model, ["q", "mlp.0"], random_config(r=8), adapter_name="b")
     x, rows = torch.randn(4, 5, 16, device=DEVICE), ["a", "b", None, "a"]
     with gralora.mixed_batch(model, rows):
@@ -139,7 +157,9 @@ def test_rows_of_a_batch():
 @pytest.mark.parametrize("block", ["disabled", "mixed"])
 def test_checkpointing_within_a_block_where_backward_has_threads_of_its_own(block):
     """A forward that runs again within backward, in whatever thread, must run as it ran first."""
-    _, model = both(lambda: gralora.inject(Block(), "all-linear", random_config(), adapter_name="a"))
+    _, model = both(
+        lambda: gralora.inject(Block(), "all-linear", random_config(), adapter_name="a")
+    )
     gralora.inject(model, ["q", "mlp.0"], random_config(), adapter_name="b")
     gralora.set_adapter(model, ["a", "b"])
     x = torch.randn(2, 5, 16, device=DEVICE, requires_grad=True)
@@ -156,9 +176,14 @@ def test_checkpointing_within_a_block_where_backward_has_threads_of_its_own(bloc
             y.square().sum().backward()
             synchronize()
         grads.append(
-            [x.grad.clone(), *(p.grad.clone() for p in gralora.adapter_parameters(model) if p.grad is not None)]
+            [
+                x.grad.clone(),
+                *(p.grad.clone() for p in gralora.adapter_parameters(model) if p.grad is not None),
+            ]
         )
-    assert len(grads[0]) == len(grads[1]) and len(grads[0]) == (1 if block == "disabled" else len(grads[0]))
+    assert len(grads[0]) == len(grads[1]) and len(grads[0]) == (
+        1 if block == "disabled" else len(grads[0])
+    )
     assert all(relative(other, one) < 1e-4 for one, other in zip(*grads, strict=True))
 
 
@@ -179,11 +204,15 @@ def test_what_is_moved_away_and_back_is_the_same(tmp_path):
 
 @pytest.mark.parametrize("method", ["eva", "gradient"])
 def test_a_start_out_of_data_is_that_of_the_cpu(method):
-    here, there = both(lambda: gralora.inject(mlp(16, 32, 8), "all-linear", gralora.GraloraConfig(r=4)))
+    here, there = both(
+        lambda: gralora.inject(mlp(16, 32, 8), "all-linear", gralora.GraloraConfig(r=4))
+    )
     data = [torch.randn(8, 16) * torch.linspace(3, 0.1, 16) for _ in range(3)]
     for model, device in ((here, "cpu"), (there, DEVICE)):
         batches = [x.to(device) for x in data]
-        gralora.initialize(model, method, batches, forward=lambda model, x: model(x).square().mean())
+        gralora.initialize(
+            model, method, batches, forward=lambda model, x: model(x).square().mean()
+        )
     for (_, one), (_, other) in zip(gralora_layers(here), gralora_layers(there), strict=True):
         A, B = (each.gralora_adapters["default"].A.detach().cpu() for each in (one, other))
         assert relative(B, A) < 1e-2

@@ -1,4 +1,6 @@
-"""The examples of the documents run word for word, their links lead somewhere, and what they say of commands is what is there."""
+"""The examples of the documents run word for word, their links lead somewhere, and what they say of
+commands is what is there.
+"""
 
 import re
 from pathlib import Path
@@ -8,8 +10,15 @@ import pytest
 import gralora
 
 ROOT = Path(__file__).parents[1]
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks/README.md")}
-BLOCKS = [(name, block) for name, text in TEXTS.items() for block in re.findall(r"```python\n(.*?)```", text, re.S)]
+TEXTS = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "benchmarks/README.md")
+}
+BLOCKS = [
+    (name, block)
+    for name, text in TEXTS.items()
+    for block in re.findall(r"```python\n(.*?)```", text, re.S)
+]
 
 
 def title(block: tuple[str, str]) -> str:
@@ -37,7 +46,9 @@ def test_every_relative_link_leads_somewhere(name):
             continue
         path, _, anchor = link.partition("#")
         target = (ROOT / name).parent / path if path else ROOT / name
-        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+        if not target.exists() or (
+            anchor and anchor not in anchors(target.read_text(encoding="utf-8"))
+        ):
             broken.append(link)
     assert not broken
 
@@ -45,23 +56,35 @@ def test_every_relative_link_leads_somewhere(name):
 def test_every_file_that_is_named_exists():
     for name, text in TEXTS.items():
         named = re.findall(r"`((?:gralora|tests|benchmarks)/[\w/]+(?:\.\w+)?/?)`", text)
-        assert not [path for path in named if not (ROOT / path).exists() and path != "benchmarks/out"], name
+        assert not [
+            path for path in named if not (ROOT / path).exists() and path != "benchmarks/out"
+        ], name
 
 
 def test_the_readme_is_read_to_the_end():
     text = TEXTS["README.md"]
     assert len(text.splitlines()) <= 300
-    assert not [block for name, block in BLOCKS if name == "README.md" and len(block.splitlines()) > 15]
+    assert not [
+        block for name, block in BLOCKS if name == "README.md" and len(block.splitlines()) > 15
+    ]
 
 
 def test_every_public_name_stands_in_the_readme():
-    absent = [name for name in gralora.__all__ if name != "__version__" and f"`{name}" not in TEXTS["README.md"]]
+    absent = [
+        name
+        for name in gralora.__all__
+        if name != "__version__" and f"`{name}" not in TEXTS["README.md"]
+    ]
     assert not absent
 
 
 def test_every_benchmark_has_its_command_in_the_documents():
     folders = [ROOT / "benchmarks" / name for name in ("jobs", "evidence", "speed")]
-    names = [f"benchmarks.{path.parent.name}.{path.stem}" for folder in folders for path in folder.glob("[!_]*.py")]
+    names = [
+        f"benchmarks.{path.parent.name}.{path.stem}"
+        for folder in folders
+        for path in folder.glob("[!_]*.py")
+    ]
     assert len(names) > 10
     assert not [name for name in names if f"python -m {name}" not in TEXTS["benchmarks/README.md"]]
     commands = re.findall(r"python -m (benchmarks[\w.]*)", "".join(TEXTS.values()))

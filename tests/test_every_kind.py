@@ -1,4 +1,6 @@
-"""What every kind of linear map passes, from one table: W + ΔW, gradients, merging, files, copies, engines."""
+"""What every kind of linear map passes, from one table: W + ΔW, gradients, merging, files, copies,
+engines.
+"""
 
 import copy
 import pickle
@@ -65,17 +67,47 @@ def conv1d():
 
 TOKENS = torch.tensor([[0, 5, 11, 3], [7, 7, 1, 2]])
 CASES = {  # how it is built, the names that are adapted, an input, the formats that hold it
-    "linear": (lambda: Of(nn.Linear(8, 12)), ["map"], torch.randn(2, 4, 8), {"gralora", "peft", "lora"}),
+    "linear": (
+        lambda: Of(nn.Linear(8, 12)),
+        ["map"],
+        torch.randn(2, 4, 8),
+        {"gralora", "peft", "lora"},
+    ),
     "read, never called": (Reads, ["map"], torch.randn(2, 4, 8), {"gralora", "peft", "lora"}),
     "GPT-2's": (lambda: Of(conv1d()), ["map"], torch.randn(2, 4, 8), {"gralora", "peft", "lora"}),
     "embedding": (lambda: Of(nn.Embedding(12, 8)), ["map"], TOKENS, {"gralora", "lora"}),
     "embedding and head": (TiedHead, ["map"], TOKENS, {"gralora", "lora"}),
-    "convolution": (lambda: Of(nn.Conv1d(8, 12, 3, padding=1)), ["map"], torch.randn(2, 8, 7), {"gralora", "lora"}),
-    "grouped": (lambda: Of(nn.Conv2d(8, 4, 3, groups=2)), ["map"], torch.randn(2, 8, 7, 5), {"gralora", "lora"}),
-    "transposed": (lambda: Of(nn.ConvTranspose2d(8, 4, 3, stride=2)), ["map"], torch.randn(2, 8, 4, 3), {"gralora"}),
-    "attention": (Attention, ["q_proj", "v_proj", "out_proj"], torch.randn(2, 4, 8), {"gralora", "lora"}),
+    "convolution": (
+        lambda: Of(nn.Conv1d(8, 12, 3, padding=1)),
+        ["map"],
+        torch.randn(2, 8, 7),
+        {"gralora", "lora"},
+    ),
+    "grouped": (
+        lambda: Of(nn.Conv2d(8, 4, 3, groups=2)),
+        ["map"],
+        torch.randn(2, 8, 7, 5),
+        {"gralora", "lora"},
+    ),
+    "transposed": (
+        lambda: Of(nn.ConvTranspose2d(8, 4, 3, stride=2)),
+        ["map"],
+        torch.randn(2, 8, 4, 3),
+        {"gralora"},
+    ),
+    "attention": (
+        Attention,
+        ["q_proj", "v_proj", "out_proj"],
+        torch.randn(2, 4, 8),
+        {"gralora", "lora"},
+    ),
     "experts": (lambda: Of(Experts(dtype=None)), ["up"], torch.randn(3, 8), {"gralora", "lora"}),
-    "experts, transposed": (lambda: Of(Experts(True, None)), ["up"], torch.randn(3, 8), {"gralora", "lora"}),
+    "experts, transposed": (
+        lambda: Of(Experts(True, None)),
+        ["up"],
+        torch.randn(3, 8),
+        {"gralora", "lora"},
+    ),
 }
 pytestmark = [
     pytest.mark.parametrize("case", CASES),
@@ -118,7 +150,9 @@ def test_the_output_and_the_gradients_are_those_of_w_plus_delta_w(case, hybrid_r
     assert torch.autograd.gradcheck(lambda *_: model(x), gralora.adapter_parameters(model))
     if x.is_floating_point():
         leaf = x.clone().requires_grad_()
-        mine, theirs = (torch.autograd.grad(m(leaf).square().sum(), leaf)[0] for m in (model, by_hand(model)))
+        mine, theirs = (
+            torch.autograd.grad(m(leaf).square().sum(), leaf)[0] for m in (model, by_hand(model))
+        )
         assert relative(mine, theirs) < 1e-11
     gralora.check_effect(model, x)
 
@@ -172,7 +206,10 @@ def test_peft_computes_the_same_from_the_lora_folder(case, tmp_path):
     model, x = built(case, torch.float32, hybrid_r=2)
     gralora.save_adapter(model, tmp_path / "a", format="lora")
     base, _ = built(case, torch.float32, adapt=False)
-    if case in ("read, never called", "embedding and head"):  # PEFT's adapters are dead where a weight is read
+    if case in (
+        "read, never called",
+        "embedding and head",
+    ):  # PEFT's adapters are dead where a weight is read
         assert relative(in_peft(base, tmp_path / "a")(x), model(x)) > 1e-2
     else:
         assert relative(in_peft(base, tmp_path / "a")(x), model(x)) < 1e-5
@@ -190,7 +227,11 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(case, monkeypatch):
 def test_copies_pickles_and_models_over_the_same_weights(case):
     model, x = built(case)
     y = model(x)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), gralora.shared_copy(model)):
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        gralora.shared_copy(model),
+    ):
         assert same_bits(other(x), y)
         with torch.no_grad():
             for parameter in gralora.adapter_parameters(other):

@@ -51,7 +51,11 @@ def test_a_class_whose_first_base_is_no_module_is_adapted(cls, tmp_path):
     assert relative(y, plain(X)) < 1e-5 and relative(y, base(X)) > 1e-2
     assert isinstance(model[0], cls) and isinstance(model[0], gralora.GraloraLinear)
     gralora.check_effect(model, X)
-    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), gralora.shared_copy(model)):
+    for other in (
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+        gralora.shared_copy(model),
+    ):
         assert same_bits(other(X), y) and type(other[0]) is type(model[0])
     gralora.save_adapter(model, tmp_path / "a")
     assert same_bits(gralora.load_adapter(copy.deepcopy(base), tmp_path / "a")(X), y)
@@ -67,7 +71,9 @@ def test_quantos_layers_are_adapted(tmp_path):
     def base():
         torch.manual_seed(0)
         model = mlp(64, 64)
-        quanto.quantize(model, weights=quanto.qint8)  # qint4 builds an extension first, with a compiler
+        quanto.quantize(
+            model, weights=quanto.qint8
+        )  # qint4 builds an extension first, with a compiler
         quanto.freeze(model)
         return model
 
@@ -92,7 +98,9 @@ def test_layers_that_quanto_or_resizing_rebuilt_are_missed(tmp_path):
     model = gralora.inject(llama(), ["lm_head", "q_proj"], random_config())
     model.resize_token_embeddings(70)
     quanto.quantize(model, weights=quanto.qint8, include="*q_proj")
-    with pytest.raises(ValueError, match=r"are there no more: (?=.*lm_head)(?=.*layers.0.self_attn.q_proj)"):
+    with pytest.raises(
+        ValueError, match=r"are there no more: (?=.*lm_head)(?=.*layers.0.self_attn.q_proj)"
+    ):
         gralora.save_adapter(model, tmp_path / "a")
 
 
@@ -101,7 +109,10 @@ def test_layers_that_quanto_or_resizing_rebuilt_are_missed(tmp_path):
 
 def test_torch_fx_traces_adapted_layers_as_one_node_and_extracts_features():
     model = gralora.inject(Block(), {"q|k|v": random_config(), r"mlp\.0": random_config()}).eval()
-    for each in (model, gralora.inject(nn.Sequential(nn.Conv1d(4, 4, 1), nn.ConvTranspose1d(4, 4, 1)), ["0", "1"])):
+    for each in (
+        model,
+        gralora.inject(nn.Sequential(nn.Conv1d(4, 4, 1), nn.ConvTranspose1d(4, 4, 1)), ["0", "1"]),
+    ):
         x = torch.randn(2, 5, 16) if each is model else torch.randn(2, 4, 6)
         graph = torch.fx.symbolic_trace(each)
         assert same_bits(graph(x), each(x))
@@ -115,7 +126,9 @@ def test_torch_fx_traces_adapted_layers_as_one_node_and_extracts_features():
 
 def test_a_traced_embedding_and_a_saved_head():
     model = gralora.inject(
-        nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 4)), ["0"], random_config(modules_to_save=["1"])
+        nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 4)),
+        ["0"],
+        random_config(modules_to_save=["1"]),
     )
     tokens = torch.tensor([[1, 2]])
     assert same_bits(torch.fx.symbolic_trace(model)(tokens), model(tokens))
@@ -125,11 +138,15 @@ def test_experts_are_one_node():
     model = gralora.inject(nn.Sequential(Experts(dtype=torch.float32)), ["0.up"], random_config())
     x = torch.randn(5, 8)
     graph = torch.fx.symbolic_trace(model)
-    assert same_bits(graph(x), model(x)) and [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["0"]
+    assert same_bits(graph(x), model(x)) and [
+        n.target for n in graph.graph.nodes if n.op == "call_module"
+    ] == ["0"]
 
 
 def test_the_flop_counter_sees_the_adapter():
-    model = gralora.inject(nn.Sequential(nn.Linear(64, 64, bias=False)), ["0"], GraloraConfig(r=8, gralora_k=2))
+    model = gralora.inject(
+        nn.Sequential(nn.Linear(64, 64, bias=False)), ["0"], GraloraConfig(r=8, gralora_k=2)
+    )
     with FlopCounterMode(display=False) as counter:
         y = model(torch.randn(4, 64))
     assert counter.get_total_flops() == 2 * 4 * 64 * 64 + 2 * 4 * 8 * 128
@@ -213,7 +230,9 @@ class Recurrent(nn.Module):
 
 
 def test_a_saved_module_with_a_tuple_for_output_says_so_in_mixed_batch():
-    model = gralora.inject(Recurrent(), ["inner"], random_config(modules_to_save=["gru"]), adapter_name="a")
+    model = gralora.inject(
+        Recurrent(), ["inner"], random_config(modules_to_save=["gru"]), adapter_name="a"
+    )
     with (
         gralora.mixed_batch(model, ["a", None]),
         pytest.raises(TypeError, match="a GRU in modules_to_save returns, a tuple"),
@@ -222,7 +241,10 @@ def test_a_saved_module_with_a_tuple_for_output_says_so_in_mixed_batch():
 
 
 def test_conv1d_has_the_sizes_that_linear_has():
-    assert (gralora.GraloraConv1D(8, 4).in_features, gralora.GraloraConv1D(8, 4).out_features) == (4, 8)
+    assert (gralora.GraloraConv1D(8, 4).in_features, gralora.GraloraConv1D(8, 4).out_features) == (
+        4,
+        8,
+    )
 
 
 def test_of_blocks_within_blocks_the_innermost_counts():
@@ -251,13 +273,18 @@ def test_of_blocks_within_blocks_the_innermost_counts():
 
 
 def test_the_state_of_an_adapter():
-    model = gralora.inject(mlp(16, 16, 8), ["0"], random_config(modules_to_save=["2"]), adapter_name="a")
+    model = gralora.inject(
+        mlp(16, 16, 8), ["0"], random_config(modules_to_save=["2"]), adapter_name="a"
+    )
     gralora.inject(model, ["0"], random_config(r=8), adapter_name="b")
     status = gralora.adapter_status(model, "a")
     assert (status.active, status.merged, status.trained, status.vanished) == (1.0, None, True, [])
     assert status.configs["0"].r == 4 and gralora.adapter_status(model, "b").active is None
     gralora.set_adapter(model, {"b": 0.5}, trainable=False)
-    assert gralora.active_adapters(model) == {"b": 0.5} and not gralora.adapter_status(model, "b").trained
+    assert (
+        gralora.active_adapters(model) == {"b": 0.5}
+        and not gralora.adapter_status(model, "b").trained
+    )
     gralora.merge(model)
     assert gralora.adapter_status(model, "b").merged == 0.5
     with pytest.raises(KeyError, match="no adapter 'c'"):
@@ -271,7 +298,12 @@ def test_merge_and_unload_takes_names():
     gralora.set_adapter(model, {"b": 2.0})
     wanted = model(X)
     gralora.set_adapter(model, "a")
-    assert relative(gralora.merge_and_unload(copy.deepcopy(model), adapter_names={"b": 2.0})(X), wanted) < 1e-5
+    assert (
+        relative(
+            gralora.merge_and_unload(copy.deepcopy(model), adapter_names={"b": 2.0})(X), wanted
+        )
+        < 1e-5
+    )
     assert relative(model(X), wanted) > 1e-2
 
 
@@ -280,12 +312,18 @@ def test_merge_and_unload_takes_names():
 @pytest.mark.parametrize("pattern", [None, "layers", ["h", "layers"]])
 def test_layers_to_transform_is_pefts(layers, pattern):
     model = _deep()
-    config = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=layers, layers_pattern=pattern)
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], layers_to_transform=layers, layers_pattern=pattern
+    )
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     wanted = [
-        n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.Linear)
+        n.removeprefix("base_model.model.")
+        for n, m in theirs.named_modules()
+        if isinstance(m, peft.tuners.lora.Linear)
     ]
-    ours = gralora.inject(model, ["q_proj"], GraloraConfig(r=4, layers_to_transform=layers, layers_pattern=pattern))
+    ours = gralora.inject(
+        model, ["q_proj"], GraloraConfig(r=4, layers_to_transform=layers, layers_pattern=pattern)
+    )
     assert [n for n, _ in gralora_layers(ours)] == wanted and wanted
 
 
@@ -298,12 +336,17 @@ def _deep():
 
 
 def test_pefts_own_config_and_a_dict_are_taken():
-    config = peft.GraloraConfig(r=8, gralora_k=4, alpha=3, target_modules=["q"], bias="gralora_only")
+    config = peft.GraloraConfig(
+        r=8, gralora_k=4, alpha=3, target_modules=["q"], bias="gralora_only"
+    )
     model = gralora.inject(Block(), config=config)
     own = model.q.gralora_adapters["default"].config
     assert (own.r, own.gralora_k, own.alpha, own.bias) == (8, 4, 3, "gralora_only")
     model = gralora.inject(Block(), {"q": {"r": 2}, "k": peft.GraloraConfig(r=6)}, {"r": 4})
-    assert [layer.gralora_adapters["default"].config.r for _, layer in gralora_layers(model)] == [2, 6]
+    assert [layer.gralora_adapters["default"].config.r for _, layer in gralora_layers(model)] == [
+        2,
+        6,
+    ]
     for config, why in (
         (
             peft.LoraConfig(r=4, lora_alpha=6),
@@ -320,17 +363,24 @@ def test_pefts_own_config_and_a_dict_are_taken():
 
 def test_all_linear_leaves_out_what_k_does_not_divide_and_says_so():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3), nn.Linear(3, 1))
-    with pytest.warns(UserWarning, match=r'"all-linear" leaves out 1, 2: k=2 divides not both of their sizes. A head'):
+    with pytest.warns(
+        UserWarning,
+        match=r'"all-linear" leaves out 1, 2: k=2 divides not both of their sizes. A head',
+    ):
         gralora.inject(model, "all-linear", GraloraConfig(r=4))
     assert [n for n, _ in gralora_layers(model)] == ["0"] and "left out by all-linear: 1, 2" in str(
         gralora.summary(model)
     )
     with pytest.raises(ValueError, match="does not divide out_features=3 of '1'"):
-        gralora.inject(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3)), ["0", "1"], GraloraConfig(r=4))
+        gralora.inject(
+            nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3)), ["0", "1"], GraloraConfig(r=4)
+        )
     with pytest.raises(ValueError, match="does not divide out_features=3 of '0'"):
         gralora.inject(nn.Sequential(nn.Linear(16, 3)), "all-linear", GraloraConfig(r=4))
     quiet = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3))
-    gralora.inject(quiet, "all-linear", GraloraConfig(r=4, modules_to_save=["1"]))  # no warning: it is saved
+    gralora.inject(
+        quiet, "all-linear", GraloraConfig(r=4, modules_to_save=["1"])
+    )  # no warning: it is saved
 
 
 def test_a_plain_name_as_a_string_is_told_what_it_should_have_been():
@@ -343,7 +393,9 @@ def test_saving_makes_the_folders_that_lack(tmp_path):
     model = gralora.inject(mlp(16, 8), ["0"], random_config())
     gralora.save_adapter(model, tmp_path / "a" / "b" / "adapter.safetensors")
     gralora.save_adapter(model, tmp_path / "c" / "d", format="lora")
-    assert (tmp_path / "a" / "b" / "adapter.safetensors").exists() and (tmp_path / "c" / "d").is_dir()
+    assert (tmp_path / "a" / "b" / "adapter.safetensors").exists() and (
+        tmp_path / "c" / "d"
+    ).is_dir()
 
 
 def test_pefts_layers_and_ours():
@@ -376,7 +428,8 @@ def test_a_linear_layer_of_somebody_elses_is_registered(tmp_path):
     model = nn.Sequential(OwnLinear(16, 8))
     base = copy.deepcopy(model)
     with pytest.raises(
-        ValueError, match=r"is a OwnLinear \(tests.test_first_steps.OwnLinear\).*gralora.register\(its class\)"
+        ValueError,
+        match=r"is a OwnLinear \(tests.test_first_steps.OwnLinear\).*gralora.register\(its class\)",
     ):
         gralora.inject(model, ["0"], random_config())
     gralora.register(OwnLinear)
@@ -387,8 +440,13 @@ def test_a_linear_layer_of_somebody_elses_is_registered(tmp_path):
     assert relative(model(X), plain(X)) < 1e-5 and relative(model(X), base(X)) > 1e-2
     gralora.save_adapter(model, tmp_path / "a")
     assert same_bits(gralora.load_adapter(copy.deepcopy(base), tmp_path / "a")(X), model(X))
-    assert same_bits(pickle.loads(pickle.dumps(model))(X), model(X)) and "active=default" in repr(model)
-    assert relative(gralora.merge_and_unload(model)(X), plain(X)) < 1e-5 and type(model[0]) is OwnLinear
+    assert same_bits(pickle.loads(pickle.dumps(model))(X), model(X)) and "active=default" in repr(
+        model
+    )
+    assert (
+        relative(gralora.merge_and_unload(model)(X), plain(X)) < 1e-5
+        and type(model[0]) is OwnLinear
+    )
     with pytest.raises(TypeError, match="register takes a class of modules"):
         gralora.register(3)
 
@@ -416,7 +474,9 @@ def test_what_has_vanished_is_told_by_everything_that_acts_on_adapters():
 
 def test_a_merged_head_that_was_tied_is_told_of(tmp_path):
     model = gralora.inject(gpt2(tie_word_embeddings=True), ["lm_head"], random_config())
-    with pytest.warns(UserWarning, match="config.tie_word_embeddings still says that they are tied"):
+    with pytest.warns(
+        UserWarning, match="config.tie_word_embeddings still says that they are tied"
+    ):
         gralora.merge_and_unload(model)
     model = gralora.inject(gpt2(tie_word_embeddings=True), ["c_attn"], random_config())
     gralora.merge_and_unload(model)  # no warning
@@ -427,7 +487,9 @@ def test_a_merged_head_that_was_tied_is_told_of(tmp_path):
 
 def test_names_under_ddp_are_the_plain_models(tmp_path):
     if not dist.is_initialized():
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        )
     try:
         base = mlp(16, 8)
         model = gralora.inject(copy.deepcopy(base), ["0"], random_config())

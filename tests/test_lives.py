@@ -1,4 +1,5 @@
-"""Random lives of an adapted model, against a plain model of what its weights should be: W + Σ weight * ΔW.
+"""Random lives of an adapted model, against a plain model of what its weights should be: W + Σ
+weight * ΔW.
 
 GRALORA_RUNS=2000 python -m pytest tests/test_states.py      the full run
 """
@@ -80,7 +81,9 @@ class Lives(RuleBasedStateMachine):
         return found
 
     def _has_room(self, name, source):
-        """Whether the values of `source` fit in the place of `name`: the same layers and k, no larger ranks."""
+        """Whether the values of `source` fit in the place of `name`: the same layers and k, no
+        larger ranks.
+        """
         here, there = self.adapters[name], self.adapters[source]
         if here.keys() != there.keys():
             return False
@@ -101,7 +104,11 @@ class Lives(RuleBasedStateMachine):
             "gpt.weight": self.plain.gpt.weight
             + (change["gpt"] if isinstance(change["gpt"], int) else change["gpt"].T),
             "conv.weight": self.plain.conv.weight
-            + (0 if isinstance(change["conv"], int) else change["conv"].view_as(self.plain.conv.weight)),
+            + (
+                0
+                if isinstance(change["conv"], int)
+                else change["conv"].view_as(self.plain.conv.weight)
+            ),
             "attention.out_proj.weight": self.plain.attention.out_proj.weight + change["out_proj"],
         }
         packed = self.plain.attention.in_proj_weight
@@ -135,7 +142,9 @@ class Lives(RuleBasedStateMachine):
     @rule()
     def disable(self):
         with gralora.disable_adapter(self.model):
-            torch.testing.assert_close(self.model(self.x), self.plain(self.x), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                self.model(self.x), self.plain(self.x), rtol=1e-12, atol=1e-12
+            )
 
     @precondition(lambda self: self.adapters)
     @rule(data=st.data(), how=st.sampled_from(["active", "names", "weights"]))
@@ -220,7 +229,11 @@ class Lives(RuleBasedStateMachine):
         gralora.combine(self.model, weights, None, new)
         self.adapters[new] = self._read(new)
         for layer, (values, scaling) in self.adapters[new].items():
-            parts = [(s, self.adapters[n][layer]) for n, s in weights.items() if layer in self.adapters[n]]
+            parts = [
+                (s, self.adapters[n][layer])
+                for n, s in weights.items()
+                if layer in self.adapters[n]
+            ]
             total = sum(s * delta(*own, scale) for s, (own, scale) in parts)
             torch.testing.assert_close(delta(*values, scaling), total, rtol=1e-10, atol=1e-10)
 
@@ -238,7 +251,9 @@ class Lives(RuleBasedStateMachine):
         gralora.unload(self.model)
         self.adapters, self.active, self.merged, self.trained = {}, {}, {}, set()
         assert {type(m) for m in self.model.modules()} == {type(m) for m in self.plain.modules()}
-        for (key, mine), (_, base) in zip(self.model.named_parameters(), self.plain.named_parameters(), strict=True):
+        for (key, mine), (_, base) in zip(
+            self.model.named_parameters(), self.plain.named_parameters(), strict=True
+        ):
             assert same_bits(mine, base), key
 
     @invariant()
@@ -249,7 +264,9 @@ class Lives(RuleBasedStateMachine):
         for path, layer in gralora_layers(self.model):
             owner, name = layer.place
             base = getattr(self.plain.get_submodule(self._path(owner)), name)
-            assert same_bits(layer.spot.base_matrix(), layer.matrix(layer.host, layer.part, base)), path
+            assert same_bits(
+                layer.spot.base_matrix(), layer.matrix(layer.host, layer.part, base)
+            ), path
         if self.adapters:
             trained = {
                 name
@@ -257,7 +274,9 @@ class Lives(RuleBasedStateMachine):
                 if all(p.requires_grad for p in gralora.adapter_parameters(self.model, name))
             }
             assert trained == self.trained
-            assert not any(p.requires_grad for n, p in self.model.named_parameters() if "gralora_" not in n)
+            assert not any(
+                p.requires_grad for n, p in self.model.named_parameters() if "gralora_" not in n
+            )
 
     def _path(self, owner):
         return next(path for path, module in self.model.named_modules() if module is owner)
@@ -266,5 +285,9 @@ class Lives(RuleBasedStateMachine):
 runs = int(os.environ.get("GRALORA_RUNS", "60"))
 TestLives = Lives.TestCase
 TestLives.settings = settings(
-    max_examples=runs, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=runs,
+    stateful_step_count=20,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
 )

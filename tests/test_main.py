@@ -28,7 +28,9 @@ def test_info_tells_what_the_adapter_holds(adapter, capsys):
         "in": 16, "out": 16, "r": 8, "k": 4, "hybrid_r": 2, "alpha": 3,
     }  # fmt: skip
     for name, layer in gralora_layers(model):
-        assert rows[name]["norm"] == pytest.approx(float(gralora.delta_weight(layer).detach().norm()), rel=1e-5)
+        assert rows[name]["norm"] == pytest.approx(
+            float(gralora.delta_weight(layer).detach().norm()), rel=1e-5
+        )
     assert run("info", path) == 0
     text = capsys.readouterr().out
     assert "layer  in  out" in text and "2 layers" in text
@@ -38,7 +40,9 @@ def test_info_tells_what_the_adapter_holds(adapter, capsys):
 def test_convert_writes_every_format_with_the_same_update(tmp_path, to, capsys):
     base = Block()
     model = gralora.inject(
-        copy.deepcopy(base), ["q", "mlp.0"], random_config(hybrid_r=1, bias="all", modules_to_save=["head"])
+        copy.deepcopy(base),
+        ["q", "mlp.0"],
+        random_config(hybrid_r=1, bias="all", modules_to_save=["head"]),
     )
     x = torch.randn(2, 3, 16)
     for source in ("gralora", "peft"):
@@ -50,7 +54,9 @@ def test_convert_writes_every_format_with_the_same_update(tmp_path, to, capsys):
         run("info", tmp_path / f"{source}-{to}", "--json")
         assert json.loads(capsys.readouterr().out)["format"] == to
     if to != "gralora":
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / f"gralora-{to}").eval()
+        theirs = peft.PeftModel.from_pretrained(
+            copy.deepcopy(base), tmp_path / f"gralora-{to}"
+        ).eval()
         assert relative(theirs(x), model(x)) < 1e-6
 
 
@@ -71,7 +77,11 @@ def test_convert_cuts_to_a_share_of_the_squared_norm(adapter, tmp_path, capsys):
     assert "q" in capsys.readouterr().out
     pairs, cut = gralora.to_lora(model, rank=0.9), gralora.load_adapter(Block(), tmp_path / "out")
     for name, layer in gralora_layers(cut):
-        assert layer.gralora_adapters["default"].config.r == pairs[f"{name}.lora_A.weight"].shape[0] < 9
+        assert (
+            layer.gralora_adapters["default"].config.r
+            == pairs[f"{name}.lora_A.weight"].shape[0]
+            < 9
+        )
     assert run("convert", path, tmp_path / "wrong", "--to", "lora", "--rank", "1.5") == 1
     assert "a share of the squared norm between 0 and 1" in capsys.readouterr().err
 
@@ -124,7 +134,10 @@ def test_a_reader_that_stops_early_gets_no_complaint(adapter):
     read, write = os.pipe()
     os.close(read)
     process = subprocess.run(
-        [sys.executable, "-m", "gralora", "info", str(path)], stdout=write, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "gralora", "info", str(path)],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.close(write)
     assert (process.returncode, process.stderr) == (1, "")

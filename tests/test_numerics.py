@@ -38,7 +38,9 @@ def test_float16_does_not_overflow_inside_the_adapter(gradients):
 def test_a_merge_that_overflows_is_refused_and_changes_nothing(dtype):
     model = gralora.inject(mlp(16, 16, 8, dtype=dtype), "all-linear", random_config(alpha=8))
     with torch.no_grad():
-        model[2].gralora_adapters["default"].A.fill_(1.0)  # whatever was drawn: sums must not cancel
+        model[2].gralora_adapters["default"].A.fill_(
+            1.0
+        )  # whatever was drawn: sums must not cancel
         model[2].gralora_adapters["default"].B.fill_(1e30 if dtype is torch.float16 else 3e38)
     before = fingerprint(model)
     for merge in (gralora.merge, gralora.merge_and_unload):
@@ -103,7 +105,9 @@ INPUTS = {
     "every other row": lambda: torch.randn(10, 8)[::2],
     "expanded": lambda: torch.randn(1, 8).expand(5, 8),
     "expanded features": lambda: torch.randn(5, 1).expand(5, 8),
-    "channels last": lambda: torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last).permute(0, 2, 3, 1),
+    "channels last": lambda: (
+        torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    ),
     "a view with an offset": lambda: torch.randn(100)[3:43].view(5, 8),
 }
 
@@ -132,7 +136,8 @@ def test_inputs_of_every_layout_and_need_of_gradients(kind, grad):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: nn.Conv2d(8, 8, 3, padding=1), lambda: nn.MultiheadAttention(8, 2, batch_first=True)]
+    "make",
+    [lambda: nn.Conv2d(8, 8, 3, padding=1), lambda: nn.MultiheadAttention(8, 2, batch_first=True)],
 )
 def test_convolutions_and_attention_take_what_their_base_takes(make):
     layer = make()
@@ -142,7 +147,11 @@ def test_convolutions_and_attention_take_what_their_base_takes(make):
     adapted = gralora.inject(make(), "", random_config())
     for shape in shapes:
         x = torch.randn(shape)
-        for each in (x, x.transpose(-1, -2).contiguous().transpose(-1, -2), x[:1].expand(shape) if shape[0] else x):
+        for each in (
+            x,
+            x.transpose(-1, -2).contiguous().transpose(-1, -2),
+            x[:1].expand(shape) if shape[0] else x,
+        ):
             assert run(adapted, each).shape == run(layer, each).shape
             assert run(adapted, each).isfinite().all()
 

@@ -9,7 +9,18 @@ from torch import nn
 import gralora
 from gralora.layers.base import gralora_layers
 
-from .models import bert, gpt2, llama, logits, mlp, random_config, randomize_, relative, same_bits, ten_losses
+from .models import (
+    bert,
+    gpt2,
+    llama,
+    logits,
+    mlp,
+    random_config,
+    randomize_,
+    relative,
+    same_bits,
+    ten_losses,
+)
 from .peft_reference import copy_to_peft, pairs, peft_layers, peft_model
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -73,7 +84,9 @@ def check_weights(ours, theirs, tolerance):
 @pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=["2-D", "3-D"])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_outputs_gradients_and_weights_are_those_of_peft(kind, shape, k, hybrid_r, dtype):
-    base, targets = (mlp(32, 16, dtype=dtype), ["0"]) if kind == "linear" else (OneConv1D(dtype), ["c"])
+    base, targets = (
+        (mlp(32, 16, dtype=dtype), ["0"]) if kind == "linear" else (OneConv1D(dtype), ["c"])
+    )
     ours, theirs = both(base, targets, random_config(r=8, gralora_k=k, hybrid_r=hybrid_r))
     check(ours, theirs, torch.randn(*shape, 32, dtype=dtype), TOLERANCE[dtype])
     check_weights(ours, theirs, TOLERANCE[dtype])
@@ -101,7 +114,11 @@ def test_bfloat16_base_is_as_close_as_the_two_ways_of_peft_are_to_each_other(k, 
 
 @pytest.mark.parametrize(
     ("make", "targets"),
-    [(bert, ["query", "value", "dense"]), (gpt2, ["c_attn", "c_proj"]), (llama, ["q_proj", "v_proj", "down_proj"])],
+    [
+        (bert, ["query", "value", "dense"]),
+        (gpt2, ["c_attn", "c_proj"]),
+        (llama, ["q_proj", "v_proj", "down_proj"]),
+    ],
 )
 def test_whole_models_agree_with_peft(make, targets):
     ours, theirs = both(make(), targets, random_config())
@@ -111,7 +128,9 @@ def test_whole_models_agree_with_peft(make, targets):
     assert relative(y, reference) < 1e-5
 
 
-@pytest.mark.parametrize("base_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "base_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+)
 @pytest.mark.parametrize("init_weights", [True, False])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_one_seed_gives_the_values_of_peft_bit_for_bit(k, init_weights, base_dtype):

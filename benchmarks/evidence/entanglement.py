@@ -1,11 +1,13 @@
-"""Gradient entanglement: what one outlier channel does to the update that a gradient step gives to the weight.
+"""Gradient entanglement: what one outlier channel does to the update that a gradient step gives to
+the weight.
 
-At linear layers of MiniLM, with real inputs and real gradients of their outputs: one input channel is scaled by 1 to 1000
-(and its weights divided by the same, so the layer's output and the gradient there stay). The full gradient then changes in
-that channel's column alone. A step on A and B changes W by what A and B mix; how far this departs from the full gradient is
-told apart as 1 - cosine (0 is the same direction, 1 is none of it): for the eighth of the inputs that the outlier is in,
-for the other inputs, and for those outside the block column of k that it is in. A is as initialised, B random and small,
-as early in training.
+At linear layers of MiniLM, with real inputs and real gradients of their outputs: one input channel
+is scaled by 1 to 1000 (and its weights divided by the same, so the layer's output and the gradient
+there stay). The full gradient then changes in that channel's column alone. A step on A and B
+changes W by what A and B mix; how far this departs from the full gradient is told apart as 1 -
+cosine (0 is the same direction, 1 is none of it): for the eighth of the inputs that the outlier is
+in, for the other inputs, and for those outside the block column of k that it is in. A is as
+initialised, B random and small, as early in training.
 
     python -m benchmarks.evidence.entanglement             under a minute on two cores
     python -m benchmarks.evidence.entanglement --quick     six layers, one rank
@@ -40,7 +42,9 @@ WHERE = {
 
 
 def captured(model: nn.Module, data: encoder.Data) -> dict[str, tuple[Tensor, Tensor]]:
-    """(inputs (tokens, in), gradients of the outputs (tokens, out)) of every linear layer of the encoder, on one batch."""
+    """(inputs (tokens, in), gradients of the outputs (tokens, out)) of every linear layer of the
+    encoder, on one batch.
+    """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     real = data.attention_mask.bool()
@@ -53,7 +57,11 @@ def captured(model: nn.Module, data: encoder.Data) -> dict[str, tuple[Tensor, Te
 
         return hook
 
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "head"]
+    layers = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and name != "head"
+    ]
     handles = [module.register_forward_hook(keep(name)) for name, module in layers]
     model.eval()
     F.mse_loss(model(data), data.rating).backward()
@@ -68,7 +76,9 @@ def captured(model: nn.Module, data: encoder.Data) -> dict[str, tuple[Tensor, Te
 
 
 def outlier_channels(inputs: Tensor) -> list[tuple[int, float]]:
-    """(channel, its root mean square over that of the median channel), largest first, of those that stand out."""
+    """(channel, its root mean square over that of the median channel), largest first, of those that
+    stand out.
+    """
     size = inputs.square().mean(0).sqrt()
     ratio = size / size.median()
     order = ratio.argsort(descending=True)
@@ -96,7 +106,9 @@ def block_column(channel: int, size: int, k: int) -> Tensor:
     return torch.arange(size) * k // size == channel * k // size
 
 
-def measure(x: Tensor, gradient: Tensor, adapter: GraloraAdapter, channel: int) -> dict[str, list[float]]:
+def measure(
+    x: Tensor, gradient: Tensor, adapter: GraloraAdapter, channel: int
+) -> dict[str, list[float]]:
     within, own = (block_column(channel, x.shape[1], k) for k in (FINEST, adapter.config.gralora_k))
     found: dict[str, list[float]] = {where: [] for where in WHERE}
     for scale in SCALES:
@@ -105,16 +117,26 @@ def measure(x: Tensor, gradient: Tensor, adapter: GraloraAdapter, channel: int) 
         full, update = gradient.T @ scaled, first_order_update(adapter, scaled, gradient)
         found["within"].append(departure(update[:, within], full[:, within]))
         found["outside"].append(departure(update[:, ~within], full[:, ~within]))
-        found["outside its own"].append(1.0 if own.all() else departure(update[:, ~own], full[:, ~own]))
+        found["outside its own"].append(
+            1.0 if own.all() else departure(update[:, ~own], full[:, ~own])
+        )
     return found
 
 
 def picture(means: dict[str, dict[str, list[float]]], rank: int) -> common.Figure:
     figure = common.Figure(figsize=(13, 4))
     for axes, where in zip(figure.subplots(1, len(WHERE), sharey=True), WHERE, strict=True):
-        for k in KS[1:] if where == "outside its own" else KS:  # LoRA has one block, so nothing outside
+        for k in (
+            KS[1:] if where == "outside its own" else KS
+        ):  # LoRA has one block, so nothing outside
             values = means[f"k={k}, r={rank}"][where]
-            axes.plot(SCALES, values, marker="o", label="LoRA" if k == 1 else f"GraLoRA k={k}", color=f"C{KS.index(k)}")
+            axes.plot(
+                SCALES,
+                values,
+                marker="o",
+                label="LoRA" if k == 1 else f"GraLoRA k={k}",
+                color=f"C{KS.index(k)}",
+            )
         axes.set_xscale("log")
         axes.set_xlabel("scale of one input channel")
         axes.set_title(f"{WHERE[where]}, r = {rank}", fontsize=9)
@@ -132,7 +154,9 @@ def main(argv: list[str] | None = None) -> None:
         layers = dict(list(layers.items())[:6])
     ranks = RANKS[1:2] if args.quick else RANKS
     cases: dict[str, dict[str, list[list[float]]]] = {}
-    for index, (x, gradient) in enumerate(tqdm(layers.values(), desc="entanglement", mininterval=1)):
+    for index, (x, gradient) in enumerate(
+        tqdm(layers.values(), desc="entanglement", mininterval=1)
+    ):
         size = x.square().mean(0)
         channel = int((size - size.median()).abs().argmin())  # an ordinary one
         for r in ranks:
@@ -151,16 +175,20 @@ def main(argv: list[str] | None = None) -> None:
     }
     for where, text in WHERE.items():
         shown = {
-            case: by[where] for case, by in means.items() if where != "outside its own" or not case.startswith("k=1")
+            case: by[where]
+            for case, by in means.items()
+            if where != "outside its own" or not case.startswith("k=1")
         }
         rows = [(case, *(f"{value:.3f}" for value in values)) for case, values in shown.items()]
         print("\n" + common.table((text, *(f"x {scale}" for scale in SCALES)), rows))
     named = [(name, len(found), *found[0]) for name, found in own.items() if found]
     rows = [
-        (name, count, channel, f"{ratio:.1f}") for name, count, channel, ratio in sorted(named, key=lambda row: -row[3])
+        (name, count, channel, f"{ratio:.1f}")
+        for name, count, channel, ratio in sorted(named, key=lambda row: -row[3])
     ]
     print(
-        f"\nchannels of MiniLM's own inputs above {OUTLIER:g} times the median channel: in {len(rows)} of {len(own)} layers"
+        f"\nchannels of MiniLM's own inputs above {OUTLIER:g} times the median channel: in"
+        f" {len(rows)} of {len(own)} layers"
     )
     print(common.table(("layer", "channels", "the largest", "times the median"), rows))
     result = {"scales": SCALES, "departure": means, "outlier channels": own}

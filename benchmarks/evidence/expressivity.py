@@ -1,11 +1,14 @@
-"""What rank buys: spectra of trained updates, and how near LoRA and GraLoRA can come to a real full fine-tuning.
+"""What rank buys: spectra of trained updates, and how near LoRA and GraLoRA can come to a real full
+fine-tuning.
 
-Both at equal parameters, on MiniLM and the main job's data. First, LoRA and GraLoRA of rank 32 are trained for one epoch,
-and the singular values of their updates are looked at. Then MiniLM is fine-tuned whole, and the difference of every
-linear layer is approximated as well as each method can: a truncated SVD of the whole, or of every block.
+Both at equal parameters, on MiniLM and the main job's data. First, LoRA and GraLoRA of rank 32 are
+trained for one epoch, and the singular values of their updates are looked at. Then MiniLM is
+fine-tuned whole, and the difference of every linear layer is approximated as well as each method
+can: a truncated SVD of the whole, or of every block.
 
     python -m benchmarks.evidence.expressivity             three minutes on two cores
-    python -m benchmarks.evidence.expressivity --quick     4 steps each, half the ks, one layer of six
+    python -m benchmarks.evidence.expressivity --quick     4 steps each, half the ks, one layer of
+    six
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ def left_over(delta: Tensor, r: int, k: int) -> float:
     return float(rest.norm() / delta.double().norm())
 
 
-def trained_spectra(start: nn.Module, data: encoder.Data, held_out: encoder.Data, steps: int | None) -> dict[str, Any]:
+def trained_spectra(
+    start: nn.Module, data: encoder.Data, held_out: encoder.Data, steps: int | None
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for k in KS[::2] if steps else KS:
         model = adapted(start, k)
@@ -81,9 +86,15 @@ def best_approximations(start: nn.Module, data: encoder.Data, steps: int | None)
     tuned = copy.deepcopy(start)
     encoder.train(tuned, data, FULL_LR, steps, "full fine-tuning")
     there = dict(tuned.named_modules())
-    found = [(name, m) for name, m in start.named_modules() if isinstance(m, nn.Linear) and name != "head"]
+    found = [
+        (name, m)
+        for name, m in start.named_modules()
+        if isinstance(m, nn.Linear) and name != "head"
+    ]
     layers = dict(found[:: SOME if steps else 1])
-    errors: dict[str, dict[int, list[float]]] = {name_of(k): {r: [] for r in RANKS if r % k == 0} for k in KS}
+    errors: dict[str, dict[int, list[float]]] = {
+        name_of(k): {r: [] for r in RANKS if r % k == 0} for k in KS
+    }
     stable = []
     for name, layer in tqdm(layers.items(), desc="approximations", mininterval=1):
         delta = (there[name].weight - layer.weight).detach()
@@ -91,9 +102,16 @@ def best_approximations(start: nn.Module, data: encoder.Data, steps: int | None)
         for k in KS:
             for r, own in errors[name_of(k)].items():
                 own.append(left_over(delta, r, k))
-    means = {name: {r: statistics.fmean(own) for r, own in by_rank.items()} for name, by_rank in errors.items()}
+    means = {
+        name: {r: statistics.fmean(own) for r, own in by_rank.items()}
+        for name, by_rank in errors.items()
+    }
     best = {
-        r: [min(KS, key=lambda k: errors[name_of(k)].get(r, [9.0] * 99)[i]) for i in range(len(layers))] for r in RANKS
+        r: [
+            min(KS, key=lambda k: errors[name_of(k)].get(r, [9.0] * 99)[i])
+            for i in range(len(layers))
+        ]
+        for r in RANKS
     }
     return {
         "errors": means,
@@ -118,14 +136,20 @@ def picture(spectra: dict[str, Any], errors: dict[str, dict[int, float]]) -> com
         right.plot(list(by_rank), list(by_rank.values()), marker="o", label=name)
     right.set_xscale("log", base=2)
     right.set_xticks(RANKS, [str(r) for r in RANKS])
-    right.set(xlabel="r (equal parameters)", ylabel="relative error", title="the nearest update to full fine-tuning's")
+    right.set(
+        xlabel="r (equal parameters)",
+        ylabel="relative error",
+        title="the nearest update to full fine-tuning's",
+    )
     for axes in (left, right):
         axes.legend(fontsize=8)
     return figure
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parser(__doc__, quick="4 steps each, half the ks, one layer of six").parse_args(argv)
+    args = common.parser(__doc__, quick="4 steps each, half the ks, one layer of six").parse_args(
+        argv
+    )
     steps = 4 if args.quick else None
     data, held_out = encoder.load_data(quick=args.quick)
     start = encoder.fresh_model()
@@ -133,22 +157,47 @@ def main(argv: list[str] | None = None) -> None:
     approximations = best_approximations(start, data, steps)
     errors = approximations["errors"]
     rows = [
-        (name, *(f"{each[key]:.1f}" for key in ("rank", "stable rank", "effective rank")), f"{each['mse']:.3f}")
+        (
+            name,
+            *(f"{each[key]:.1f}" for key in ("rank", "stable rank", "effective rank")),
+            f"{each['mse']:.3f}",
+        )
         for name, each in spectra.items()
     ]
     print(
         "\n"
-        + common.table((f"trained, r = {TRAINED_RANK}", "rank", "stable rank", "effective rank", "held-out MSE"), rows)
+        + common.table(
+            (
+                f"trained, r = {TRAINED_RANK}",
+                "rank",
+                "stable rank",
+                "effective rank",
+                "held-out MSE",
+            ),
+            rows,
+        )
     )
     head = ("relative error of the nearest", *(f"r={r}" for r in RANKS))
     print(
         "\n"
         + common.table(
-            head, [(name, *(f"{own[r]:.3f}" if r in own else "" for r in RANKS)) for name, own in errors.items()]
+            head,
+            [
+                (name, *(f"{own[r]:.3f}" if r in own else "" for r in RANKS))
+                for name, own in errors.items()
+            ],
         )
     )
-    print(f"\nstable rank of full fine-tuning's difference, mean of the layers: {approximations['stable rank']:.1f}")
-    common.write(args.out, "expressivity", {"trained": spectra, "nearest": approximations}, picture(spectra, errors))
+    print(
+        "\nstable rank of full fine-tuning's difference, mean of the layers:"
+        f" {approximations['stable rank']:.1f}"
+    )
+    common.write(
+        args.out,
+        "expressivity",
+        {"trained": spectra, "nearest": approximations},
+        picture(spectra, errors),
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What a format costs: bytes, and what is lost where the exact LoRA is kept in half precision.
 
-An adapter on every linear layer of SmolLM2-135M (r = 16, k = 2, trained for a few steps on the chat job's data) is written in
-every format and type, read back, and compared with the adapter itself: the largest difference of log-probabilities over what
-the adapter changes, and the share of equal answers.
+An adapter on every linear layer of SmolLM2-135M (r = 16, k = 2, trained for a few steps on the chat
+job's data) is written in every format and type, read back, and compared with the adapter itself:
+the largest difference of log-probabilities over what the adapter changes, and the share of equal
+answers.
 
-    python -m benchmarks.evidence.formats            30 steps, 200 questions; five minutes on two cores
-    python -m benchmarks.evidence.formats --quick    2 steps, 20 questions
+    python -m benchmarks.evidence.formats            30 steps, 200 questions; five minutes on two
+    cores python -m benchmarks.evidence.formats --quick    2 steps, 20 questions
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def measure(steps: int, questions: int) -> dict[str, dict[str, Any]]:
     chat, (training, held_out) = load_chat(), load_data()
-    model = gralora.inject(chat.model(), "all-linear", gralora.GraloraConfig(r=16, gralora_k=2, alpha=32))
+    model = gralora.inject(
+        chat.model(), "all-linear", gralora.GraloraConfig(r=16, gralora_k=2, alpha=32)
+    )
     asked = held_out[:questions]
     base = answers(model, chat, asked)
     train(model, chat, training, steps)
@@ -39,8 +42,14 @@ def measure(steps: int, questions: int) -> dict[str, dict[str, Any]]:
                 path = Path(folder) / f"{format}-{dtype}"
                 path = path.with_suffix(".gguf") if format == "gguf" else path
                 gralora.save_adapter(model, path, format=format, dtype=dtype)
-                files = [path] if path.is_file() else [each for each in path.iterdir() if each.suffix == ".safetensors"]
-                gralora.delete_adapter(model, "again") if "again" in gralora.adapter_names(model) else None
+                files = (
+                    [path]
+                    if path.is_file()
+                    else [each for each in path.iterdir() if each.suffix == ".safetensors"]
+                )
+                gralora.delete_adapter(model, "again") if "again" in gralora.adapter_names(
+                    model
+                ) else None
                 gralora.load_adapter(model, path, "again")
                 gralora.set_adapter(model, "again")
                 found = answers(model, chat, asked)
@@ -56,20 +65,36 @@ def measure(steps: int, questions: int) -> dict[str, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     args = common.parser(__doc__, quick="2 steps, 20 questions").parse_args(argv)
     result = measure(*((2, 20) if args.quick else (30, 200)))
-    rows = [(name, f"{v['bytes'] / 2**20:.2f}", f"{v['error']:.1e}", f"{v['same']:.1%}") for name, v in result.items()]
+    rows = [
+        (name, f"{v['bytes'] / 2**20:.2f}", f"{v['error']:.1e}", f"{v['same']:.1%}")
+        for name, v in result.items()
+    ]
     print(
-        "\n" + common.table(("format, type", "MiB", "largest error over the adapter's effect", "equal answers"), rows)
+        "\n"
+        + common.table(
+            ("format, type", "MiB", "largest error over the adapter's effect", "equal answers"),
+            rows,
+        )
     )
     figure = common.Figure(figsize=(8, 4))
     axes = figure.subplots()
     for dtype in ("float32", "float16", "bfloat16"):
         own = {name: v for name, v in result.items() if name.endswith(f", {dtype}")}
         axes.scatter(
-            [v["bytes"] / 2**20 for v in own.values()], [max(v["error"], 1e-9) for v in own.values()], label=dtype
+            [v["bytes"] / 2**20 for v in own.values()],
+            [max(v["error"], 1e-9) for v in own.values()],
+            label=dtype,
         )
         for name, v in own.items():
-            axes.annotate(name.split(",")[0], (v["bytes"] / 2**20, max(v["error"], 1e-9)), fontsize=7)
-    axes.set(xlabel="MiB", ylabel="largest error over the adapter's effect", yscale="log", title="Formats")
+            axes.annotate(
+                name.split(",")[0], (v["bytes"] / 2**20, max(v["error"], 1e-9)), fontsize=7
+            )
+    axes.set(
+        xlabel="MiB",
+        ylabel="largest error over the adapter's effect",
+        yscale="log",
+        title="Formats",
+    )
     axes.legend()
     common.write(args.out, "formats", {"formats": result}, figure)
 

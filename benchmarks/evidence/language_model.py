@@ -1,13 +1,16 @@
-"""A small GPT-2, trained from nothing on the documentation of Python's standard library, adapted to its source code.
+"""A small GPT-2, trained from nothing on the documentation of Python's standard library, adapted to
+its source code.
 
-The model reads bytes: 4 layers of width 256, GPT-2's `Conv1D` throughout, 3.3 million parameters. The text is what the running
-interpreter's own standard library says in docstrings (1.7 MB), then its code without them, as `ast.unparse` writes it (6.7 MB).
-A tenth of the files is for validation, which chooses the learning rate, and a tenth is held out. LoRA, GraLoRA and full
-fine-tuning see the same windows of 128 bytes in the same order. Told are bits per byte on code, against steps, and what the
-adapted model has lost on documentation.
+The model reads bytes: 4 layers of width 256, GPT-2's `Conv1D` throughout, 3.3 million parameters.
+The text is what the running interpreter's own standard library says in docstrings (1.7 MB), then
+its code without them, as `ast.unparse` writes it (6.7 MB). A tenth of the files is for validation,
+which chooses the learning rate, and a tenth is held out. LoRA, GraLoRA and full fine-tuning see the
+same windows of 128 bytes in the same order. Told are bits per byte on code, against steps, and what
+the adapted model has lost on documentation.
 
     python -m benchmarks.evidence.language_model             25 minutes on two cores
-    python -m benchmarks.evidence.language_model --quick     20 steps, a smaller model, one learning rate, two methods
+    python -m benchmarks.evidence.language_model --quick     20 steps, a smaller model, one learning
+    rate, two methods
 """
 
 from __future__ import annotations
@@ -57,10 +60,14 @@ class Text:
 
 
 def read(limit: int | None) -> tuple[Text, Text]:
-    """(documentation, code) of the standard library, split by file; every tenth file is held out, every tenth validates."""
+    """(documentation, code) of the standard library, split by file; every tenth file is held out,
+    every tenth validates.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     files = [p for p in sorted(root.rglob("*.py")) if not LEFT_OUT & set(p.relative_to(root).parts)]
-    parts: dict[str, tuple[list[str], list[str]]] = {each: ([], []) for each in Text.__dataclass_fields__}
+    parts: dict[str, tuple[list[str], list[str]]] = {
+        each: ([], []) for each in Text.__dataclass_fields__
+    }
     for i, path in enumerate(tqdm(files[:limit], desc="standard library", mininterval=1)):
         documentation, code = told_apart(path.read_bytes())
         docs, codes = parts[{0: "held_out", 5: "validation"}.get(i % 10, "training")]
@@ -69,7 +76,10 @@ def read(limit: int | None) -> tuple[Text, Text]:
     texts = ({use: "\n\n".join(both[kind]) for use, both in parts.items()} for kind in (0, 1))
     documentation, code = (
         Text(
-            **{use: torch.tensor(list(text.encode(errors="replace")), dtype=torch.uint8) for use, text in each.items()}
+            **{
+                use: torch.tensor(list(text.encode(errors="replace")), dtype=torch.uint8)
+                for use, text in each.items()
+            }
         )
         for each in texts
     )
@@ -97,14 +107,27 @@ def model_of(*, quick: bool) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     width, layers = (64, 2) if quick else (256, 4)
-    sizes = {"vocab_size": 256, "n_positions": WINDOW, "n_embd": width, "n_layer": layers, "n_head": 4}
+    sizes = {
+        "vocab_size": 256,
+        "n_positions": WINDOW,
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": 4,
+    }
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = GPT2Config(**sizes, **no_dropout, bos_token_id=None, eos_token_id=None)
     return GPT2LMHeadModel(config)
 
 
 def train(
-    model: nn.Module, text: Tensor, lr: float, steps: int, name: str, seed: int, *, watched: Tensor | None = None
+    model: nn.Module,
+    text: Tensor,
+    lr: float,
+    steps: int,
+    name: str,
+    seed: int,
+    *,
+    watched: Tensor | None = None,
 ) -> list[tuple[int, float]]:
     """AdamW with a warm-up and a cosine: (step, bits per byte of `watched`) at LOOKS places."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -129,7 +152,9 @@ def train(
 def bits(model: nn.Module, watched: Tensor) -> float:
     """Bits per byte, the mean over windows."""
     model.eval()
-    losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in watched.split(32)]
+    losses = [
+        model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in watched.split(32)
+    ]
     return sum(losses) / len(watched) / math.log(2)
 
 
@@ -153,10 +178,18 @@ def setting(*, quick: bool) -> Setting:
     }
     torch.manual_seed(0)
     model = model_of(quick=quick)
-    train(model, documentation.training, PRETRAIN_RATE, 20 if quick else PRETRAIN_STEPS, "pretraining", 0)
+    train(
+        model,
+        documentation.training,
+        PRETRAIN_RATE,
+        20 if quick else PRETRAIN_STEPS,
+        "pretraining",
+        0,
+    )
     total = sum(p.numel() for p in model.parameters())
     print(
-        f"{total:,} parameters; {len(documentation.training):,} bytes of documentation, {len(code.training):,} of code"
+        f"{total:,} parameters; {len(documentation.training):,} bytes of documentation,"
+        f" {len(code.training):,} of code"
     )
     return Setting(model, code.training, watched, held_out)
 
@@ -168,20 +201,41 @@ def measure(run: Run, path: Path, steps: int) -> dict[str, Any]:
     model = methods.prepared(start.model, run.name, RANK, "all-linear")
     curve = []
     if run.name != methods.BEFORE:
-        curve = train(model, start.code, run.lr, steps, f"{run.name}, lr {run.lr:g}", run.seed, watched=start.watched)
+        curve = train(
+            model,
+            start.code,
+            run.lr,
+            steps,
+            f"{run.name}, lr {run.lr:g}",
+            run.seed,
+            watched=start.watched,
+        )
     told = {kind: bits(model, text) for kind, text in start.held_out.items()}
-    return {"curve": curve, "validation": bits(model, start.watched), "trainable": methods.trained(model), **told}
+    return {
+        "curve": curve,
+        "validation": bits(model, start.watched),
+        "trainable": methods.trained(model),
+        **told,
+    }
 
 
 def summary(done: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the seeds of every method and learning rate; `chosen` is the rate that validation chooses."""
+    """Means over the seeds of every method and learning rate; `chosen` is the rate that validation
+    chooses.
+    """
     runs = ((run.name, run.lr, result) for run, result in done.items())
     cases = []
     for name, by_rate, best in methods.by_case(runs, lambda result: result["validation"]):
         for lr, results in by_rate.items():
             kinds = ("validation", "code", "documentation")
             told = {kind: methods.spread([result[kind] for result in results]) for kind in kinds}
-            case = {"name": name, "lr": lr, "chosen": lr == best, **told, "trainable": results[0]["trainable"]}
+            case = {
+                "name": name,
+                "lr": lr,
+                "chosen": lr == best,
+                **told,
+                "trainable": results[0]["trainable"],
+            }
             cases.append({**case, "curve": results[0]["curve"]})
     return cases
 
@@ -197,7 +251,11 @@ def picture(cases: list[dict[str, Any]]) -> common.Figure:
         rates = [case["lr"] / own[0]["lr"] for case in own]
         right.plot(rates, [case["code"][0] for case in own], marker="o", label=name)
     right.axhline(cases[0]["code"][0], color="grey", linestyle="--", label=methods.BEFORE)
-    left.set(xlabel="step", ylabel="bits per byte of code (validation)", title=f"documentation to code, r = {RANK}")
+    left.set(
+        xlabel="step",
+        ylabel="bits per byte of code (validation)",
+        title=f"documentation to code, r = {RANK}",
+    )
     right.set_xscale("log")
     right.set(xlabel="learning rate, over the lowest", ylabel="bits per byte of code (held out)")
     for axes in (left, right):
@@ -206,9 +264,14 @@ def picture(cases: list[dict[str, Any]]) -> common.Figure:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parser(__doc__, quick="20 steps, a smaller model, one learning rate, two methods").parse_args(argv)
+    args = common.parser(
+        __doc__, quick="20 steps, a smaller model, one learning rate, two methods"
+    ).parse_args(argv)
     names, seeds, steps = (NAMES[:4:2], SEEDS[:1], 20) if args.quick else (NAMES, SEEDS, STEPS)
-    rates = {name: methods.rates(name, ADAPTER_RATES, FULL_RATES)[: 1 if args.quick else None] for name in names}
+    rates = {
+        name: methods.rates(name, ADAPTER_RATES, FULL_RATES)[: 1 if args.quick else None]
+        for name in names
+    }
     runs = [Run(name, lr, seed) for seed in seeds for name in names for lr in rates[name]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "setting.pt"
@@ -218,10 +281,19 @@ def main(argv: list[str] | None = None) -> None:
     done = {run: ended[run] for run in runs}
     cases, rows = summary(done), []
     for case in cases:
-        code, documentation = ("{:.3f} ± {:.3f}".format(*case[kind]) for kind in ("code", "documentation"))
+        code, documentation = (
+            "{:.3f} ± {:.3f}".format(*case[kind]) for kind in ("code", "documentation")
+        )
         mark = "*" if case["chosen"] else ""
-        rows.append((case["name"], f"{case['lr']:g}", mark, code, documentation, f"{case['trainable']:,}"))
-    print("\n" + common.table(("", "lr", "chosen", "code, bits per byte", "documentation", "trainable"), rows))
+        rows.append(
+            (case["name"], f"{case['lr']:g}", mark, code, documentation, f"{case['trainable']:,}")
+        )
+    print(
+        "\n"
+        + common.table(
+            ("", "lr", "chosen", "code, bits per byte", "documentation", "trainable"), rows
+        )
+    )
     listed = [{**run._asdict(), **result} for run, result in done.items()]
     common.write(args.out, "language_model", {"summary": cases, "runs": listed}, picture(cases))
 

@@ -1,12 +1,15 @@
-"""A small vision transformer, trained on handwritten digits 0 to 7, adapted to 8 and 9 and to digits turned by 90 degrees.
+"""A small vision transformer, trained on handwritten digits 0 to 7, adapted to 8 and 9 and to
+digits turned by 90 degrees.
 
-The data are the 1,797 scans of 8 x 8 pixels that come with scikit-learn; the model is ViT-shaped, 4 layers of width 64, and
-trained from nothing. A fifth of the scans is for validation, which chooses the learning rate, and a fifth is held out. Told
-are the accuracy on the new task and on the old one (the scans of 0 to 7, upright) with the adapter on, mean and spread over
-five seeds of all that is random. Without the adapter the old model is there again to the last bit, whatever was learned.
+The data are the 1,797 scans of 8 x 8 pixels that come with scikit-learn; the model is ViT-shaped, 4
+layers of width 64, and trained from nothing. A fifth of the scans is for validation, which chooses
+the learning rate, and a fifth is held out. Told are the accuracy on the new task and on the old one
+(the scans of 0 to 7, upright) with the adapter on, mean and spread over five seeds of all that is
+random. Without the adapter the old model is there again to the last bit, whatever was learned.
 
-    python -m benchmarks.evidence.vision             25 minutes on two cores; goes on where it was interrupted
-    python -m benchmarks.evidence.vision --quick     one seed, one learning rate, three methods, two epochs
+    python -m benchmarks.evidence.vision             25 minutes on two cores; goes on where it was
+    interrupted python -m benchmarks.evidence.vision --quick     one seed, one learning rate, three
+    methods, two epochs
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ def digits(seed: int) -> tuple[Data, Data, Data]:
     """(training, validation, held out): images (n, 1, 8, 8) from 0 to 1 and their digits."""
     found = load_digits()
     images, labels = torch.tensor(found.images).float()[:, None] / 16, torch.tensor(found.target)
-    order = torch.randperm(len(labels), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    order = torch.randperm(
+        len(labels), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+    )
     fifth = len(order) // 5
     training, validation, held_out = order[2 * fifth :], order[:fifth], order[fifth : 2 * fifth]
     return tuple((images[i], labels[i]) for i in (training, validation, held_out))  # type: ignore[return-value]
@@ -88,7 +93,13 @@ class Classifier(nn.Module):
         super().__init__()
         from transformers import ViTConfig, ViTModel
 
-        sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 64, "intermediate_size": 256}
+        sizes = {
+            "image_size": 8,
+            "patch_size": 2,
+            "num_channels": 1,
+            "hidden_size": 64,
+            "intermediate_size": 256,
+        }
         config = ViTConfig(**sizes, num_hidden_layers=4, num_attention_heads=4)
         self.encoder = ViTModel(config, add_pooling_layer=False)
         self.head = nn.Linear(64, 10)
@@ -136,7 +147,11 @@ def prepared(run: Run, epochs: int) -> nn.Module:
     if run.name == HEAD_ONLY:
         model.encoder.requires_grad_(False)
         return model
-    linear = [name for name, module in model.encoder.named_modules(prefix="encoder") if isinstance(module, nn.Linear)]
+    linear = [
+        name
+        for name, module in model.encoder.named_modules(prefix="encoder")
+        if isinstance(module, nn.Linear)
+    ]
     return methods.prepared(model, run.name, RANK, linear, "head")
 
 
@@ -154,19 +169,35 @@ def measure(run: Run, epochs: int = EPOCHS, adapt_epochs: int = ADAPT_EPOCHS) ->
 
 
 def summary(done: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means and spreads of every task, method and learning rate; `chosen` is the rate that validation chooses."""
+    """Means and spreads of every task, method and learning rate; `chosen` is the rate that
+    validation chooses.
+    """
     runs = (((run.task, run.name), run.lr, result) for run, result in done.items())
     cases = []
-    for (task, name), by_rate, best in methods.by_case(runs, lambda result: result["validation"]["loss"]):
+    for (task, name), by_rate, best in methods.by_case(
+        runs, lambda result: result["validation"]["loss"]
+    ):
         for lr, results in by_rate.items():
-            new, old = (methods.spread([100 * each[where]["accuracy"] for each in results]) for where in ("new", "old"))
-            case = {"task": task, "name": name, "lr": lr, "chosen": lr == best, "new": new, "old": old}
+            new, old = (
+                methods.spread([100 * each[where]["accuracy"] for each in results])
+                for where in ("new", "old")
+            )
+            case = {
+                "task": task,
+                "name": name,
+                "lr": lr,
+                "chosen": lr == best,
+                "new": new,
+                "old": old,
+            }
             cases.append({**case, "trainable": results[0]["trainable"]})
     return cases
 
 
 def picture(cases: list[dict[str, Any]]) -> common.Figure:
-    """What is learned against what is kept: a line for a method, a point for a learning rate, a star for the chosen one."""
+    """What is learned against what is kept: a line for a method, a point for a learning rate, a
+    star for the chosen one.
+    """
     figure = common.Figure(figsize=(11, 4.5))
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         for name in NAMES[2:]:
@@ -176,7 +207,11 @@ def picture(cases: list[dict[str, Any]]) -> common.Figure:
                 sizes = [120 if case["chosen"] else 20 for case in own]
                 line = axes.plot(kept, learned, linewidth=1, label=name)
                 axes.scatter(kept, learned, sizes, color=line[0].get_color(), marker="*")
-        axes.set(title=f"adapted to {task}, r = {RANK}", xlabel="kept: 0 to 7 upright, %", ylabel="learned, %")
+        axes.set(
+            title=f"adapted to {task}, r = {RANK}",
+            xlabel="kept: 0 to 7 upright, %",
+            ylabel="learned, %",
+        )
         axes.set(xlim=(-2, 100), ylim=(70, 100))
         if axes.lines:
             axes.legend(fontsize=8, loc="lower left")
@@ -197,19 +232,38 @@ def write(
 ) -> list[dict[str, Any]]:
     cases = summary(done)
     listed = [{**run._asdict(), **result} for run, result in done.items()]
-    common.write(out, "vision", {"summary": cases, "runs": listed, "epochs": epochs}, picture(cases), quiet=quiet)
+    common.write(
+        out,
+        "vision",
+        {"summary": cases, "runs": listed, "epochs": epochs},
+        picture(cases),
+        quiet=quiet,
+    )
     return cases
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parser(__doc__, quick="one seed, one learning rate, three methods, two epochs").parse_args(argv)
+    args = common.parser(
+        __doc__, quick="one seed, one learning rate, three methods, two epochs"
+    ).parse_args(argv)
     names, seeds = (NAMES[:6:2], SEEDS[:1]) if args.quick else (NAMES, SEEDS)
     epochs = (2, 2) if args.quick else (EPOCHS, ADAPT_EPOCHS)
     measured = functools.partial(measure, epochs=epochs[0], adapt_epochs=epochs[1])
-    rates = {name: methods.rates(name, ADAPTER_RATES, FULL_RATES)[: 1 if args.quick else None] for name in names}
-    runs = [Run(task, name, lr, seed) for seed in seeds for task in TASKS for name in names for lr in rates[name]]
+    rates = {
+        name: methods.rates(name, ADAPTER_RATES, FULL_RATES)[: 1 if args.quick else None]
+        for name in names
+    }
+    runs = [
+        Run(task, name, lr, seed)
+        for seed in seeds
+        for task in TASKS
+        for name in names
+        for lr in rates[name]
+    ]
     done = there(args.out, epochs)
-    for run, result in common.each(measured, [run for run in runs if run not in done], "vision", here=args.quick):
+    for run, result in common.each(
+        measured, [run for run in runs if run not in done], "vision", here=args.quick
+    ):
         done[run] = result
         write(args.out, {run: done[run] for run in runs if run in done}, epochs, quiet=True)
     cases = write(args.out, {run: done[run] for run in runs}, epochs)

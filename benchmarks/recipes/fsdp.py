@@ -11,7 +11,9 @@ import gralora
 
 distributed.init_process_group("gloo")
 torch.manual_seed(0)
-model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2, enable_nested_tensor=False)
+model = nn.TransformerEncoder(
+    nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2, enable_nested_tensor=False
+)
 gralora.inject(model, "all-linear", gralora.GraloraConfig(r=8))  # first inject, then shard
 for block in [*model.layers, model]:
     fully_shard(block, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))

@@ -17,6 +17,8 @@ model.to_empty(device="cpu")
 for module in model.modules():
     if hasattr(module, "reset_parameters"):
         module.reset_parameters()  # adapters, too
-model.load_state_dict(base.state_dict())  # the base's names are the base's; adapters keep their values
+model.load_state_dict(
+    base.state_dict()
+)  # the base's names are the base's; adapters keep their values
 x = torch.randn(4, 64)
 assert torch.equal(model(x), base(x))  # B is zero at first

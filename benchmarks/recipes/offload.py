@@ -1,4 +1,5 @@
-"""Base weights on the disk, brought by `accelerate` for each forward; adapters stay, and are trained.
+"""Base weights on the disk, brought by `accelerate` for each forward; adapters stay, and are
+trained.
 
 python benchmarks/recipes/offload.py
 """

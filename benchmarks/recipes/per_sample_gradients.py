@@ -1,4 +1,5 @@
-"""The gradient of every sample of a batch by `torch.func`, as differential privacy and influence functions need it.
+"""The gradient of every sample of a batch by `torch.func`, as differential privacy and influence
+functions need it.
 
 python benchmarks/recipes/per_sample_gradients.py
 """

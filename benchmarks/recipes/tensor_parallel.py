@@ -1,4 +1,5 @@
-"""Weights cut over the processes by `parallelize_module`; an adapter follows the placement of its weight.
+"""Weights cut over the processes by `parallelize_module`; an adapter follows the placement of its
+weight.
 
 torchrun --nproc-per-node 2 benchmarks/recipes/tensor_parallel.py
 """
@@ -14,7 +15,8 @@ mesh = init_device_mesh("cpu", (2,))
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
 parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-# first parallelise, then inject. The number of processes should divide gralora_k: each then holds whole blocks
+# first parallelise, then inject. The number of processes should divide gralora_k: each then holds
+# whole blocks
 gralora.inject(model, "all-linear", gralora.GraloraConfig(r=8, gralora_k=2))
 optimizer = torch.optim.AdamW(gralora.adapter_parameters(model), lr=1e-3)
 model(torch.randn(4, 64)).square().mean().backward()

@@ -1,4 +1,5 @@
-"""One model serves several threads; what a thread does to the adapters in a `with` block is its own.
+"""One model serves several threads; what a thread does to the adapters in a `with` block is its
+own.
 
 python benchmarks/recipes/threads.py
 """
@@ -12,7 +13,9 @@ import gralora
 
 model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 10)).eval()
 for name in ("french", "law"):
-    gralora.inject(model, "all-linear", gralora.GraloraConfig(r=8, init_weights=False), adapter_name=name)
+    gralora.inject(
+        model, "all-linear", gralora.GraloraConfig(r=8, init_weights=False), adapter_name=name
+    )
 
 
 @torch.no_grad()

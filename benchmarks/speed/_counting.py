@@ -1,4 +1,6 @@
-"""Exact counts: kernels that move data, the largest new tensor, bytes that autograd keeps for backward, and the peak."""
+"""Exact counts: kernels that move data, the largest new tensor, bytes that autograd keeps for
+backward, and the peak.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,21 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NO_DATA_MOVED = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+NO_DATA_MOVED = {
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+}
 
 
 class Kernels(TorchDispatchMode):
-    """The names of the aten calls that move data; views, `detach` and bare allocation are left out."""
+    """The names of the aten calls that move data; views, `detach` and bare allocation are left
+    out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,10 +38,14 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.name().split("::")[1].split(".")[0]
-        view = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
+        view = any(
+            a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments
+        )
         if not view and name not in NO_DATA_MOVED:
             self.names.append(name)
-        written = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+        written = any(
+            a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
+        )
         if isinstance(out, torch.Tensor) and not view and not written:
             self.largest = max(self.largest, out.numel())
         return out
@@ -44,7 +60,9 @@ def kernels(step: Callable[[], object]) -> list[str]:
 
 
 def kept_for_backward(forward: Callable[[], object], without: list[torch.Tensor]) -> int:
-    """Bytes of the storages that `forward` keeps, each once, those of `without` (parameters) left out."""
+    """Bytes of the storages that `forward` keeps, each once, those of `without` (parameters) left
+    out.
+    """
     known = {t.untyped_storage().data_ptr() for t in without}
     kept: dict[int, int] = {}
 
@@ -61,7 +79,9 @@ def kept_for_backward(forward: Callable[[], object], without: list[torch.Tensor]
 
 
 def peak(step: Callable[[], object]) -> int:
-    """The most bytes that `step` holds above what was held before it, by the own account of the default device's allocator."""
+    """The most bytes that `step` holds above what was held before it, by the own account of the
+    default device's allocator.
+    """
     step()
     if torch.get_default_device().type != "cpu":
         torch.accelerator.synchronize()

@@ -16,19 +16,36 @@ import gralora
 from gralora.maths import autograd
 
 OURS, PLAIN = "gralora", "gralora, plain path"
-PEFT_GRALORA, PEFT_LORA, LORALIB, FROZEN = "GraLoRA (PEFT)", "LoRA (PEFT)", "LoRA (loralib)", "frozen"
+PEFT_GRALORA, PEFT_LORA, LORALIB, FROZEN = (
+    "GraLoRA (PEFT)",
+    "LoRA (PEFT)",
+    "LoRA (loralib)",
+    "frozen",
+)
 
 
 def build(
-    base: nn.Module, targets: list[str] | str, r: int, k: int, dropout: float = 0.0, names: tuple[str, ...] = ()
+    base: nn.Module,
+    targets: list[str] | str,
+    r: int,
+    k: int,
+    dropout: float = 0.0,
+    names: tuple[str, ...] = (),
 ) -> dict[str, nn.Module]:
-    """Copies of `base` under the names asked for; all but `FROZEN` adapted, with random values where B would be zero."""
+    """Copies of `base` under the names asked for; all but `FROZEN` adapted, with random values
+    where B would be zero.
+    """
     makers: dict[str, Callable[[nn.Module], nn.Module]] = {
         FROZEN: lambda m: m.requires_grad_(False),
-        OURS: lambda m: gralora.inject(m, targets, gralora.GraloraConfig(r=r, gralora_k=k, gralora_dropout=dropout)),
+        OURS: lambda m: gralora.inject(
+            m, targets, gralora.GraloraConfig(r=r, gralora_k=k, gralora_dropout=dropout)
+        ),
         PEFT_GRALORA: lambda m: (
             peft.get_peft_model(
-                m, peft.GraloraConfig(r=r, gralora_k=k, gralora_dropout=dropout, target_modules=targets)
+                m,
+                peft.GraloraConfig(
+                    r=r, gralora_k=k, gralora_dropout=dropout, target_modules=targets
+                ),
             ).base_model.model
         ),
         PEFT_LORA: lambda m: (
@@ -54,7 +71,9 @@ def plain_path() -> Iterator[None]:
         autograd.usable = real
 
 
-def training_step(model: nn.Module, x: torch.Tensor, grad: torch.Tensor, plain: bool = False) -> Callable[[], None]:
+def training_step(
+    model: nn.Module, x: torch.Tensor, grad: torch.Tensor, plain: bool = False
+) -> Callable[[], None]:
     """Forward and backward, gradients set aside first."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 

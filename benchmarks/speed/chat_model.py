@@ -1,15 +1,17 @@
-"""A real language model: training, prefill and decoding of SmolLM2-135M, adapted on all linear layers but the head.
+"""A real language model: training, prefill and decoding of SmolLM2-135M, adapted on all linear
+layers but the head.
 
-Beside it the frozen model, PEFT's LoRA and GraLoRA, and the adapter merged. "Above" is the time above the frozen model's, round
-by round. Training is forward, backward and AdamW over 4 x 128 and 1 x 512 tokens, with and without activation
-checkpointing (its frozen step has a gradient through the same layers, to the embeddings); decoding is greedy, one token at a time
-behind 64, with a dynamic and a static cache, in eager mode and compiled. Bytes are the allocator's peak above what was held
+Beside it the frozen model, PEFT's LoRA and GraLoRA, and the adapter merged. "Above" is the time
+above the frozen model's, round by round. Training is forward, backward and AdamW over 4 x 128 and 1
+x 512 tokens, with and without activation checkpointing (its frozen step has a gradient through the
+same layers, to the embeddings); decoding is greedy, one token at a time behind 64, with a dynamic
+and a static cache, in eager mode and compiled. Bytes are the allocator's peak above what was held
 before.
 
-    python -m benchmarks.speed.chat_model                     40 minutes on two cores; goes on where it was interrupted
-    python -m benchmarks.speed.chat_model --parts training    some of it
-    python -m benchmarks.speed.chat_model --quick             two blocks of the model, few tokens
-    python -m benchmarks.speed.chat_model --device cuda
+    python -m benchmarks.speed.chat_model                     40 minutes on two cores; goes on where
+    it was interrupted python -m benchmarks.speed.chat_model --parts training    some of it python
+    -m benchmarks.speed.chat_model --quick             two blocks of the model, few tokens python -m
+    benchmarks.speed.chat_model --device cuda
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def variants(base: nn.Module, r: int, k: int) -> dict[str, nn.Module]:
 
 
 def training(model: Any, tokens: torch.Tensor, checkpointing: bool) -> Callable[[], None]:
-    """A step; the frozen model's has a gradient to the embeddings' output, which is what every adapter needs of it too."""
+    """A step; the frozen model's has a gradient to the embeddings' output, which is what every
+    adapter needs of it too.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
 
@@ -102,7 +106,9 @@ def prefill(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
     return torch.no_grad()(run)
 
 
-def decoding(model: Any, prompt: torch.Tensor, count: int, static: bool, compiled: bool) -> Callable[[], None]:
+def decoding(
+    model: Any, prompt: torch.Tensor, count: int, static: bool, compiled: bool
+) -> Callable[[], None]:
     """`count` tokens behind the prompt, the likeliest each."""
     from transformers import DynamicCache, StaticCache
 
@@ -112,7 +118,11 @@ def decoding(model: Any, prompt: torch.Tensor, count: int, static: bool, compile
     length = prompt.shape[1]
 
     def fresh() -> Any:
-        return StaticCache(model.config, max_cache_len=length + count) if static else DynamicCache(config=model.config)
+        return (
+            StaticCache(model.config, max_cache_len=length + count)
+            if static
+            else DynamicCache(config=model.config)
+        )
 
     @torch.no_grad()
     def generate() -> None:
@@ -140,7 +150,8 @@ def cases(parts: list[str], quick: bool) -> Iterator[Case]:
             yield from (Case(part, what, r, k, dtype) for what in ("dynamic cache", "static cache"))
         elif (r, k) == SHAPES[0] and dtype == "float32":
             yield from (
-                Case("decoding", f"{what}, compiled", r, k, dtype) for what in ("dynamic cache", "static cache")
+                Case("decoding", f"{what}, compiled", r, k, dtype)
+                for what in ("dynamic cache", "static cache")
             )
 
 
@@ -154,9 +165,13 @@ def runs_of(
         return torch.randint(1000, 40_000, shape, generator=generator, device="cpu").to(device)
 
     if case.part == "training":
-        batch = tokens(2, 16) if quick else tokens(*map(int, case.what.partition(",")[0].split(" x ")))
+        batch = (
+            tokens(2, 16) if quick else tokens(*map(int, case.what.partition(",")[0].split(" x ")))
+        )
         checkpointing = "checkpointing" in case.what
-        return {name: training(model, batch, checkpointing) for name, model in models.items()}, batch.numel()
+        return {
+            name: training(model, batch, checkpointing) for name, model in models.items()
+        }, batch.numel()
     if case.part == "prefill":
         batch = tokens(1, 32 if quick else 512)
         return {name: prefill(model, batch) for name, model in models.items()}, batch.numel()
@@ -165,7 +180,9 @@ def runs_of(
     return {n: decoding(m, prompt, count, static, compiled) for n, m in models.items()}, count
 
 
-def measure(case: Case, models: dict[str, nn.Module], device: str, quick: bool, rounds: int) -> dict[str, Any]:
+def measure(
+    case: Case, models: dict[str, nn.Module], device: str, quick: bool, rounds: int
+) -> dict[str, Any]:
     if case.part != "training":
         merged = copy.deepcopy(models[OURS])
         models = {**models, MERGED: gralora.merge_and_unload(merged)}
@@ -185,7 +202,9 @@ def measure(case: Case, models: dict[str, nn.Module], device: str, quick: bool, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.parser(__doc__, quick="two blocks, few tokens, float32, r = 32, k = 2, nothing compiled")
+    parser = common.parser(
+        __doc__, quick="two blocks, few tokens, float32, r = 32, k = 2, nothing compiled"
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     args = parser.parse_args(argv)
     parts = [part for part in args.parts.split(",") if not (args.quick and part == "compiled")]
@@ -196,7 +215,11 @@ def main(argv: list[str] | None = None) -> None:
         for case in group:
             rounds = 3 if args.quick or "compiled" in case.what else 7
             done[case] = measure(case, models, args.device, args.quick, rounds)
-            print(case.title, {name: round(value, 1) for name, value in done[case]["ms"].items()}, flush=True)
+            print(
+                case.title,
+                {name: round(value, 1) for name, value in done[case]["ms"].items()},
+                flush=True,
+            )
             write(args.out, done, args.quick, quiet=True)
         del models  # before the next four are made
     rows = []
@@ -206,9 +229,15 @@ def main(argv: list[str] | None = None) -> None:
         ratios = [f"{row[f'over {name}']:.2f}" for name in (PEFT_GRALORA, PEFT_LORA)]
         held = row.get("peak MiB", {})
         told = "; ".join(f"{held[name]:.0f}" for name in NAMES if name in held)
-        rows.append((f"{case.part}, {case.what}", f"{case.r}, {case.k}", case.dtype, *ms, *ratios, told))
+        rows.append(
+            (f"{case.part}, {case.what}", f"{case.r}, {case.k}", case.dtype, *ms, *ratios, told)
+        )
     head = ("ms a step, a prefill, or a token decoded", "r, k", "", *NAMES, MERGED)
-    head += ("above frozen, over GraLoRA (PEFT)", "over LoRA (PEFT)", f"peak MiB: {'; '.join(NAMES)}")
+    head += (
+        "above frozen, over GraLoRA (PEFT)",
+        "over LoRA (PEFT)",
+        f"peak MiB: {'; '.join(NAMES)}",
+    )
     print("\n" + common.table(head, rows))
     write(args.out, done, args.quick)
 
@@ -223,8 +252,13 @@ def there(out: Path, quick: bool) -> dict[Case, dict[str, Any]]:
 
 def write(out: Path, done: dict[Case, dict[str, Any]], quick: bool, *, quiet: bool = False) -> None:
     labels = [f"{case.part}, {case.what}\nr = {case.r}, {case.dtype}" for case in done]
-    series = {f"over {name}": [row[f"over {name}"] for row in done.values()] for name in (PEFT_GRALORA, PEFT_LORA)}
-    figure = common.bars("SmolLM2-135M: time above the frozen model, over PEFT's", "ratio", labels, series)
+    series = {
+        f"over {name}": [row[f"over {name}"] for row in done.values()]
+        for name in (PEFT_GRALORA, PEFT_LORA)
+    }
+    figure = common.bars(
+        "SmolLM2-135M: time above the frozen model, over PEFT's", "ratio", labels, series
+    )
     common.write(out, FILE, {"quick": quick, "rows": list(done.values())}, figure, quiet=quiet)
 
 

@@ -1,12 +1,15 @@
-"""All that matters on one GPU, in one command and within ten minutes: one JSON, one table, one picture.
+"""All that matters on one GPU, in one command and within ten minutes: one JSON, one table, one
+picture.
 
-Layers of a 7-billion model (4096 x 4096 and 4096 x 14336; 2,048 tokens of training, one token of decoding) in float32,
-bfloat16 and bitsandbytes' nf4, as they are, as CUDA graphs (`torch.cuda.make_graphed_callables`) and compiled
-(`mode="reduce-overhead"`); beside them the frozen layer and PEFT's LoRA and GraLoRA. Time is what the GPU has done (synchronised,
-warmed up), bytes are the allocator's peak. Nothing is claimed about a GPU that was not measured on one.
+Layers of a 7-billion model (4096 x 4096 and 4096 x 14336; 2,048 tokens of training, one token of
+decoding) in float32, bfloat16 and bitsandbytes' nf4, as they are, as CUDA graphs
+(`torch.cuda.make_graphed_callables`) and compiled (`mode="reduce-overhead"`); beside them the
+frozen layer and PEFT's LoRA and GraLoRA. Time is what the GPU has done (synchronised, warmed up),
+bytes are the allocator's peak. Nothing is claimed about a GPU that was not measured on one.
 
     python -m benchmarks.speed.gpu --out DIR
-    python -m benchmarks.speed.gpu --quick                    the same code, small, on whatever there is, as the tests run it
+    python -m benchmarks.speed.gpu --quick                    the same code, small, on whatever
+    there is, as the tests run it
 """
 
 from __future__ import annotations
@@ -41,12 +44,18 @@ class Case(NamedTuple):
     @property
     def title(self) -> str:
         what = "training" if self.training else "decoding"
-        return f"{what}, {self.n_in} x {self.n_out}, {self.tokens} tokens, {self.weight}, {self.how}"
+        return (
+            f"{what}, {self.n_in} x {self.n_out}, {self.tokens} tokens, {self.weight}, {self.how}"
+        )
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     shapes, many = (((64, 64),), 32) if quick else (((4096, 4096), (4096, 14336)), 2048)
-    hows = ["as it is", *(["CUDA graph"] if device.startswith("cuda") else []), *([] if quick else ["compiled"])]
+    hows = [
+        "as it is",
+        *(["CUDA graph"] if device.startswith("cuda") else []),
+        *([] if quick else ["compiled"]),
+    ]
     weights = ["float32", "bfloat16", *(["nf4"] if device.startswith("cuda") else [])]
     for n_in, n_out in shapes:
         for weight in weights:
@@ -114,17 +123,24 @@ def measure(case: Case, device: str, rounds: int, repeats: int) -> dict[str, Any
     torch.manual_seed(0)
     models = build(base_layer(case, device), ["0"], R, K, names=NAMES)
     dtype = torch.bfloat16 if case.weight == "nf4" else getattr(torch, case.weight)
-    x = torch.randn(1, case.tokens, case.n_in, device=device, dtype=dtype, requires_grad=case.training)
+    x = torch.randn(
+        1, case.tokens, case.n_in, device=device, dtype=dtype, requires_grad=case.training
+    )
     runs, failed = {}, {}
     for name, model in models.items():
         try:
             runs[name] = run_of(case, model, x)
             runs[name]()
-        except Exception as error:  # what a variant can't do in this way is told, and the others are measured
+        except (
+            Exception
+        ) as error:  # what a variant can't do in this way is told, and the others are measured
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
             runs.pop(name, None)
     times = common.interleaved(runs, rounds, repeats)
-    result: dict[str, Any] = {**case._asdict(), "us": {n: statistics.median(t) * 1e6 for n, t in times.items()}}
+    result: dict[str, Any] = {
+        **case._asdict(),
+        "us": {n: statistics.median(t) * 1e6 for n, t in times.items()},
+    }
     if FROZEN in times:
         above = {name: common.above(times, name, FROZEN) * 1e6 for name in times if name != FROZEN}
         result["us above frozen"] = above
@@ -143,7 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     device = args.device
     if device == "cpu" and not args.quick:
         raise SystemExit(
-            "no GPU here, and nothing is claimed about one that was not measured; --quick tries the code out"
+            "no GPU here, and nothing is claimed about one that was not measured; --quick tries the"
+            " code out"
         )
     rounds, repeats = (3, 2) if args.quick else (15, 10)
     results = []
@@ -154,19 +171,35 @@ def main(argv: list[str] | None = None) -> None:
     for row in results:
         case = Case(*(row[field] for field in Case._fields))
         us = [f"{row['us'][name]:.1f}" if name in row["us"] else "failed" for name in NAMES]
-        ratios = [f"{row[key]:.2f}" if (key := f"over {name}") in row else "" for name in (PEFT_GRALORA, PEFT_LORA)]
-        held = "; ".join(f"{row['peak MiB'][name]:.0f}" for name in NAMES if name in row.get("peak MiB", {}))
+        ratios = [
+            f"{row[key]:.2f}" if (key := f"over {name}") in row else ""
+            for name in (PEFT_GRALORA, PEFT_LORA)
+        ]
+        held = "; ".join(
+            f"{row['peak MiB'][name]:.0f}" for name in NAMES if name in row.get("peak MiB", {})
+        )
         rows.append((case.title, *us, *ratios, held))
-    head = ("us", *NAMES, "above frozen, over GraLoRA (PEFT)", "over LoRA (PEFT)", f"peak MiB: {'; '.join(NAMES)}")
+    head = (
+        "us",
+        *NAMES,
+        "above frozen, over GraLoRA (PEFT)",
+        "over LoRA (PEFT)",
+        f"peak MiB: {'; '.join(NAMES)}",
+    )
     print("\n" + common.table(head, rows))
     for row in results:
         for name, reason in row["failed"].items():
             print(f"{Case(*(row[f] for f in Case._fields)).title}: {name} failed: {reason}")
     card = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     shown = [row for row in results if f"over {PEFT_LORA}" in row]
-    series = {f"over {name}": [row.get(f"over {name}", 0.0) for row in shown] for name in (PEFT_GRALORA, PEFT_LORA)}
+    series = {
+        f"over {name}": [row.get(f"over {name}", 0.0) for row in shown]
+        for name in (PEFT_GRALORA, PEFT_LORA)
+    }
     titles = [Case(*(row[field] for field in Case._fields)).title for row in shown]
-    figure = common.bars(f"{card}: time above the frozen layer, over PEFT's", "ratio", titles, series)
+    figure = common.bars(
+        f"{card}: time above the frozen layer, over PEFT's", "ratio", titles, series
+    )
     common.write(args.out, "gpu", {"card": card, "rows": results}, figure)
 
 

@@ -1,7 +1,8 @@
 """One adapted layer, forward and backward, and one token without gradients.
 
-Beside it: the frozen layer, PEFT's LoRA and GraLoRA, loralib, the plain path, and the arithmetic floor: the frozen
-layer's time for the adapter's extra multiply-adds. "Above" is the time above the frozen layer, pair by pair.
+Beside it: the frozen layer, PEFT's LoRA and GraLoRA, loralib, the plain path, and the arithmetic
+floor: the frozen layer's time for the adapter's extra multiply-adds. "Above" is the time above the
+frozen layer, pair by pair.
 
     python -m benchmarks.speed.layer
 """
@@ -16,7 +17,16 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks import common
-from benchmarks.speed._variants import FROZEN, LORALIB, OURS, PEFT_GRALORA, PEFT_LORA, PLAIN, build, training_step
+from benchmarks.speed._variants import (
+    FROZEN,
+    LORALIB,
+    OURS,
+    PEFT_GRALORA,
+    PEFT_LORA,
+    PLAIN,
+    build,
+    training_step,
+)
 
 SHAPES = {
     (768, 768): (1, 256, 1024, 4096),
@@ -38,10 +48,20 @@ def measure(n_in: int, n_out: int, tokens: int, r: int, k: int, rounds: int) -> 
     steps[PLAIN] = training_step(models[OURS], x, grad, plain=True)
     times = common.interleaved(steps, rounds, repeats=20 if tokens == 1 else 1)
     frozen = statistics.median(times[FROZEN])
-    floor = frozen * 3 * r * (n_in + n_out) / (2 * n_in * n_out)  # forward and backward: 3 products against 2
+    floor = (
+        frozen * 3 * r * (n_in + n_out) / (2 * n_in * n_out)
+    )  # forward and backward: 3 products against 2
     above = {name: common.above(times, name, FROZEN) for name in steps if name != FROZEN}
     result = {
-        **{"in": n_in, "out": n_out, "tokens": tokens, "r": r, "k": k, "frozen": frozen, "floor": floor},
+        **{
+            "in": n_in,
+            "out": n_out,
+            "tokens": tokens,
+            "r": r,
+            "k": k,
+            "frozen": frozen,
+            "floor": floor,
+        },
         "above": above,
         "over_peft_gralora": above[OURS] / above[PEFT_GRALORA],
         "over_peft_lora": above[OURS] / above[PEFT_LORA],
@@ -76,23 +96,36 @@ def compiled(rounds: int, backend: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parser(__doc__, quick="one shape, few rounds, no code made by the compiler").parse_args(argv)
+    args = common.parser(
+        __doc__, quick="one shape, few rounds, no code made by the compiler"
+    ).parse_args(argv)
     shapes = {(768, 768): (1, 256)} if args.quick else SHAPES
     rounds = 5 if args.quick else 15
-    cases = [(*shape, t, r, k) for shape, counts in shapes.items() for t in counts for r, k in RANKS]
+    cases = [
+        (*shape, t, r, k) for shape, counts in shapes.items() for t in counts for r, k in RANKS
+    ]
     results = [measure(*case, rounds) for case in tqdm(cases, desc="layer", mininterval=1)]
     many = [row for row in results if row["tokens"] >= MANY_TOKENS]
     single = [row for row in results if row["tokens"] == 1]
     summary = {key: statistics.median(row[key] for row in many) for key in many[0] if "over" in key}
-    summary |= {key: statistics.median(row[key] for row in single) for key in single[0] if key.startswith("no_grad")}
-    summary["compiled_over_compiled_plain"] = compiled(rounds, "aot_eager" if args.quick else "inductor")
+    summary |= {
+        key: statistics.median(row[key] for row in single)
+        for key in single[0]
+        if key.startswith("no_grad")
+    }
+    summary["compiled_over_compiled_plain"] = compiled(
+        rounds, "aot_eager" if args.quick else "inductor"
+    )
     rows = [
         (
             f"{row['in']}x{row['out']}, {row['tokens']}",
             f"{row['r']}, {row['k']}",
             f"{row['frozen'] * 1e3:.2f}",
             f"{row['floor'] * 1e3:.2f}",
-            *(f"{row['above'][name] * 1e3:.2f}" for name in (OURS, PLAIN, PEFT_GRALORA, PEFT_LORA, LORALIB)),
+            *(
+                f"{row['above'][name] * 1e3:.2f}"
+                for name in (OURS, PLAIN, PEFT_GRALORA, PEFT_LORA, LORALIB)
+            ),
         )
         for row in results
     ]
@@ -105,12 +138,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(common.table(head, rows))
     print("\nmedians (with 256 tokens or more, unless no_grad: one token):")
-    print(common.table(("ratio", "median"), [(key, f"{value:.2f}") for key, value in summary.items()]))
+    print(
+        common.table(("ratio", "median"), [(key, f"{value:.2f}") for key, value in summary.items()])
+    )
     shown = [row for row in many if (row["r"], row["k"]) == (64, 4)]
     labels = [f"{row['in']}x{row['out']}\n{row['tokens']} tokens" for row in shown]
-    series = {n: [row["above"][n] / row["floor"] for row in shown] for n in (OURS, PEFT_GRALORA, PEFT_LORA)}
+    series = {
+        n: [row["above"][n] / row["floor"] for row in shown]
+        for n in (OURS, PEFT_GRALORA, PEFT_LORA)
+    }
     title = "r = 64, k = 4: time above the frozen layer, over the arithmetic floor"
-    common.write(args.out, "layer", {"summary": summary, "rows": results}, common.bars(title, "ratio", labels, series))
+    common.write(
+        args.out,
+        "layer",
+        {"summary": summary, "rows": results},
+        common.bars(title, "ratio", labels, series),
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Many adapters resident in one model: what loading, holding, switching and mixing them costs, with 1, 10 and 100 of them.
+"""Many adapters resident in one model: what loading, holding, switching and mixing them costs, with
+1, 10 and 100 of them.
 
-A Llama of 8 blocks (width 512, 56 linear layers), r = 16, k = 2, in eval. Beside it PEFT's LoRA of the same rank, and a switch
-over 1,000 layers with two adapters that changes no training flag.
+A Llama of 8 blocks (width 512, 56 linear layers), r = 16, k = 2, in eval. Beside it PEFT's LoRA of
+the same rank, and a switch over 1,000 layers with two adapters that changes no training flag.
 
     python -m benchmarks.speed.many_adapters
     python -m benchmarks.speed.many_adapters --quick
@@ -35,7 +36,9 @@ def llama(width: int, layers: int) -> nn.Module:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=1000, num_attention_heads=8, use_cache=False, **sizes)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=1000, num_attention_heads=8, use_cache=False, **sizes)
+    ).eval()
 
 
 def milliseconds(call: Callable[[int], object], rounds: int) -> float:
@@ -45,13 +48,19 @@ def milliseconds(call: Callable[[int], object], rounds: int) -> float:
 
 def ours(width: int, layers: int, count: int, folder: Path, rounds: int) -> dict[str, float]:
     model = gralora.inject(
-        llama(width, layers), PROJECTIONS, gralora.GraloraConfig(r=R, gralora_k=K, init_weights=False)
+        llama(width, layers),
+        PROJECTIONS,
+        gralora.GraloraConfig(r=R, gralora_k=K, init_weights=False),
     )
     gralora.save_adapter(model, folder / "a.safetensors")
     gralora.unload(model)
-    load = milliseconds(lambda i: gralora.load_adapter(model, folder / "a.safetensors", f"a{i}"), count)
+    load = milliseconds(
+        lambda i: gralora.load_adapter(model, folder / "a.safetensors", f"a{i}"), count
+    )
     held = sum(p.numel() * p.element_size() for p in gralora.adapter_parameters(model)) / MIB
-    switch = milliseconds(lambda i: gralora.set_adapter(model, f"a{i % count}", trainable=False), rounds)
+    switch = milliseconds(
+        lambda i: gralora.set_adapter(model, f"a{i % count}", trainable=False), rounds
+    )
     tokens = torch.randint(1000, (8, 16))
     names = [f"a{i % count}" for i in range(8)]
 
@@ -76,7 +85,9 @@ def theirs(width: int, layers: int, count: int, folder: Path, rounds: int) -> di
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(llama(width, layers), config, adapter_name="a0")
         model.save_pretrained(str(folder / "peft"))
-        load = milliseconds(lambda i: model.load_adapter(str(folder / "peft" / "a0"), f"b{i}"), count)
+        load = milliseconds(
+            lambda i: model.load_adapter(str(folder / "peft" / "a0"), f"b{i}"), count
+        )
         names = [f"b{i}" for i in range(count)]
         switch = milliseconds(lambda i: model.set_adapter(names[i % count]), rounds)
     own = [p for name, p in model.named_parameters() if ".b" in name and "lora_" in name]
@@ -115,10 +126,17 @@ def main(argv: list[str] | None = None) -> None:
             }
     flat = thousand(100 if args.quick else 1000, rounds)
     what = list(next(iter(result.values()))["gralora"])
-    rows = [(case, who, *(f"{v[w]:.2f}" for w in what)) for case, own in result.items() for who, v in own.items()]
+    rows = [
+        (case, who, *(f"{v[w]:.2f}" for w in what))
+        for case, own in result.items()
+        for who, v in own.items()
+    ]
     print(common.table(("", "", *what), rows))
     print(f"\nset_adapter over 1,000 layers with two adapters: {flat:.1f} ms")
-    series = {who: [own[who]["switch, ms"] for own in result.values()] for who in ("gralora", "LoRA (PEFT)")}
+    series = {
+        who: [own[who]["switch, ms"] for own in result.values()]
+        for who in ("gralora", "LoRA (PEFT)")
+    }
     figure = common.bars("A switch among many adapters", "ms", list(result), series)
     common.write(args.out, "many_adapters", {"cases": result, "thousand_layers_ms": flat}, figure)
 

@@ -1,4 +1,5 @@
-"""Bytes that autograd keeps for backward, and the peak of a step, for a block whose q, k and v share one input.
+"""Bytes that autograd keeps for backward, and the peak of a step, for a block whose q, k and v
+share one input.
 
 1024 x 1024, 1024 tokens, r = 64, k = 4; each storage once, parameters left out.
 
@@ -45,15 +46,22 @@ def main(argv: list[str] | None = None) -> None:
                     model.zero_grad()
                     torch.autograd.backward(model(x), [torch.ones_like(x)] * 3)
 
-                kept[name] = kept_for_backward(lambda m=model, x=x: m(x), list(model.parameters())) / MIB
+                kept[name] = (
+                    kept_for_backward(lambda m=model, x=x: m(x), list(model.parameters())) / MIB
+                )
                 peaks[name] = peak(step) / MIB
             case = f"{str(dtype).removeprefix('torch.')}{', dropout 0.1' if dropout else ''}"
             result[case] = {"kept": kept, "peak": peaks}
     head = ("", *(f"{name}, {what}" for what in ("kept", "peak") for name in NAMES))
-    rows = [(case, *(f"{v[w][n]:.1f}" for w in ("kept", "peak") for n in NAMES)) for case, v in result.items()]
+    rows = [
+        (case, *(f"{v[w][n]:.1f}" for w in ("kept", "peak") for n in NAMES))
+        for case, v in result.items()
+    ]
     print(common.table(head, rows) + "\n(MiB)")
     series = {name: [values["kept"][name] for values in result.values()] for name in NAMES}
-    figure = common.bars("Kept for backward: q, k and v over one input", "MiB", list(result), series)
+    figure = common.bars(
+        "Kept for backward: q, k and v over one input", "MiB", list(result), series
+    )
     common.write(args.out, "memory", {"mib": result}, figure)
 
 

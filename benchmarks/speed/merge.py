@@ -1,5 +1,6 @@
-"""Merging an adapter into the weight (ΔW, and the sum), against PEFT, and against the least that it can be: a clone of the weight
-(which exact unmerging needs) followed by one product for each block. The finite check is on.
+"""Merging an adapter into the weight (ΔW, and the sum), against PEFT, and against the least that it
+can be: a clone of the weight (which exact unmerging needs) followed by one product for each block.
+The finite check is on.
 
 python -m benchmarks.speed.merge
 """
@@ -46,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     for n_in, n_out in tqdm(sizes, desc="merge", mininterval=1):
         for r, k in ((32, 2), (64, 4), (128, 8)):
-            models = build(nn.Sequential(nn.Linear(n_in, n_out)), ["0"], r, k, names=(OURS, PEFT_GRALORA))
+            models = build(
+                nn.Sequential(nn.Linear(n_in, n_out)), ["0"], r, k, names=(OURS, PEFT_GRALORA)
+            )
             theirs = models[PEFT_GRALORA][0]
             times: dict[str, list[float]] = {OURS: [], PEFT_GRALORA: [], LEAST: []}
             floor = least(models[OURS][0])
@@ -61,17 +64,36 @@ def main(argv: list[str] | None = None) -> None:
             ratio = common.ratio(times, OURS, PEFT_GRALORA)
             over = common.ratio(times, OURS, LEAST)
             results.append(
-                {"in": n_in, "out": n_out, "r": r, "k": k, "seconds": medians, "ratio": ratio, "over_least": over}
+                {
+                    "in": n_in,
+                    "out": n_out,
+                    "r": r,
+                    "k": k,
+                    "seconds": medians,
+                    "ratio": ratio,
+                    "over_least": over,
+                }
             )
     labels = [f"{v['in']}x{v['out']}, r={v['r']}, k={v['k']}" for v in results]
     rows = [
-        (label, *(f"{s * 1e3:.2f}" for s in v["seconds"].values()), f"{v['ratio']:.3f}", f"{v['over_least']:.2f}")
+        (
+            label,
+            *(f"{s * 1e3:.2f}" for s in v["seconds"].values()),
+            f"{v['ratio']:.3f}",
+            f"{v['over_least']:.2f}",
+        )
         for label, v in zip(labels, results, strict=True)
     ]
-    print(common.table(("", *(f"{name}, ms" for name in times), "over PEFT's", "over the least"), rows))
+    print(
+        common.table(
+            ("", *(f"{name}, ms" for name in times), "over PEFT's", "over the least"), rows
+        )
+    )
     summary = statistics.median(v["ratio"] for v in results)
     print(f"\nmedian ratio {summary:.3f}")
-    figure = common.bars("Time to merge, over PEFT's", "ratio", labels, {OURS: [v["ratio"] for v in results]})
+    figure = common.bars(
+        "Time to merge, over PEFT's", "ratio", labels, {OURS: [v["ratio"] for v in results]}
+    )
     common.write(args.out, "merge", {"median_ratio": summary, "rows": results}, figure)
 
 

@@ -1,4 +1,5 @@
-"""Saving an adapter and loading it into a fresh model, against PEFT. Ours is written atomically and synced to disk.
+"""Saving an adapter and loading it into a fresh model, against PEFT. Ours is written atomically and
+synced to disk.
 
 python -m benchmarks.speed.save_load
 """
@@ -25,7 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     args = common.parser(__doc__, quick="narrow layers").parse_args(argv)
     width = 64 if args.quick else 768
     base = nn.Sequential(*(nn.Linear(width, width) for _ in TARGETS))
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.GraloraConfig(r=32, gralora_k=2, target_modules=TARGETS))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.GraloraConfig(r=32, gralora_k=2, target_modules=TARGETS)
+    )
     ours = gralora.inject(copy.deepcopy(base), TARGETS, gralora.GraloraConfig(r=32, gralora_k=2))
     names = [f"{what} ({who})" for what in ("save", "load") for who in (OURS, PEFT_GRALORA)]
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -43,8 +46,12 @@ def main(argv: list[str] | None = None) -> None:
                 times[name].append(common.timed(run)[0])
         size = file.stat().st_size
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print(common.table(("", "ms"), [(name, f"{value * 1e3:.1f}") for name, value in medians.items()]))
-    figure = common.bars(f"48 layers of {width}", "ms", names, {"median": [v * 1e3 for v in medians.values()]})
+    print(
+        common.table(("", "ms"), [(name, f"{value * 1e3:.1f}") for name, value in medians.items()])
+    )
+    figure = common.bars(
+        f"48 layers of {width}", "ms", names, {"median": [v * 1e3 for v in medians.values()]}
+    )
     common.write(args.out, "save_load", {"seconds": medians, "bytes": size}, figure)
 
 

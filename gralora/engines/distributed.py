@@ -1,8 +1,9 @@
 """What PyTorch's own distributed engines need of adapters.
 
-`DistributedDataParallel` and `fully_shard` take parameters as they find them, so adapters must be there before. Under
-`parallelize_module` a weight is a tensor spread over processes (a `DTensor`), and its adapters are spread to fit: where
-the number of processes divides k, each process holds whole blocks, and the adapter adds no communication of its own.
+`DistributedDataParallel` and `fully_shard` take parameters as they find them, so adapters must be
+there before. Under `parallelize_module` a weight is a tensor spread over processes (a `DTensor`),
+and its adapters are spread to fit: where the number of processes divides k, each process holds
+whole blocks, and the adapter adds no communication of its own.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from gralora.maths import functional
 
 def is_spread(tensor: object) -> bool:
     """Whether a tensor is spread over processes."""
-    module = sys.modules.get("torch.distributed.tensor")  # where it has not been imported, there is none
+    module = sys.modules.get(
+        "torch.distributed.tensor"
+    )  # where it has not been imported, there is none
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def layout(tensor: Tensor | None) -> object:
     """How a tensor is spread, for comparison; None if it is not."""
-    return (cast(Any, tensor).device_mesh, cast(Any, tensor).placements) if is_spread(tensor) else None
+    return (
+        (cast(Any, tensor).device_mesh, cast(Any, tensor).placements) if is_spread(tensor) else None
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -39,17 +44,24 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def copy_into(own: Tensor, values: Tensor) -> None:
-    """own.copy_(values), of values that every process has whole; where `own` is spread, rank 0's count."""
+    """own.copy_(values), of values that every process has whole; where `own` is spread, rank 0's
+    count.
+    """
     if is_spread(own) and not is_spread(values):
         from torch.distributed.tensor import distribute_tensor
 
         spread = cast(Any, own)
-        values = distribute_tensor(values.to(own.device, own.dtype), spread.device_mesh, spread.placements)
+        values = distribute_tensor(
+            values.to(own.device, own.dtype), spread.device_mesh, spread.placements
+        )
     own.copy_(values)
 
 
-def spread_like(weight: Tensor, transposed: bool, k: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter, by name, spread so that each process has what its share of `weight` needs.
+def spread_like(
+    weight: Tensor, transposed: bool, k: int, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter, by name, spread so that each process has what its share of
+    `weight` needs.
 
     Args:
         weight: spread, of shape (out, in), or (in, out) if `transposed`.
@@ -64,24 +76,30 @@ def spread_like(weight: Tensor, transposed: bool, k: int, tensors: dict[str, Ten
         if placement.is_shard():
             side = "out" if (cast(Any, placement).dim == 1) == transposed else "in"
             shares[side] *= mesh.size(index)
-            blocks = _AXES[side] if k % shares[side] == 0 else _AXES_OF_ONE_BLOCK[side] if k == 1 else {}
+            blocks = (
+                _AXES[side] if k % shares[side] == 0 else _AXES_OF_ONE_BLOCK[side] if k == 1 else {}
+            )
             axes = {**blocks, **_AXES_OF_GENERAL[side]} if blocks else {}
         for name in tensors:
             chosen[name].append(Shard(axes[name]) if name in axes else Replicate())
     return {name: distribute_tensor(tensor, mesh, chosen[name]) for name, tensor in tensors.items()}
 
 
-# along which axis a tensor of the adapter is cut where the weight is cut along its inputs or its outputs
+# along which axis a tensor of the adapter is cut where the weight is cut along its inputs or its
+# outputs
 _AXES = {"in": {"A": 0, "B": 1}, "out": {"A": 2, "B": 0}}
 _AXES_OF_ONE_BLOCK = {"in": {"A": 1}, "out": {"B": 2}}
 _AXES_OF_GENERAL = {"in": {"A_general": 1}, "out": {"B_general": 0}}
 
 
-def spread_update(x: Tensor, tensors: Sequence[Tensor | None], scaling: float, dropout: float) -> Tensor:
-    """`functional.gralora_update` of spread tensors, placed by `spread_like`: each process computes its own blocks.
+def spread_update(
+    x: Tensor, tensors: Sequence[Tensor | None], scaling: float, dropout: float
+) -> Tensor:
+    """`functional.gralora_update` of spread tensors, placed by `spread_like`: each process computes
+    its own blocks.
 
-    The result is placed as the base's is: a share of the outputs where the weight is cut along them, and a summand of all
-    outputs where it is cut along its inputs.
+    The result is placed as the base's is: a share of the outputs where the weight is cut along
+    them, and a summand of all outputs where it is cut along its inputs.
     """
     from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -104,7 +122,9 @@ def spread_update(x: Tensor, tensors: Sequence[Tensor | None], scaling: float, d
     x = cast(DTensor, x).redistribute(placements=wanted)
 
     def local(tensor: Tensor) -> Tensor:
-        """This process's part; what all of them have whole gets a share of its gradient from each."""
+        """This process's part; what all of them have whole gets a share of its gradient from
+        each.
+        """
         spread = cast(DTensor, tensor)
         placements = zip(spread.placements, wanted, results)
         shared = [
@@ -113,7 +133,9 @@ def spread_update(x: Tensor, tensors: Sequence[Tensor | None], scaling: float, d
         ]
         return spread.redistribute(placements=spread.placements).to_local(grad_placements=shared)
 
-    y = functional.gralora_update(local(functional.dropped(x, dropout)), local(A), local(B), scaling=scaling)
+    y = functional.gralora_update(
+        local(functional.dropped(x, dropout)), local(A), local(B), scaling=scaling
+    )
     if A_general is not None and B_general is not None:
         dropped = local(functional.dropped(x, dropout))
         y = y + F.linear(F.linear(dropped, local(A_general)), local(B_general)) * scaling
@@ -121,31 +143,39 @@ def spread_update(x: Tensor, tensors: Sequence[Tensor | None], scaling: float, d
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Raise ValueError if an engine has taken the parameters of `model` already: it would pass over new ones."""
+    """Raise ValueError if an engine has taken the parameters of `model` already: it would pass over
+    new ones.
+    """
     for name, module in named_modules(model):
         engine = engine_of(module)
         if engine is not None:
             raise ValueError(
-                f"{name or 'the model'!r} is under {engine} already, which would not see the gradients of a new adapter. "
-                f"First inject (or load_adapter), then {engine}. Values of an adapter that is there can be loaded at any time."
+                f"{name or 'the model'!r} is under {engine} already, which would not see the"
+                f" gradients of a new adapter. First inject (or load_adapter), then {engine}."
+                " Values of an adapter that is there can be loaded at any time."
             )
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise ValueError if an engine holds parameters of `model` in pieces that only it can put together."""
+    """Raise ValueError if an engine holds parameters of `model` in pieces that only it can put
+    together.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for _, module in named_modules(model):
         if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
             if module.training_state.name != "SUMMON_FULL_PARAMS":
                 raise ValueError(
-                    "the model is under FullyShardedDataParallel, which has flattened its parameters. Do this within "
-                    "`with FullyShardedDataParallel.summon_full_params(model):`."
+                    "the model is under FullyShardedDataParallel, which has flattened its"
+                    " parameters. Do this within `with"
+                    " FullyShardedDataParallel.summon_full_params(model):`."
                 )
 
 
 @contextmanager
 def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
-    """Within it those of `tensors` that DeepSpeed ZeRO-3 keeps in pieces are whole, and whether there are any."""
+    """Within it those of `tensors` that DeepSpeed ZeRO-3 keeps in pieces are whole, and whether
+    there are any.
+    """
     pieces = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not pieces:
         yield False
@@ -170,14 +200,21 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def no_more_trained(model: nn.Module) -> Iterator[None]:
-    """Raise ValueError if within the block a parameter begins to be trained whose gradients an engine would not see."""
+    """Raise ValueError if within the block a parameter begins to be trained whose gradients an
+    engine would not see.
+    """
     wrapped = any(isinstance(module, DistributedDataParallel) for module in modules(model))
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad] if wrapped else []
+    frozen = (
+        [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        if wrapped
+        else []
+    )
     yield
     if any(parameter.requires_grad for parameter in frozen):
         raise ValueError(
-            "the model is under DistributedDataParallel, which would not see the gradients of parameters that were frozen "
-            "when it was made. Set the adapter in the module itself, then wrap it anew."
+            "the model is under DistributedDataParallel, which would not see the gradients of"
+            " parameters that were frozen when it was made. Set the adapter in the module itself,"
+            " then wrap it anew."
         )
 
 
@@ -197,7 +234,8 @@ def write_once(write: Callable[[], None], *, together: bool) -> None:
     """Run `write` on rank 0 alone.
 
     Args:
-        together: all processes are here: they wait until it is written, and where it fails, all of them raise.
+        together: all processes are here: they wait until it is written, and where it fails, all of
+            them raise.
     """
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     first = not grouped or torch.distributed.get_rank() == 0
@@ -212,8 +250,9 @@ def write_once(write: Callable[[], None], *, together: bool) -> None:
         except Exception as error:
             failure[0] = _portable(error)
     torch.distributed.broadcast_object_list(failure)
-    # gloo frees a collective's tensors on a thread of its own, which aborts where the interpreter is ending (pytorch issue
-    # 190489): a script that ends with the save shall have one more round trip for that
+    # gloo frees a collective's tensors on a thread of its own, which aborts where the interpreter
+    # is ending (pytorch issue 190489): a script that ends with the save shall have one more round
+    # trip for that
     torch.distributed.barrier()
     if failure[0] is not None:
         raise failure[0]
@@ -229,7 +268,9 @@ def _portable(error: Exception) -> Exception:
 
 
 def engine_of(module: nn.Module) -> str | None:
-    """The engine that a module is, which has taken the parameters beneath it; None if it is none."""
+    """The engine that a module is, which has taken the parameters beneath it; None if it is
+    none.
+    """
     if isinstance(module, DistributedDataParallel):
         return "DistributedDataParallel"
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -1,4 +1,5 @@
-"""Models whose weights `accelerate` keeps elsewhere and brings only for a forward, known by the hook that it leaves.
+"""Models whose weights `accelerate` keeps elsewhere and brings only for a forward, known by the
+hook that it leaves.
 
 Adapters are small and are trained, so they stay where they are used.
 """
@@ -28,7 +29,9 @@ def device_of(module: nn.Module, parameter: nn.Parameter | torch.Tensor) -> torc
 
 
 def bring_back(module: nn.Module) -> None:
-    """Undo what a hook that was just put on `module` has done: its parameters are again there, for good."""
+    """Undo what a hook that was just put on `module` has done: its parameters are again there, for
+    good.
+    """
     hook: Any = module.__dict__.pop(HOOK)
     module.__dict__.pop("_old_forward", None)
     hook.detach_hook(module)

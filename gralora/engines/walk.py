@@ -1,7 +1,8 @@
 """The modules of a model under the names that they have in the plain one, whatever wraps it.
 
-In the order of `nn.Module.named_modules`, in a fraction of its time: whole models are walked often. Wrappers that hold a
-module as a child (`DistributedDataParallel`, FSDP1, `torch.compile`, `checkpoint_wrapper`) add nothing to its names.
+In the order of `nn.Module.named_modules`, in a fraction of its time: whole models are walked often.
+Wrappers that hold a module as a child (`DistributedDataParallel`, FSDP1, `torch.compile`,
+`checkpoint_wrapper`) add nothing to its names.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ def modules(model: nn.Module) -> list[nn.Module]:
         if id(module) not in found:
             found[id(module)] = module
             if module._modules:
-                waiting.extend([child for child in reversed(module._modules.values()) if child is not None])
+                waiting.extend(
+                    [child for child in reversed(module._modules.values()) if child is not None]
+                )
     return list(found.values())
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(qualified name, module) of every module of `model`, itself first under "", each once under its first name."""
+    """(qualified name, module) of every module of `model`, itself first under "", each once under
+    its first name.
+    """
     found: dict[int, tuple[str, nn.Module]] = {}
     waiting = [("", model)]
     while waiting:
@@ -63,9 +68,13 @@ def children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def child_of(module: nn.Module, name: str) -> nn.Module | None:
-    """The child of that name; asked so that a scripted module can be asked, whose registers are no dicts."""
+    """The child of that name; asked so that a scripted module can be asked, whose registers are no
+    dicts.
+    """
     return module._modules[name] if name in module._modules else None  # noqa: SIM401
 
 
 def _wraps(module: nn.Module) -> bool:
-    return isinstance(module, (DataParallel, DistributedDataParallel)) or any(key in module._modules for key in WRAPPED)
+    return isinstance(module, (DataParallel, DistributedDataParallel)) or any(
+        key in module._modules for key in WRAPPED
+    )

@@ -1,6 +1,8 @@
-"""Files and folders put in place whole: whatever happens, the old one or the new one is there, and on the disk.
+"""Files and folders put in place whole: whatever happens, the old one or the new one is there, and
+on the disk.
 
-They have the mode that the umask gives, as every program's files have; what is replaced keeps the mode that it had.
+They have the mode that the umask gives, as every program's files have; what is replaced keeps the
+mode that it had.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_folder(path: Path, write: Callable[[Path], object], *, keep_others: bool = False) -> None:
     """Let `write` fill a new folder, then put it in place of what is there.
 
-    On Linux old and new are exchanged in one step. Where the system can't, there is a moment in which the old one lies
-    under another name.
+    On Linux old and new are exchanged in one step. Where the system can't, there is a moment in
+    which the old one lies under another name.
 
     Args:
         keep_others: what else is in the old folder stays, as links to the same files.
@@ -48,7 +50,9 @@ def write_folder(path: Path, write: Callable[[Path], object], *, keep_others: bo
             _keep_mode(path / each.relative_to(new), each)
         _keep_mode(path, new)
         others = (
-            [each for each in path.iterdir() if not (new / each.name).exists()] if keep_others and path.is_dir() else []
+            [each for each in path.iterdir() if not (new / each.name).exists()]
+            if keep_others and path.is_dir()
+            else []
         )
         for each in others:
             if not each.is_dir() or each.is_symlink():
@@ -60,7 +64,9 @@ def write_folder(path: Path, write: Callable[[Path], object], *, keep_others: bo
                 os.rename(old / each.name, each)
     finally:
         for left in (new, _aside(new)):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(
+                missing_ok=True
+            )
     _sync(path)
     _sync(path.parent)
 
@@ -97,7 +103,9 @@ def _exchange(one: Path, other: Path) -> bool:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+    return bool(
+        renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+    )
 
 
 def _keep_mode(old: Path, new: Path) -> None:

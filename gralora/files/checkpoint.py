@@ -39,7 +39,13 @@ from gralora.model.hotswap import placed
 from gralora.model.inject import Plan, install
 from gralora.model.record import vanished
 from gralora.model.saved import SavedModule, bias_swaps, is_bias, saved_modules, units
-from gralora.model.state import adapter_keys, all_or_nothing, check_known, known_adapters, named_adapter_parameters
+from gralora.model.state import (
+    adapter_keys,
+    all_or_nothing,
+    check_known,
+    known_adapters,
+    named_adapter_parameters,
+)
 from gralora.model.state_dict import adapter_state_dict, live_tensors, load_adapter_state_dict, torn
 from gralora.model.statistics import moved_buffers
 from gralora.model.targets import Names, Target, nearest, shorten, unfit
@@ -61,40 +67,56 @@ def save_adapter(
     dtype: torch.dtype | None = None,
     allow_missing: bool = False,
 ) -> None:
-    """Write one adapter to `path`, atomically. In a process group every process calls, and rank 0 writes.
+    """Write one adapter to `path`, atomically. In a process group every process calls, and rank 0
+    writes.
 
     Args:
-        model: for "diffusers" and "kohya" also several modules of a pipeline, by their names there, such as "unet".
-        format: "gralora": one safetensors file that describes itself. "peft": a folder that PEFT reads as GraLoRA.
-            All others are plain LoRA of rank k * r + hybrid_r, exactly. "lora": a folder that PEFT and every server of LoRA
-            reads. "gguf": llama.cpp's file; needs the package gguf. "mlx": a folder that mlx-lm reads. "diffusers": a folder
-            that pipelines' `load_lora_weights` reads. "kohya": one file that ComfyUI reads.
-        rank: for plain LoRA: the rank of every layer. A higher one is cut by SVD, a lower one padded with zeros. "vllm": padded
-            to the lowest that vLLM can be given. A share below 1: each layer is cut to the smallest rank that keeps this share
-            of ‖ΔW‖².
-        experts: for "lora": "fused", as PEFT has fused experts, and vLLM where its own code fuses them; "each", a pair for every
-            expert under the names of a checkpoint, as vLLM and SGLang read all others.
+        model: for "diffusers" and "kohya" also several modules of a pipeline, by their names there,
+            such as "unet".
+        format: "gralora": one safetensors file that describes itself. "peft": a folder that PEFT
+            reads as GraLoRA. All others are plain LoRA of rank k * r + hybrid_r, exactly. "lora": a
+            folder that PEFT and every server of LoRA reads. "gguf": llama.cpp's file; needs the
+            package gguf. "mlx": a folder that mlx-lm reads. "diffusers": a folder that pipelines'
+            `load_lora_weights` reads. "kohya": one file that ComfyUI reads.
+        rank: for plain LoRA: the rank of every layer. A higher one is cut by SVD, a lower one
+            padded with zeros. "vllm": padded to the lowest that vLLM can be given. A share below 1:
+            each layer is cut to the smallest rank that keeps this share of ‖ΔW‖².
+        experts: for "lora": "fused", as PEFT has fused experts, and vLLM where its own code fuses
+            them; "each", a pair for every expert under the names of a checkpoint, as vLLM and
+            SGLang read all others.
         dtype: of the adapter's tensors in the file; None for their own.
         errors: a dict to be filled with ‖what is written - ΔW‖ / ‖ΔW‖ of each layer.
-        allow_missing: write what is there, where layers that were adapted have been replaced since by others without an
-            adapter.
+        allow_missing: write what is there, where layers that were adapted have been replaced since
+            by others without an adapter.
 
     Raises:
-        KeyError: no such adapter. ValueError: no such format, or it can't express this adapter; or something that was adapted
-            is there no more; or a tensor is not of its shape, as under an engine that has emptied or flattened it.
+        KeyError: no such adapter. ValueError: no such format, or it can't express this adapter; or
+            something that was adapted is there no more; or a tensor is not of its shape, as under
+            an engine that has emptied or flattened it.
     """
     if format not in FORMATS:
-        raise ValueError(f"format={format!r} is not known; there are: {', '.join(map(repr, FORMATS))}.")
+        raise ValueError(
+            f"format={format!r} is not known; there are: {', '.join(map(repr, FORMATS))}."
+        )
     parts = model if isinstance(model, Mapping) else {"": model}
     if isinstance(model, Mapping) and format not in PIPELINES:
-        raise ValueError(f"several modules are for {' and '.join(map(repr, PIPELINES))}; format={format!r} is of one.")
+        raise ValueError(
+            f"several modules are for {' and '.join(map(repr, PIPELINES))}; format={format!r} is of"
+            " one."
+        )
     files = []
     for part, module in parts.items():
         _check_there(module, adapter_name, allow_missing)
         own = adapter_file(module, adapter_name)
         files.append(with_part(own, part) if part else own)
-    file = convertible(files[0] if len(files) == 1 else of_parts(files), format, rank, errors, experts, dtype)
-    live = [tensor for module in parts.values() for tensor in live_tensors(module, adapter_name).values()]
+    file = convertible(
+        files[0] if len(files) == 1 else of_parts(files), format, rank, errors, experts, dtype
+    )
+    live = [
+        tensor
+        for module in parts.values()
+        for tensor in live_tensors(module, adapter_name).values()
+    ]
 
     def write() -> None:
         Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -112,15 +134,16 @@ def _check_there(model: nn.Module, adapter_name: str, allow_missing: bool) -> No
     gone = vanished(model, [adapter_name])
     if gone and not allow_missing:
         raise ValueError(
-            f"{len(gone)} of what adapter {adapter_name!r} was injected into are there no more: {shorten(gone)}. Something has "
-            "rebuilt these modules since; do that first, then inject. allow_missing=True writes what is left."
+            f"{len(gone)} of what adapter {adapter_name!r} was injected into are there no more:"
+            f" {shorten(gone)}. Something has rebuilt these modules since; do that first, then"
+            " inject. allow_missing=True writes what is left."
         )
     check_known(model, adapter_name)
     moved = moved_buffers(model)
     if moved:
         warnings.warn(
-            f"training has moved buffers that belong to no adapter, and are not in the file: {shorten(moved)}. Modules that "
-            "are to learn whole belong in modules_to_save.",
+            "training has moved buffers that belong to no adapter, and are not in the file:"
+            f" {shorten(moved)}. Modules that are to learn whole belong in modules_to_save.",
             UserWarning,
             stacklevel=3,
         )
@@ -133,13 +156,15 @@ def to_lora(
     *,
     errors: dict[str, float] | None = None,
 ) -> dict[str, Tensor]:
-    """The adapter as plain LoRA pairs: `<module>.lora_A.weight` (R, in) and `<module>.lora_B.weight` (out, R).
+    """The adapter as plain LoRA pairs: `<module>.lora_A.weight` (R, in) and
+    `<module>.lora_B.weight` (out, R).
 
-    Their product lora_B @ lora_A is ΔW, the scaling included: exactly with R = k * r + hybrid_r, or the best of `rank`.
+    Their product lora_B @ lora_A is ΔW, the scaling included: exactly with R = k * r + hybrid_r, or
+    the best of `rank`.
 
     Args:
-        rank: of every layer. A higher one is cut by SVD, computed from the factors; a lower one is padded with zeros. A share
-            below 1: the smallest that keeps this share of ‖ΔW‖².
+        rank: of every layer. A higher one is cut by SVD, computed from the factors; a lower one is
+            padded with zeros. A share below 1: the smallest that keeps this share of ‖ΔW‖².
         errors: a dict to be filled with ‖lora_B @ lora_A - ΔW‖ / ‖ΔW‖ of each layer.
 
     Raises:
@@ -149,8 +174,14 @@ def to_lora(
 
 
 def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
-    """All that a file of one adapter holds, in whatever format; the tensors share memory with the model."""
-    layers = [(name, layer) for name, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters]
+    """All that a file of one adapter holds, in whatever format; the tensors share memory with the
+    model.
+    """
+    layers = [
+        (name, layer)
+        for name, layer in gralora_layers(model)
+        if adapter_name in layer.gralora_adapters
+    ]
     check_whole(model)
     tensors = adapter_state_dict(model, adapter_name)
     _check_shapes(layers, adapter_name, tensors)
@@ -159,22 +190,35 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
     return AdapterFile(
         tensors=tensors,
         configs={name: layer.gralora_adapters[adapter_name].config for name, layer in layers},
-        modules_to_save=[name for name, saved in saved_modules(model) if _has_own(saved, adapter_name)],
+        modules_to_save=[
+            name for name, saved in saved_modules(model) if _has_own(saved, adapter_name)
+        ],
         biases=[key for key, _, swap in bias_swaps(model) if adapter_name in swap.names],
         base={name: _base_of(layer.spot) for name, layer in layers},
         module_names=[name for name, _ in named_modules(model) if "gralora_" not in name],
         base_name=origin if isinstance(origin, str) and origin else None,
-        model={**(model_fields(config) or {}), "class": getattr(type(model), "_base_class", type(model)).__name__},
+        model={
+            **(model_fields(config) or {}),
+            "class": getattr(type(model), "_base_class", type(model)).__name__,
+        },
     )
 
 
 def _has_own(saved: SavedModule, adapter_name: str) -> bool:
-    return adapter_name in saved.gralora_saved and bool(saved.gralora_saved[adapter_name].state_dict())
+    return adapter_name in saved.gralora_saved and bool(
+        saved.gralora_saved[adapter_name].state_dict()
+    )
 
 
-def _check_shapes(layers: list[tuple[str, GraloraLayer]], adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a tensor is not what it should be: an engine may have emptied or flattened it."""
-    wrong = [f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if tensor.numel() == 0]
+def _check_shapes(
+    layers: list[tuple[str, GraloraLayer]], adapter_name: str, tensors: Mapping[str, Tensor]
+) -> None:
+    """Raise ValueError if a tensor is not what it should be: an engine may have emptied or
+    flattened it.
+    """
+    wrong = [
+        f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if tensor.numel() == 0
+    ]
     for name, layer in layers:
         config, spot = layer.gralora_adapters[adapter_name].config, layer.spot
         n_in, n_out = spot.sizes
@@ -183,7 +227,9 @@ def _check_shapes(layers: list[tuple[str, GraloraLayer]], adapter_name: str, ten
                 found = "missing" if key not in tensors else tuple(tensors[key].shape)
                 wrong.append(f"{key} {found}, not {shape}")
     if wrong:
-        raise ValueError(f"adapter {adapter_name!r} is not whole, nothing is written: {shorten(wrong)}.")
+        raise ValueError(
+            f"adapter {adapter_name!r} is not whole, nothing is written: {shorten(wrong)}."
+        )
 
 
 def load_adapter(
@@ -196,21 +242,23 @@ def load_adapter(
 ) -> Loaded:
     """Read an adapter from `path`, inject it and load its values; returns `model`.
 
-    `path` is a file or folder of any format of `save_adapter`, or "owner/name" on the Hugging Face hub, if huggingface_hub
-    is installed. Plain LoRA is GraLoRA with k = 1. A warning names the layers whose weights are not those that the adapter was
-    trained on, where the file knows them.
+    `path` is a file or folder of any format of `save_adapter`, or "owner/name" on the Hugging Face
+    hub, if huggingface_hub is installed. Plain LoRA is GraLoRA with k = 1. A warning names the
+    layers whose weights are not those that the adapter was trained on, where the file knows them.
 
-    The first adapter of a model becomes active, a further one is added inactive. It is frozen unless `trainable`, and in
-    the dtype of the file. Where the model has an adapter of this name already, on the same layers and of the same k, and no
-    smaller, its values are replaced in place; `prepare_hotswap` makes room.
+    The first adapter of a model becomes active, a further one is added inactive. It is frozen
+    unless `trainable`, and in the dtype of the file. Where the model has an adapter of this name
+    already, on the same layers and of the same k, and no smaller, its values are replaced in place;
+    `prepare_hotswap` makes room.
 
     Args:
         model: of a pipeline's file also several modules by their names there.
         allow_nonfinite: load NaN and infinite values, which are refused otherwise.
 
     Raises:
-        ValueError (AdapterFileError): the file is damaged or does not fit the model, which is then unchanged. Nothing is left
-            over or missed: an error names what would be. (`load_adapter_state_dict(strict=False)` returns both.)
+        ValueError (AdapterFileError): the file is damaged or does not fit the model, which is then
+            unchanged. Nothing is left over or missed: an error names what would be.
+            (`load_adapter_state_dict(strict=False)` returns both.)
     """
     check_adapter_name(adapter_name)
     source = located(os.fspath(path))
@@ -218,7 +266,8 @@ def load_adapter(
     if isinstance(model, Mapping):
         if file.format not in PIPELINES:
             raise AdapterFileError(
-                f"{source} is of format {file.format!r}, which is of one module; several were given."
+                f"{source} is of format {file.format!r}, which is of one module; several were"
+                " given."
             )
         parts = [(module, of_part(file, part, _layers(module))) for part, module in model.items()]
     else:
@@ -233,7 +282,14 @@ def load_adapter(
     return model
 
 
-def _load(source: Path, model: nn.Module, file: AdapterFile, plan: Plan, adapter_name: str, trainable: bool) -> None:
+def _load(
+    source: Path,
+    model: nn.Module,
+    file: AdapterFile,
+    plan: Plan,
+    adapter_name: str,
+    trainable: bool,
+) -> None:
     try:
         values = file.tensors
         if adapter_name in known_adapters(model):
@@ -272,7 +328,9 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
     known = [*modules, *(name for name in spots if name not in modules)]
 
     def lacking(name: str) -> AdapterFileError:
-        return AdapterFileError(f"the file adapts {name!r}, which this model lacks. Nearest: {nearest(name, known)}.")
+        return AdapterFileError(
+            f"the file adapts {name!r}, which this model lacks. Nearest: {nearest(name, known)}."
+        )
 
     def module_at(name: str) -> nn.Module:
         if name not in modules:
@@ -288,13 +346,16 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
         if spot is None or reason is not None:
             raise AdapterFileError(f"the file adapts {name!r}, which in this model {reason}.")
         if any(size % config.gralora_k for size in spot.cut):
-            raise AdapterFileError(f"gralora_k={config.gralora_k} divides not both sizes of {name!r}, {spot.cut}.")
+            raise AdapterFileError(
+                f"gralora_k={config.gralora_k} divides not both sizes of {name!r}, {spot.cut}."
+            )
         for key, shape in layer_shapes(name, *spot.sizes, config, spot.copies).items():
             tensor = file.tensors.get(key)
             if tensor is None or tuple(tensor.shape) != shape:
                 found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
                 raise AdapterFileError(
-                    f"{key} must have shape {shape} to fit this model's {name!r}; the file has {found}."
+                    f"{key} must have shape {shape} to fit this model's {name!r}; the file has"
+                    f" {found}."
                 )
             dtypes[name] = tensor.dtype
         targets.append(Target(name, spot, config))
@@ -314,7 +375,9 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
         if not is_bias(parameter) or owner._parameters.get(parameter) is None:
             raise AdapterFileError(f"the file holds {key!r}, which is no bias of this model.")
         biases[key] = owner, parameter
-    parameters = {join(name, key): p for name, unit in saved.items() for key, p in unit.named_parameters()}
+    parameters = {
+        join(name, key): p for name, unit in saved.items() for key, p in unit.named_parameters()
+    }
     tied = not torn(parameters, file.tensors)
     return Plan(targets, saved, biases, dtypes, reset=False, tied=tied, tokens=tokens)
 
@@ -328,39 +391,56 @@ def _base_of(spot: Spot) -> BaseWeight:
 
 
 def _warn_of_another_base(path: Path, plan: Plan, file: AdapterFile) -> None:
-    """Compare what the file remembers of the weights beneath it with this model's; shapes have been checked."""
+    """Compare what the file remembers of the weights beneath it with this model's; shapes have been
+    checked.
+    """
     here = {t.name: _base_of(t.spot) for t in plan.targets if t.name in file.base}
     differing = [
-        name if here[name].dtype == there.dtype else f"{name} ({there.dtype} there, {here[name].dtype} here)"
+        (
+            name
+            if here[name].dtype == there.dtype
+            else f"{name} ({there.dtype} there, {here[name].dtype} here)"
+        )
         for name, there in file.base.items()
         if name in here and there.differs(here[name])
     ]
     if differing:
         warnings.warn(
             f"{path} was trained on another base: the weights differ in {shorten(differing)}, "
-            f"{len(differing)} of {len(here)} layers. Outputs will not be those it was trained for.",
+            f"{len(differing)} of {len(here)} layers. Outputs will not be those it was trained"
+            " for.",
             UserWarning,
             stacklevel=3,
         )
 
 
 def _keep_or_replace_config(adapter: GraloraAdapter, config: GraloraConfig) -> None:
-    # compiled code stands on the very object, so it is replaced only by one that computes something else
-    if any(getattr(adapter.config, field) != getattr(config, field) for field in (*LAYER_FIELDS, *LATER_FIELDS)):
+    # compiled code stands on the very object, so it is replaced only by one that computes something
+    # else
+    if any(
+        getattr(adapter.config, field) != getattr(config, field)
+        for field in (*LAYER_FIELDS, *LATER_FIELDS)
+    ):
         adapter.config = config
 
 
-def _swapped(model: nn.Module, file: AdapterFile, adapter_name: str, trainable: bool) -> dict[str, Tensor]:
+def _swapped(
+    model: nn.Module, file: AdapterFile, adapter_name: str, trainable: bool
+) -> dict[str, Tensor]:
     """Make an adapter that the model has ready for the values of a file, and those ready for it."""
     here = {
-        name: layer.gralora_adapters for name, layer in gralora_layers(model) if adapter_name in layer.gralora_adapters
+        name: layer.gralora_adapters
+        for name, layer in gralora_layers(model)
+        if adapter_name in layer.gralora_adapters
     }
     others = here.keys() ^ file.configs.keys()
-    lacking = [name for name in others if name in here and here[name][adapter_name].roomy]  # these get zeros
+    lacking = [
+        name for name in others if name in here and here[name][adapter_name].roomy
+    ]  # these get zeros
     if len(lacking) < len(others):
         raise AdapterFileError(
-            f"adapter {adapter_name!r} is in this model already, on other layers than the file's: {shorten(sorted(others))}. "
-            "Delete it first, or load under another name."
+            f"adapter {adapter_name!r} is in this model already, on other layers than the file's:"
+            f" {shorten(sorted(others))}. Delete it first, or load under another name."
         )
     values = dict(file.tensors)
     for name, adapters in here.items():
@@ -368,16 +448,21 @@ def _swapped(model: nn.Module, file: AdapterFile, adapter_name: str, trainable: 
         keys = list(adapter_keys(name, dict.fromkeys(FACTORS)))
         if name in lacking:
             zeros = [None if t is None else torch.zeros_like(t) for t in adapter.tensors]
-            values.update({key: zero for key, zero in zip(keys, zeros, strict=True) if zero is not None})
+            values.update(
+                {key: zero for key, zero in zip(keys, zeros, strict=True) if zero is not None}
+            )
             continue
         found = placed(adapter, layer_tensors(file, name), file.configs[name])
         if found is None:
             shapes = [tuple(tensor.shape) for tensor in (adapter.A, values[keys[0]])]
             raise AdapterFileError(
-                f"{keys[0]} is {shapes[1]} there and {shapes[0]} here, of another k or larger. prepare_hotswap(model, max_r) "
-                "makes room for ranks up to max_r; else load under another name."
+                f"{keys[0]} is {shapes[1]} there and {shapes[0]} here, of another k or larger."
+                " prepare_hotswap(model, max_r) makes room for ranks up to max_r; else load under"
+                " another name."
             )
-        values.update({key: value for key, value in zip(keys, found[0], strict=True) if value is not None})
+        values.update(
+            {key: value for key, value in zip(keys, found[0], strict=True) if value is not None}
+        )
         _keep_or_replace_config(adapter, found[1])
     for parameter in named_adapter_parameters(model, adapter_name).values():
         set_trained(parameter, trainable)

@@ -1,10 +1,14 @@
-"""Files of those who make pictures: diffusers' own, and kohya's, which ComfyUI and diffusers' converter read.
+"""Files of those who make pictures: diffusers' own, and kohya's, which ComfyUI and diffusers'
+converter read.
 
-diffusers (0.42.1, `loaders/lora_pipeline.py`, `loaders/peft.py`) keeps `pytorch_lora_weights.safetensors`: PEFT's pairs behind
-a prefix for each part of a pipeline, and in the metadata under `lora_adapter_metadata` the fields of a LoraConfig for each.
-kohya (read by diffusers' `loaders/lora_conversion_utils.py` and ComfyUI's `comfy/lora.py`) writes the dots of names as
-underscores: `lora_unet_<name>.lora_down.weight`, `.lora_up.weight`, `.alpha`. The scaling is in the up-projection here, and alpha
-the rank, so that no reader can take it for another; kohya's file has one rank for all, lower ones padded with zeros.
+diffusers (0.42.1, `loaders/lora_pipeline.py`, `loaders/peft.py`) keeps
+`pytorch_lora_weights.safetensors`: PEFT's pairs behind a prefix for each part of a pipeline, and in
+the metadata under `lora_adapter_metadata` the fields of a LoraConfig for each. kohya (read by
+diffusers' `loaders/lora_conversion_utils.py` and ComfyUI's `comfy/lora.py`) writes the dots of
+names as
+underscores: `lora_unet_<name>.lora_down.weight`, `.lora_up.weight`, `.alpha`. The scaling is in the
+up-projection here, and alpha the rank, so that no reader can take it for another; kohya's file has
+one rank for all, lower ones padded with zeros.
 """
 
 from __future__ import annotations
@@ -41,8 +45,15 @@ from gralora.layers.class_change import join
 from gralora.model.state import adapter_keys
 
 WEIGHTS, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
-PARTS = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2", "transformer": None}
-"""Parts of a pipeline that hold adapters, with kohya's prefix; for transformers kohya has other names than diffusers."""
+PARTS = {
+    "unet": "lora_unet",
+    "text_encoder": "lora_te",
+    "text_encoder_2": "lora_te2",
+    "transformer": None,
+}
+"""Parts of a pipeline that hold adapters, with kohya's prefix; for transformers kohya has other
+names than diffusers.
+"""
 
 
 def part_of_pipeline(class_name: str) -> str:
@@ -58,8 +69,8 @@ def part_of_pipeline(class_name: str) -> str:
     if re.match(r"CLIPText|T5Encoder|UMT5Encoder|ChatGLM|Gemma|Llama", class_name):
         return "text_encoder_2" if class_name == "CLIPTextModelWithProjection" else "text_encoder"
     raise ValueError(
-        f"which part of a pipeline a {class_name} is can't be told: give a mapping from the part's name "
-        f"({', '.join(PARTS)}) to the module, save_adapter({{'unet': module}}, ...)."
+        f"which part of a pipeline a {class_name} is can't be told: give a mapping from the part's"
+        f" name ({', '.join(PARTS)}) to the module, save_adapter({{'unet': module}}, ...)."
     )
 
 
@@ -112,23 +123,29 @@ def write_diffusers(file: AdapterFile, path: Path) -> None:
     }
     header = {"format": "pt", METADATA: json.dumps(metadata, indent=2, sort_keys=True)}
     tensors = unshared(tensors)
-    write_folder(path, lambda folder: write_tensors(tensors, folder / WEIGHTS, header), keep_others=True)
+    write_folder(
+        path, lambda folder: write_tensors(tensors, folder / WEIGHTS, header), keep_others=True
+    )
 
 
 def write_kohya(file: AdapterFile, path: Path) -> None:
     """One file; `file` has k = 1 throughout, and names that begin with a part."""
     tensors: dict[str, Tensor] = {}
     pairs = _pairs(_in_parts(file))
-    rank = max((len(down) for down, _ in pairs.values()), default=1)  # diffusers' converter mixes up ranks
+    rank = max(
+        (len(down) for down, _ in pairs.values()), default=1
+    )  # diffusers' converter mixes up ranks
     for name, (down, up) in pairs.items():
         part, _, own = name.partition(".")
         prefix = PARTS[part]
         if prefix is None:
             raise ValueError(
-                f"{name!r}: kohya's names for transformers are not diffusers'. format=\"diffusers\" writes them, and ComfyUI "
-                "reads that."
+                f"{name!r}: kohya's names for transformers are not diffusers'. format=\"diffusers\""
+                " writes them, and ComfyUI reads that."
             )
-        if part.startswith("text_encoder") and own.startswith("encoder.layers."):  # as transformers named them before 5
+        if part.startswith("text_encoder") and own.startswith(
+            "encoder.layers."
+        ):  # as transformers named them before 5
             own = f"text_model.{own}"
         key = f"{prefix}_{own.replace('.', '_')}"
         if f"{key}.alpha" in tensors:
@@ -138,7 +155,12 @@ def write_kohya(file: AdapterFile, path: Path) -> None:
         tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
         tensors[f"{key}.alpha"] = torch.tensor(float(rank), dtype=down.dtype)
     dim = str(rank)
-    header = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": dim}
+    header = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": dim,
+        "ss_network_alpha": dim,
+    }
     tensors = unshared(tensors)
     write_atomically(path, lambda temporary: write_tensors(tensors, temporary, header))
 
@@ -164,7 +186,9 @@ def read_diffusers(path: Path) -> AdapterFile:
                 _add(path, result, name, (key, name + form[1]), shapes, dtypes, get, scale)
                 known |= {key, name + form[1]}
         if known != set(shapes):
-            raise AdapterFileError(f"{path} holds {min(set(shapes) - known)!r}, which is no pair of a plain LoRA.")
+            raise AdapterFileError(
+                f"{path} holds {min(set(shapes) - known)!r}, which is no pair of a plain LoRA."
+            )
     return result
 
 
@@ -180,20 +204,29 @@ def read_kohya(path: Path) -> AdapterFile:
             _add(path, result, name, keys[:2], shapes, dtypes, get, scale)
             known |= set(keys)
         if not set(shapes) <= known:
-            raise AdapterFileError(f"{path} holds {min(set(shapes) - known)!r}, which is no pair of a plain LoRA.")
+            raise AdapterFileError(
+                f"{path} holds {min(set(shapes) - known)!r}, which is no pair of a plain LoRA."
+            )
     return result
 
 
 def of_part(file: AdapterFile, part: str, layers: Collection[str]) -> AdapterFile:
-    """What a file of a pipeline holds for one part, under the names of the module that has these layers.
+    """What a file of a pipeline holds for one part, under the names of the module that has these
+    layers.
 
     Raises:
         AdapterFileError: nothing, or a layer that the module lacks.
     """
     if file.format == "diffusers":
-        names = {name: name.removeprefix(f"{part}.") for name in file.configs if name.startswith(f"{part}.")}
+        names = {
+            name: name.removeprefix(f"{part}.")
+            for name in file.configs
+            if name.startswith(f"{part}.")
+        }
     else:
-        prefixes = tuple(f"{p}_" for p in (PARTS.get(part), "lora_te1" if part == "text_encoder" else None) if p)
+        prefixes = tuple(
+            f"{p}_" for p in (PARTS.get(part), "lora_te1" if part == "text_encoder" else None) if p
+        )
         flat = {layer.replace(".", "_"): layer for layer in layers}
         names = {}
         for name in file.configs:
@@ -204,7 +237,8 @@ def of_part(file: AdapterFile, part: str, layers: Collection[str]) -> AdapterFil
     if not names:
         there = sorted({re.split(r"[._]", name)[0] for name in file.configs})
         raise AdapterFileError(
-            f"the file holds nothing for the part {part!r} of a pipeline; its names begin with {there}."
+            f"the file holds nothing for the part {part!r} of a pipeline; its names begin with"
+            f" {there}."
         )
     result = AdapterFile({}, {}, format=file.format)
     for old, new in names.items():
@@ -216,7 +250,9 @@ def of_part(file: AdapterFile, part: str, layers: Collection[str]) -> AdapterFil
     return result
 
 
-DIFFUSERS = Format(lambda path: path.is_dir() and (path / WEIGHTS).is_file(), read_diffusers, write_diffusers)
+DIFFUSERS = Format(
+    lambda path: path.is_dir() and (path / WEIGHTS).is_file(), read_diffusers, write_diffusers
+)
 KOHYA = Format(lambda path: path.is_file() and _is_kohya(path), read_kohya, write_kohya)
 
 
@@ -230,13 +266,21 @@ def _pairs(file: AdapterFile) -> dict[str, tuple[Tensor, Tensor]]:
     """(down, up) of every layer, the scaling in up; of convolutions as kernels."""
     beside = [*file.biases, *file.modules_to_save]
     if beside:
-        raise ValueError(f"the adapter trains {beside[0]!r} as well, which no LoRA of a pipeline can hold: merge it.")
+        raise ValueError(
+            f"the adapter trains {beside[0]!r} as well, which no LoRA of a pipeline can hold:"
+            " merge it."
+        )
     for name in file.configs:
         kind = file.base[name].kind if name in file.base else "linear"
         if kind not in ("linear", "convolution") or is_experts(file, name):
-            raise ValueError(f"{name!r}, of kind {kind!r}, is nothing that a LoRA of a pipeline holds.")
+            raise ValueError(
+                f"{name!r}, of kind {kind!r}, is nothing that a LoRA of a pipeline holds."
+            )
     pairs = lora_pairs(file, scaled=True)
-    return {name: tuple(pairs[join(name, f"lora_{letter}.weight")] for letter in "AB") for name in file.configs}  # type: ignore[misc]
+    return {
+        name: tuple(pairs[join(name, f"lora_{letter}.weight")] for letter in "AB")
+        for name in file.configs
+    }  # type: ignore[misc]
 
 
 def _said_scale(said: dict[str, Any], name: str, rank: int) -> float:
@@ -247,17 +291,31 @@ def _said_scale(said: dict[str, Any], name: str, rank: int) -> float:
         return 1.0
     patterns = said.get(f"{part}.alpha_pattern") or {}
     exact = {
-        re.sub(r"\\(.)", r"\1", text).removeprefix("^").removesuffix("$"): value for text, value in patterns.items()
+        re.sub(r"\\(.)", r"\1", text).removeprefix("^").removesuffix("$"): value
+        for text, value in patterns.items()
     }
     alpha = exact.get(own, alpha)
     return float(alpha) / (rank**0.5 if said.get(f"{part}.use_rslora") else rank)
 
 
 def _add(
-    path: Path, file: AdapterFile, name: str, keys: tuple[str, ...], shapes: Any, dtypes: Any, get: Any, scale: float
+    path: Path,
+    file: AdapterFile,
+    name: str,
+    keys: tuple[str, ...],
+    shapes: Any,
+    dtypes: Any,
+    get: Any,
+    scale: float,
 ) -> None:
     down, up = (shapes.get(key, ()) for key in keys)
-    fits = len(down) >= 2 and len(up) == len(down) and 0 not in down + up and down[0] == up[1] and not set(up[2:]) - {1}
+    fits = (
+        len(down) >= 2
+        and len(up) == len(down)
+        and 0 not in down + up
+        and down[0] == up[1]
+        and not set(up[2:]) - {1}
+    )
     if not fits:
         raise AdapterFileError(f"{path}: {name!r} has a pair of shapes {down} and {up}.")
     for key in keys:
@@ -266,7 +324,10 @@ def _add(
     file.configs[name] = layer_config(path, name, {"r": r, "alpha": scale * r, "gralora_k": 1})
     if len(down) > 2:
         file.base[name] = BaseWeight((up[0], *down[1:]), "unknown", False, None, "convolution")
-    A, B = rearrange(get(keys[0]).flatten(1), "r i -> 1 i r"), rearrange(get(keys[1]).flatten(1), "o r -> 1 r o")
+    A, B = (
+        rearrange(get(keys[0]).flatten(1), "r i -> 1 i r"),
+        rearrange(get(keys[1]).flatten(1), "o r -> 1 r o"),
+    )
     file.tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
 
 

@@ -1,10 +1,12 @@
-"""Fused experts in LoRA folders: as PEFT has them under `target_parameters`, or each expert for itself.
+"""Fused experts in LoRA folders: as PEFT has them under `target_parameters`, or each expert for
+itself.
 
-PEFT (0.21.2, `lora.ParamWrapper`) stacks the pairs of all experts: lora_A (experts · R, in), lora_B (out, R · experts), in
-which the expert is the last axis of B. Its keys name the module, not the parameter: the first parameter of a module that is
-adapted is `<module>.base_layer.lora_A`, the last `<module>.lora_A`. vLLM reads the same for models whose own experts are one
-3-D weight (`model_manager.py`, `_stack_moe_lora_weights`). For all others vLLM and SGLang want a pair for every expert under
-the names that the checkpoint gives it: `<module>.3.gate_proj.lora_A`.
+PEFT (0.21.2, `lora.ParamWrapper`) stacks the pairs of all experts: lora_A (experts · R, in), lora_B
+(out, R · experts), in which the expert is the last axis of B. Its keys name the module, not the
+parameter: the first parameter of a module that is adapted is `<module>.base_layer.lora_A`, the last
+`<module>.lora_A`. vLLM reads the same for models whose own experts are one 3-D weight
+(`model_manager.py`, `_stack_moe_lora_weights`). For all others vLLM and SGLang want a pair for
+every expert under the names that the checkpoint gives it: `<module>.3.gate_proj.lora_A`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Wrapped(NamedTuple):
 
 
 def is_experts(file: AdapterFile, name: str) -> bool:
-    grouped = name in file.base and file.base[name].kind == "convolution"  # groups lie on a leading axis as well
+    grouped = (
+        name in file.base and file.base[name].kind == "convolution"
+    )  # groups lie on a leading axis as well
     return layer_tensors(file, name)[0].dim() > 3 and not grouped
 
 
@@ -46,12 +50,15 @@ def refuse_experts(file: AdapterFile, what: str) -> None:
     for name in file.configs:
         if is_experts(file, name):
             raise ValueError(
-                f'{name!r} holds adapters of fused experts, which {what} can\'t express. format="lora" can, and "gralora".'
+                f"{name!r} holds adapters of fused experts, which {what} can't express."
+                ' format="lora" can, and "gralora".'
             )
 
 
 def wrapped(names: Collection[str]) -> list[Wrapped]:
-    """Where PEFT puts the pairs of these parameters, given in the order in which their modules have them."""
+    """Where PEFT puts the pairs of these parameters, given in the order in which their modules have
+    them.
+    """
     modules: dict[str, list[str]] = {}
     for name in names:
         modules.setdefault(name.rpartition(".")[0], []).append(name)
@@ -62,8 +69,11 @@ def wrapped(names: Collection[str]) -> list[Wrapped]:
     ]
 
 
-def unwrapped(paths: Collection[str], parameters: Collection[str], ordered: Collection[str]) -> dict[str, str]:
-    """The reverse: which parameter each path of a pair in PEFT's keys means; layers that are none are left out.
+def unwrapped(
+    paths: Collection[str], parameters: Collection[str], ordered: Collection[str]
+) -> dict[str, str]:
+    """The reverse: which parameter each path of a pair in PEFT's keys means; layers that are none
+    are left out.
 
     Args:
         parameters: PEFT's `target_parameters`: whole names, or their ends.
@@ -74,14 +84,22 @@ def unwrapped(paths: Collection[str], parameters: Collection[str], ordered: Coll
         depths.setdefault(re.sub(r"(\.base_layer)+$", "", path), []).append(path)
     found: dict[str, str] = {}
     for module, own in depths.items():
-        ends = [each for each in parameters if "." in each and f".{module}".endswith(f".{each.rpartition('.')[0]}")]
+        ends = [
+            each
+            for each in parameters
+            if "." in each and f".{module}".endswith(f".{each.rpartition('.')[0]}")
+        ]
         names = [name for name in ordered if name.rpartition(".")[0] == module]
         if not names:
             names = _sorted(list({join(module, each.rpartition(".")[2]): None for each in ends}))
             if len(names) > 1 and not all(name.rpartition(".")[2] in FUSED for name in names):
-                raise ValueError(f"which of the parameters {', '.join(names)} each pair is of can't be known.")
+                raise ValueError(
+                    f"which of the parameters {', '.join(names)} each pair is of can't be known."
+                )
         if ends and len(names) != len(own):
-            raise ValueError(f"{module!r} has {len(own)} pairs for the parameters {', '.join(names)}.")
+            raise ValueError(
+                f"{module!r} has {len(own)} pairs for the parameters {', '.join(names)}."
+            )
         if ends:
             found.update(zip(sorted(own, key=len, reverse=True), names, strict=True))
     return found
@@ -89,12 +107,19 @@ def unwrapped(paths: Collection[str], parameters: Collection[str], ordered: Coll
 
 def _sorted(names: list[str]) -> list[str]:
     last = [name.rpartition(".")[2] for name in names]
-    return sorted(names, key=lambda name: FUSED.index(name.rpartition(".")[2])) if set(last) <= set(FUSED) else names
+    return (
+        sorted(names, key=lambda name: FUSED.index(name.rpartition(".")[2]))
+        if set(last) <= set(FUSED)
+        else names
+    )
 
 
 def stacked(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(experts, R, in), (experts, out, R) -> PEFT's (experts · R, in), (out, R · experts)."""
-    return rearrange(down, "e r i -> (e r) i").contiguous(), rearrange(up, "e o r -> o (r e)").contiguous()
+    return (
+        rearrange(down, "e r i -> (e r) i").contiguous(),
+        rearrange(up, "e o r -> o (r e)").contiguous(),
+    )
 
 
 def unstacked(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -103,15 +128,17 @@ def unstacked(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def apart(file: AdapterFile) -> AdapterFile:
-    """A file with k = 1 in which every expert has pairs of its own, gate and up each one, under a checkpoint's names."""
+    """A file with k = 1 in which every expert has pairs of its own, gate and up each one, under a
+    checkpoint's names.
+    """
     configs, tensors, base = dict(file.configs), dict(file.tensors), dict(file.base)
     for name in [name for name in file.configs if is_experts(file, name)]:
         module, _, parameter = name.rpartition(".")
         known = base.pop(name, None)
         if parameter == FUSED[0] and known is not None and known.fan_in_fan_out:
             raise ValueError(
-                f"{name!r} is stored (in, out), where gate and up may lie interleaved: its experts can't be written one by "
-                'one. Servers take such a model\'s as experts="fused".'
+                f"{name!r} is stored (in, out), where gate and up may lie interleaved: its experts"
+                " can't be written one by one. Servers take such a model's as experts=\"fused\"."
             )
         A, B, _, _ = layer_tensors(file, name)
         config = configs.pop(name)
@@ -128,12 +155,16 @@ def apart(file: AdapterFile) -> AdapterFile:
 
 
 def together(file: AdapterFile, known: Collection[str]) -> None:
-    """The reverse of `apart`, in place, for a model (names in `known`) that has its experts in one parameter."""
+    """The reverse of `apart`, in place, for a model (names in `known`) that has its experts in one
+    parameter.
+    """
     found: dict[str, dict[str, dict[int, str]]] = {}
     for name in file.configs:
         match = APART.fullmatch(name)
         if match and name not in known and join(match["module"], FUSED[1]) in known:
-            found.setdefault(match["module"], {}).setdefault(match["part"], {})[int(match["expert"])] = name
+            found.setdefault(match["module"], {}).setdefault(match["part"], {})[
+                int(match["expert"])
+            ] = name
     for module, parts in found.items():
         if "down_proj" in parts:
             _fuse(file, join(module, FUSED[1]), [parts["down_proj"]])
@@ -143,7 +174,9 @@ def together(file: AdapterFile, known: Collection[str]) -> None:
 
 
 def _fuse(file: AdapterFile, name: str, parts: list[dict[int, str]]) -> None:
-    """One adapter of fused experts out of those of each; the parts' outputs one behind the other."""
+    """One adapter of fused experts out of those of each; the parts' outputs one behind the
+    other.
+    """
     if any(sorted(part) != list(range(len(part))) for part in parts):
         return  # some expert has none: the error names those that the model lacks
     pairs = []

@@ -1,4 +1,6 @@
-"""The table of file formats: what each can express, which of them a path holds, and where it lies."""
+"""The table of file formats: what each can express, which of them a path holds, and where it
+lies.
+"""
 
 from __future__ import annotations
 
@@ -48,23 +50,31 @@ def convertible(
     experts: str = "fused",
     dtype: torch.dtype | None = None,
 ) -> AdapterFile:
-    """`file` as `format` can express it: for plain LoRA as pairs of rank `rank`, or of their own, exactly."""
+    """`file` as `format` can express it: for plain LoRA as pairs of rank `rank`, or of their own,
+    exactly.
+    """
     if experts not in ("fused", "each"):
         raise ValueError(f'experts={experts!r} is not legal: it must be "fused" or "each".')
     if experts != "fused" and format != "lora":
         raise ValueError(f'experts={experts!r} is for format="lora".')
     if dtype is not None and dtype not in FLOATS.values():
-        raise ValueError(f"dtype={dtype} is not legal: it must be one of {', '.join(map(str, FLOATS.values()))}.")
+        raise ValueError(
+            f"dtype={dtype} is not legal: it must be one of {', '.join(map(str, FLOATS.values()))}."
+        )
     if format in LORA_FORMATS:
         file = as_lora(file, _rank(file, rank), errors)
         file = apart(file) if experts == "each" else file
     elif rank is not None:
-        raise ValueError(f'rank={rank} is for plain LoRA, such as format="lora"; the rank of GraLoRA is its r.')
+        raise ValueError(
+            f'rank={rank} is for plain LoRA, such as format="lora"; the rank of GraLoRA is its r.'
+        )
     elif errors is not None:
         errors.update(dict.fromkeys(file.configs, 0.0))
     if dtype is not None:
         own = {key for name, config in file.configs.items() for key in layer_keys(name, config)}
-        cast = {key: tensor.to(dtype) if key in own else tensor for key, tensor in file.tensors.items()}
+        cast = {
+            key: tensor.to(dtype) if key in own else tensor for key, tensor in file.tensors.items()
+        }
         file = dataclasses.replace(file, tensors=cast)
     return file
 
@@ -79,7 +89,10 @@ def _rank(file: AdapterFile, rank: int | float | str | None) -> int | float | No
         return rank
     legal = [each for each in VLLM_RANKS if each >= exact_rank(file)]
     if rank != "vllm" or not legal:
-        why = f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this adapter's is {exact_rank(file)}: give a number, to cut it"
+        why = (
+            f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this adapter's is {exact_rank(file)}:"
+            " give a number, to cut it"
+        )
         raise ValueError(
             why + "."
             if rank == "vllm"
@@ -89,7 +102,9 @@ def _rank(file: AdapterFile, rank: int | float | str | None) -> int | float | No
 
 
 def read_adapter(path: Path, *, allow_nonfinite: bool = False) -> AdapterFile:
-    """Read an adapter in whatever format it is; NaN and infinite values are refused unless allowed."""
+    """Read an adapter in whatever format it is; NaN and infinite values are refused unless
+    allowed.
+    """
     if not path.exists():
         raise FileNotFoundError(f"no adapter at {path}")
     format = next((f for f in reversed(FORMATS.values()) if f.matches(path)), None)
@@ -102,7 +117,9 @@ def read_adapter(path: Path, *, allow_nonfinite: bool = False) -> AdapterFile:
 
 
 def located(path: str | Path) -> Path:
-    """Where an adapter lies: here, or under "owner/name" on the Hugging Face hub, if `huggingface_hub` is installed."""
+    """Where an adapter lies: here, or under "owner/name" on the Hugging Face hub, if
+    `huggingface_hub` is installed.
+    """
     here = Path(path)
     if here.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or here.parent.is_dir():
         return here
@@ -113,15 +130,27 @@ def located(path: str | Path) -> Path:
             f"no adapter at {path}. If it lies on the Hugging Face hub: pip install 'gralora[hub]'."
         ) from None
     try:
-        folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.gguf", "*.bin"]))
+        folder = Path(
+            snapshot_download(
+                str(path), allow_patterns=["*.json", "*.safetensors", "*.gguf", "*.bin"]
+            )
+        )
     except Exception as error:  # of whatever kind: no network, no such repository, no access
-        raise FileNotFoundError(f"no adapter at {path}, nor on the Hugging Face hub: {error}") from error
-    own = [file for file in sorted(folder.glob("*.safetensors")) if not (folder / "adapter_config.json").exists()]
+        raise FileNotFoundError(
+            f"no adapter at {path}, nor on the Hugging Face hub: {error}"
+        ) from error
+    own = [
+        file
+        for file in sorted(folder.glob("*.safetensors"))
+        if not (folder / "adapter_config.json").exists()
+    ]
     return own[0] if len(own) == 1 and own[0].name != "pytorch_lora_weights.safetensors" else folder
 
 
 def model_fields(config: object) -> dict[str, Any] | None:
-    """What a file remembers of a model's config, an object or a dict as config.json holds it; None if it is none."""
+    """What a file remembers of a model's config, an object or a dict as config.json holds it; None
+    if it is none.
+    """
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     elif isinstance(config, dict):

@@ -1,6 +1,7 @@
 """Where pickles of earlier versions look for the classes in them.
 
-A pickle names the module of every class that it holds. Up to 0.1 all modules lay flat in `gralora/`.
+A pickle names the module of every class that it holds. Up to 0.1 all modules lay flat in
+`gralora/`.
 """
 
 import sys
@@ -18,6 +19,8 @@ FORMER = {
     "gralora.saved": saved,
     "gralora.scope": scope,
 }
-"""By the name of before. A module whose classes are never in a pickle need not be here; `config` has kept its name."""
+"""By the name of before. A module whose classes are never in a pickle need not be here; `config`
+has kept its name.
+"""
 
 sys.modules.update(FORMER)

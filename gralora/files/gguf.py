@@ -1,12 +1,14 @@
 """llama.cpp's LoRA file, written and read with the package `gguf`.
 
-Its facts, from llama.cpp's `src/llama-adapter.cpp`: metadata general.type "adapter", general.architecture that of the model,
-adapter.type "lora", adapter.lora.alpha; tensors `<name of the weight>.lora_a` (rank, in) and `.lora_b` (out, rank), ranks of
-their own. The scale is alpha / rank of each tensor with one alpha for all, so where scalings differ B takes the rest in. Of
-the token embedding lora_a is (tokens, rank) and lora_b (width, rank). Names are those of `gguf`'s own tables.
+Its facts, from llama.cpp's `src/llama-adapter.cpp`: metadata general.type "adapter",
+general.architecture that of the model, adapter.type "lora", adapter.lora.alpha; tensors `<name of
+the weight>.lora_a` (rank, in) and `.lora_b` (out, rank), ranks of their own. The scale is alpha /
+rank of each tensor with one alpha for all, so where scalings differ B takes the rest in. Of the
+token embedding lora_a is (tokens, rank) and lora_b (width, rank). Names are those of `gguf`'s own
+tables.
 
-Some architectures have the rows of q and k in another order there than in transformers: the two halves of each head that
-rotary embeddings turn together lie side by side.
+Some architectures have the rows of q and k in another order there than in transformers: the two
+halves of each head that rotary embeddings turn together lie side by side.
 """
 
 from __future__ import annotations
@@ -82,18 +84,30 @@ def write_gguf(file: AdapterFile, path: Path) -> None:
 
 
 def read_gguf(path: Path) -> AdapterFile:
-    """Read llama.cpp's file. Its layers bear llama.cpp's names until a model says what it calls them (`renamed`)."""
+    """Read llama.cpp's file. Its layers bear llama.cpp's names until a model says what it calls
+    them (`renamed`).
+    """
     gguf = _package()
     try:
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, IndexError, KeyError, OSError, TypeError, OverflowError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        OSError,
+        TypeError,
+        OverflowError,
+        UnicodeDecodeError,
+    ) as error:
         raise AdapterFileError(f"{path} cannot be read as a GGUF file: {error}") from error
     if fields.get("general.type") != "adapter" or fields.get("adapter.type") != "lora":
         raise AdapterFileError(f"{path} is a GGUF file, but no LoRA adapter.")
     alpha = fields.get("adapter.lora.alpha")
-    result = AdapterFile({}, {}, format="gguf", model={"architecture": fields.get("general.architecture")})
+    result = AdapterFile(
+        {}, {}, format="gguf", model={"architecture": fields.get("general.architecture")}
+    )
     for key in [key for key in tensors if key.endswith(".lora_a")]:
         name = key.removesuffix(".lora_a")
         if f"{name}.lora_b" not in tensors:
@@ -101,11 +115,22 @@ def read_gguf(path: Path) -> AdapterFile:
         down, up = (_read(gguf, path, tensors[f"{name}.lora_{letter}"]) for letter in "ab")
         if name == TOKEN_EMBEDDING:
             up, down = down, up.mT
-            result.base[name] = BaseWeight((len(up), down.shape[1]), "unknown", False, None, "embedding")
-        if down.dim() != 2 or up.dim() != 2 or len(down) != up.shape[1] or 0 in (*down.shape, *up.shape):
-            raise AdapterFileError(f"{path}: {name!r} has a pair of shapes {tuple(down.shape)} and {tuple(up.shape)}.")
+            result.base[name] = BaseWeight(
+                (len(up), down.shape[1]), "unknown", False, None, "embedding"
+            )
+        if (
+            down.dim() != 2
+            or up.dim() != 2
+            or len(down) != up.shape[1]
+            or 0 in (*down.shape, *up.shape)
+        ):
+            raise AdapterFileError(
+                f"{path}: {name!r} has a pair of shapes {tuple(down.shape)} and {tuple(up.shape)}."
+            )
         r = len(down)
-        result.configs[name] = layer_config(path, name, {"r": r, "alpha": alpha or r, "gralora_k": 1})
+        result.configs[name] = layer_config(
+            path, name, {"r": r, "alpha": alpha or r, "gralora_k": 1}
+        )
         A, B = rearrange(down, "r i -> 1 i r"), rearrange(up, "o r -> 1 r o")
         result.tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
     if len(result.configs) * 2 != len(tensors):
@@ -117,7 +142,8 @@ GGUF = Format(lambda path: path.is_file() and _starts(path), read_gguf, write_gg
 
 
 def renamed(file: AdapterFile, layers: list[str], model: Mapping[str, Any] | None) -> AdapterFile:
-    """A file of llama.cpp's under the names of a model that has these layers, its q and k turned back.
+    """A file of llama.cpp's under the names of a model that has these layers, its q and k turned
+    back.
 
     Raises:
         AdapterFileError: the model's architecture is another one, or it lacks a layer.
@@ -129,7 +155,8 @@ def renamed(file: AdapterFile, layers: list[str], model: Mapping[str, Any] | Non
     if architecture.name != (file.model or {}).get("architecture"):
         given = (file.model or {}).get("architecture")
         raise AdapterFileError(
-            f"the file is for models that llama.cpp calls {given!r}, and this is {architecture.name!r}."
+            f"the file is for models that llama.cpp calls {given!r}, and this is"
+            f" {architecture.name!r}."
         )
     here = {known: name for name, known in gguf_names(layers, model, strict=False).items()}
     lacking = [name for name in file.configs if name not in here]
@@ -156,17 +183,22 @@ def architecture_of(model: Mapping[str, Any] | None) -> Architecture:
     model_type = (model or {}).get("model_type")
     if model_type not in ARCHITECTURES:
         known = (
-            f"model_type={model_type!r} is not covered" if model_type else "what model the adapter is of is not known"
+            f"model_type={model_type!r} is not covered"
+            if model_type
+            else "what model the adapter is of is not known"
         )
         raise ValueError(
-            f"{known}, so llama.cpp's names for its layers can't be told. Covered: {', '.join(ARCHITECTURES)}. Ways out: "
-            'format="lora" and llama.cpp\'s own convert_lora_to_gguf.py, or merge and serve the model. `gralora convert` takes '
-            "the model's folder or config.json as --base."
+            f"{known}, so llama.cpp's names for its layers can't be told. Covered:"
+            f' {", ".join(ARCHITECTURES)}. Ways out: format="lora" and llama.cpp\'s own'
+            " convert_lora_to_gguf.py, or merge and serve the model. `gralora convert` takes the"
+            " model's folder or config.json as --base."
         )
     return ARCHITECTURES[model_type]
 
 
-def gguf_names(layers: list[str], model: Mapping[str, Any] | None, *, strict: bool = True) -> dict[str, str]:
+def gguf_names(
+    layers: list[str], model: Mapping[str, Any] | None, *, strict: bool = True
+) -> dict[str, str]:
     """llama.cpp's names for the weights of layers.
 
     Raises:
@@ -178,7 +210,12 @@ def gguf_names(layers: list[str], model: Mapping[str, Any] | None, *, strict: bo
     table = gguf.get_tensor_name_map(arch, int((model or {}).get("num_hidden_layers", 0)))
     result: dict[str, str] = {}
     for layer in layers:
-        forms = (layer, f"model.{layer}", f"transformer.{layer}", layer.replace("language_model.", ""))
+        forms = (
+            layer,
+            f"model.{layer}",
+            f"transformer.{layer}",
+            layer.replace("language_model.", ""),
+        )
         found = next((own for form in forms if (own := table.get_name(form)) is not None), None)
         if found is not None:
             result[layer] = f"{found}.weight"
@@ -198,7 +235,9 @@ def heads_of(layer: str, model: Mapping[str, Any] | None) -> int | None:
 
 
 def permuted(up: Tensor, heads: int | None, *, back: bool = False) -> Tensor:
-    """Rows (out, ...) from transformers' order into llama.cpp's, or back: the halves of each head side by side."""
+    """Rows (out, ...) from transformers' order into llama.cpp's, or back: the halves of each head
+    side by side.
+    """
     if heads is None:
         return up
     if back:
@@ -211,24 +250,28 @@ def _refuse(file: AdapterFile) -> None:
     beside = [*file.biases, *file.modules_to_save]
     if beside:
         raise ValueError(
-            f"the adapter trains {beside[0]!r} as well, which a LoRA of llama.cpp can't hold: merge_and_unload, save the model "
-            "and convert that."
+            f"the adapter trains {beside[0]!r} as well, which a LoRA of llama.cpp can't hold:"
+            " merge_and_unload, save the model and convert that."
         )
     for name in file.configs:
         kind = file.base[name].kind if name in file.base else "linear"
         if kind not in ("linear", "embedding"):
             raise ValueError(f"{name!r}, of kind {kind!r}, is nothing that llama.cpp adapts.")
-        if (file.model or {}).get("tie_word_embeddings") and (kind == "embedding" or name.endswith("lm_head")):
+        if (file.model or {}).get("tie_word_embeddings") and (
+            kind == "embedding" or name.endswith("lm_head")
+        ):
             raise ValueError(
-                f"{name!r} is tied to its head or embedding, which in llama.cpp are one tensor: merge_and_unload, save the model "
-                "and convert that."
+                f"{name!r} is tied to its head or embedding, which in llama.cpp are one tensor:"
+                " merge_and_unload, save the model and convert that."
             )
 
 
 def _add(gguf: Any, writer: Any, name: str, tensor: Tensor) -> None:
     if tensor.dtype is torch.bfloat16:
         kind = gguf.GGMLQuantizationType.BF16
-        writer.add_tensor(name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
+        writer.add_tensor(
+            name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind
+        )
     else:
         kept = tensor if tensor.dtype is torch.float16 else tensor.float()
         writer.add_tensor(name, kept.contiguous().numpy())
@@ -237,9 +280,13 @@ def _add(gguf: Any, writer: Any, name: str, tensor: Tensor) -> None:
 def _read(gguf: Any, path: Path, tensor: Any) -> Tensor:
     kinds = {getattr(gguf.GGMLQuantizationType, kind): kind for kind in ("F32", "F16", "BF16")}
     if tensor.tensor_type not in kinds:
-        raise AdapterFileError(f"{path}: {tensor.name} is of type {tensor.tensor_type.name}; legal are F32, F16, BF16.")
+        raise AdapterFileError(
+            f"{path}: {tensor.name} is of type {tensor.tensor_type.name}; legal are F32, F16, BF16."
+        )
     if kinds[tensor.tensor_type] == "BF16":
-        return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).bfloat16()
+        return torch.from_numpy(
+            gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()
+        ).bfloat16()
     return torch.from_numpy(tensor.data.copy())
 
 
@@ -252,5 +299,7 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("llama.cpp's files need the package gguf: pip install 'gralora[gguf]'.") from error
+        raise ImportError(
+            "llama.cpp's files need the package gguf: pip install 'gralora[gguf]'."
+        ) from error
     return gguf

@@ -1,7 +1,8 @@
 """GraLoRA as the plain LoRA that it is.
 
-A GraLoRA update is exactly a LoRA of rank k * r + hybrid_r, and a LoRA is exactly a GraLoRA with k = 1. So between
-formats an adapter is rewritten as an `AdapterFile` with k = 1; its pairs are laid out as PEFT lays them out.
+A GraLoRA update is exactly a LoRA of rank k * r + hybrid_r, and a LoRA is exactly a GraLoRA with k
+= 1. So between formats an adapter is rewritten as an `AdapterFile` with k = 1; its pairs are laid
+out as PEFT lays them out.
 """
 
 from __future__ import annotations
@@ -19,30 +20,44 @@ from torch.nn import functional as F
 from gralora.config import GraloraConfig
 from gralora.files.experts import is_experts
 from gralora.files.own import AdapterFile, AdapterFileError, layer_keys, layer_tensors
-from gralora.layers.attention import PACKED, PARTS  # PEFT adapts q, k and v as the one matrix in which they are packed
+from gralora.layers.attention import (
+    PACKED,
+    PARTS,
+)  # PEFT adapts q, k and v as the one matrix in which they are packed
 from gralora.layers.class_change import join
 from gralora.maths import functional
 from gralora.model.fit import is_share
 from gralora.model.state import adapter_keys
 
 
-def as_lora(file: AdapterFile, rank: int | float | None = None, errors: dict[str, float] | None = None) -> AdapterFile:
-    """The same adapter with k = 1: exact, or with every layer of rank `rank`, cut by SVD or padded with zeros.
+def as_lora(
+    file: AdapterFile, rank: int | float | None = None, errors: dict[str, float] | None = None
+) -> AdapterFile:
+    """The same adapter with k = 1: exact, or with every layer of rank `rank`, cut by SVD or padded
+    with zeros.
 
-    A `rank` below 1 is a share: every layer is cut to the smallest rank that keeps it of ‖ΔW‖². With a number all layers get
-    one alpha as well: where their scalings differ, B takes them in. Servers that read neither `rank_pattern` nor `alpha_pattern`
-    take such a file.
+    A `rank` below 1 is a share: every layer is cut to the smallest rank that keeps it of ‖ΔW‖².
+    With a number all layers get one alpha as well: where their scalings differ, B takes them in.
+    Servers that read neither `rank_pattern` nor `alpha_pattern` take such a file.
 
     Args:
         errors: a dict to be filled with ‖new ΔW - ΔW‖ / ‖ΔW‖ of each layer.
     """
     share = is_share(rank)
-    if rank is not None and not share and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+    if (
+        rank is not None
+        and not share
+        and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1)
+    ):
         raise ValueError(
-            f"rank={rank!r} is not legal: it must be an integer of at least 1, a share of the squared norm between 0 and 1, or "
-            "None for the exact rank."
+            f"rank={rank!r} is not legal: it must be an integer of at least 1, a share of the"
+            " squared norm between 0 and 1, or None for the exact rank."
         )
-    fold = rank is not None and not share and len({config.scaling for config in file.configs.values()}) > 1
+    fold = (
+        rank is not None
+        and not share
+        and len({config.scaling for config in file.configs.values()}) > 1
+    )
     configs, tensors = {}, {}
     for name, config in file.configs.items():
         down, up = functional.lora_factors(*layer_tensors(file, name))
@@ -56,7 +71,9 @@ def as_lora(file: AdapterFile, rank: int | float | None = None, errors: dict[str
         tensors.update(_as_k_1(name, down.to(dtype), up.to(dtype)))
         if errors is not None:
             errors[name] = error
-    return dataclasses.replace(file, configs=configs, tensors={**tensors, **tensors_beside(file)}, format="lora")
+    return dataclasses.replace(
+        file, configs=configs, tensors={**tensors, **tensors_beside(file)}, format="lora"
+    )
 
 
 def tensors_beside(file: AdapterFile) -> dict[str, Tensor]:
@@ -68,9 +85,9 @@ def tensors_beside(file: AdapterFile) -> dict[str, Tensor]:
 def lora_pairs(file: AdapterFile, *, scaled: bool = False) -> dict[str, Tensor]:
     """The pairs of a file with k = 1 under PEFT's names; `scaled`: with the scaling in lora_B.
 
-    Of a convolution they are kernels, as PEFT has them: lora_A (R, in, *kernel), lora_B (out, R, 1, ...). Where it
-    has groups, lora_A sees all channels, and is zero for those of other groups; lora_B has the groups. Of fused experts they
-    have a leading axis of experts.
+    Of a convolution they are kernels, as PEFT has them: lora_A (R, in, *kernel), lora_B (out, R, 1,
+    ...). Where it has groups, lora_A sees all channels, and is zero for those of other groups;
+    lora_B has the groups. Of fused experts they have a leading axis of experts.
     """
     result = {}
     for name, config in file.configs.items():
@@ -80,8 +97,12 @@ def lora_pairs(file: AdapterFile, *, scaled: bool = False) -> dict[str, Tensor]:
         if len(shape) > 2 and down.dim() > 2:  # of a grouped convolution both are grouped kernels
             down, up = _over_all_channels(down, shape), rearrange(up, "g o r -> (g o) r")
             shape = (shape[0], shape[1] * (len(down) // up.shape[1]), *shape[2:])
-        result[join(name, "lora_A.weight")] = down.reshape(len(down), *(shape[1:] or down.shape[1:])).contiguous()
-        result[join(name, "lora_B.weight")] = up.reshape(*up.shape, *[1] * len(shape[2:])).contiguous()
+        result[join(name, "lora_A.weight")] = down.reshape(
+            len(down), *(shape[1:] or down.shape[1:])
+        ).contiguous()
+        result[join(name, "lora_B.weight")] = up.reshape(
+            *up.shape, *[1] * len(shape[2:])
+        ).contiguous()
     return result
 
 
@@ -93,13 +114,15 @@ def _over_all_channels(down: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def own_channels(path: Path, name: str, A: Tensor, groups: int) -> Tensor:
-    """lora_A (groups · r, in · kernel) of a grouped convolution -> (groups, r, in / groups · kernel)."""
+    """lora_A (groups · r, in · kernel) of a grouped convolution -> (groups, r, in / groups ·
+    kernel).
+    """
     wide = rearrange(A, "(g r) (h m) -> g h r m", g=groups, h=groups)
     own = wide[range(groups), range(groups)]
     if wide.count_nonzero() != own.count_nonzero():
         raise AdapterFileError(
-            f"{path}: the pair of {name!r}, a convolution of {groups} groups, mixes channels of different groups, which no "
-            "weight of such a convolution can."
+            f"{path}: the pair of {name!r}, a convolution of {groups} groups, mixes channels of"
+            " different groups, which no weight of such a convolution can."
         )
     return own
 
@@ -113,20 +136,25 @@ def groups_of(file: AdapterFile, name: str) -> int:
 def packed(file: AdapterFile) -> AdapterFile:
     """A file with k = 1 in which the projections of an attention are packed as PEFT has them.
 
-    One pair for q, k and v together, of the sum of their ranks, and one for out_proj of the same rank; B takes the
-    scalings in.
+    One pair for q, k and v together, of the sum of their ranks, and one for out_proj of the same
+    rank; B takes the scalings in.
     """
-    attentions = {name.rpartition(".")[0]: None for name in file.configs if is_projection(file, name)}
+    attentions = {
+        name.rpartition(".")[0]: None for name in file.configs if is_projection(file, name)
+    }
     configs, tensors, base = dict(file.configs), dict(file.tensors), dict(file.base)
     for path in attentions:
         own = {part: join(path, part) for part in PARTS if join(path, part) in file.configs}
         width = {size for name in own.values() for size in file.base[name].shape}
         if len(width) > 1:
             raise ValueError(
-                f"the inputs of {path!r} differ in size, which PEFT can't express in LoRA: {sorted(width)}."
+                f"the inputs of {path!r} differ in size, which PEFT can't express in LoRA:"
+                f" {sorted(width)}."
             )
         pairs = {part: _pair(file, name) for part, name in own.items()}
-        pairs = {part: (down, up * file.configs[own[part]].scaling) for part, (down, up) in pairs.items()}
+        pairs = {
+            part: (down, up * file.configs[own[part]].scaling) for part, (down, up) in pairs.items()
+        }
         dropout = max(file.configs[name].gralora_dropout for name in own.values())
         for name in own.values():
             for key in layer_keys(name, configs.pop(name)):
@@ -146,7 +174,9 @@ def packed(file: AdapterFile) -> AdapterFile:
 
 
 def unpacked(file: AdapterFile) -> AdapterFile:
-    """The reverse of `packed`: a pair for q, k and v together, beside one for out_proj, as three."""
+    """The reverse of `packed`: a pair for q, k and v together, beside one for out_proj, as
+    three.
+    """
     for path in [name for name in file.configs if join(name, "out_proj") in file.configs]:
         down, ups = _pair(file, path)
         if len(ups) != 3 * down.shape[1]:
@@ -169,11 +199,19 @@ def is_projection(file: AdapterFile, name: str) -> bool:
 
 
 def _plain_config(r: int, alpha: float, dropout: float) -> GraloraConfig:
-    return GraloraConfig(r=r, alpha=int(alpha) if alpha == int(alpha) else alpha, gralora_k=1, gralora_dropout=dropout)
+    return GraloraConfig(
+        r=r,
+        alpha=int(alpha) if alpha == int(alpha) else alpha,
+        gralora_k=1,
+        gralora_dropout=dropout,
+    )
 
 
 def _as_k_1(name: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-    pair = {"A": rearrange(down, "... r i -> ... 1 i r"), "B": rearrange(up, "... o r -> ... 1 r o")}
+    pair = {
+        "A": rearrange(down, "... r i -> ... 1 i r"),
+        "B": rearrange(up, "... o r -> ... 1 r o"),
+    }
     return adapter_keys(name, {key: tensor.contiguous() for key, tensor in pair.items()})
 
 
@@ -188,8 +226,14 @@ def _of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float
         return *_padded(down, up, rank), 0.0
     if down.dim() == 2:
         return functional.truncated(down.double(), up.double(), rank)
-    cut = [functional.truncated(one.double(), other.double(), rank) for one, other in zip(down, up, strict=True)]
-    norms = [functional.product_norm(one.double(), other.double()) for one, other in zip(down, up, strict=True)]
+    cut = [
+        functional.truncated(one.double(), other.double(), rank)
+        for one, other in zip(down, up, strict=True)
+    ]
+    norms = [
+        functional.product_norm(one.double(), other.double())
+        for one, other in zip(down, up, strict=True)
+    ]
     lost = math.hypot(*(error * norm for (*_, error), norm in zip(cut, norms, strict=True)))
     return (
         torch.stack([one for one, _, _ in cut]),

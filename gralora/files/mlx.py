@@ -1,8 +1,9 @@
 """mlx-lm's folder, as its own reader takes it (`mlx_lm/tuner/utils.py`, `load_adapters`).
 
-`adapters.safetensors` holds `<layer>.lora_a` (in, rank) and `<layer>.lora_b` (rank, out); `adapter_config.json` one rank and one
-scale for all, which multiplies directly, and the names of the layers within a block. Where ranks differ the lower ones are
-padded with zeros, where scalings do lora_b takes them in. Of an embedding lora_a is (tokens, rank).
+`adapters.safetensors` holds `<layer>.lora_a` (in, rank) and `<layer>.lora_b` (rank, out);
+`adapter_config.json` one rank and one scale for all, which multiplies directly, and the names of
+the layers within a block. Where ranks differ the lower ones are padded with zeros, where scalings
+do lora_b takes them in. Of an embedding lora_a is (tokens, rank).
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def write_mlx(file: AdapterFile, path: Path) -> None:
     beside = [*file.biases, *file.modules_to_save]
     if beside:
         raise ValueError(
-            f"the adapter trains {beside[0]!r} as well, which mlx-lm's LoRA can't hold: merge, and convert the model."
+            f"the adapter trains {beside[0]!r} as well, which mlx-lm's LoRA can't hold: merge, and"
+            " convert the model."
         )
     for name in file.configs:
         kind = file.base[name].kind if name in file.base else "linear"
@@ -59,7 +61,10 @@ def write_mlx(file: AdapterFile, path: Path) -> None:
         up = up * (config.scaling / scale)
         down, up = _padded(down, rank, 0), _padded(up, rank, 1)
         a, b = (up, down) if is_embedding(file, name) else (down.mT, up.mT)
-        tensors[join(name, "lora_a")], tensors[join(name, "lora_b")] = a.contiguous(), b.contiguous()
+        tensors[join(name, "lora_a")], tensors[join(name, "lora_b")] = (
+            a.contiguous(),
+            b.contiguous(),
+        )
     dropouts = {config.gralora_dropout for config in file.configs.values()}
     config_json = {
         "fine_tune_type": "lora",
@@ -90,24 +95,49 @@ def read_mlx(path: Path) -> AdapterFile:
     scale: Any = parameters.get("scale")
     result = AdapterFile({}, {}, format="mlx")
     with opened(path / WEIGHTS) as (_, shapes, dtypes, get):
-        names = [key.removesuffix("lora_a").removesuffix(".") for key in shapes if key.endswith("lora_a")]
+        names = [
+            key.removesuffix("lora_a").removesuffix(".") for key in shapes if key.endswith("lora_a")
+        ]
         if len(names) * 2 != len(shapes):
             raise AdapterFileError(f"{path} holds tensors that are no pair of a LoRA.")
         for name in names:
             a, b = (shapes.get(join(name, f"lora_{letter}"), ()) for letter in "ab")
-            if len(a) != 2 or len(b) != 2 or a[1] != b[0] or 0 in a + b or not isinstance(scale, (int, float)):
-                raise AdapterFileError(f"{path}: {name!r} has a pair of shapes {a} and {b}, and a scale of {scale!r}.")
+            if (
+                len(a) != 2
+                or len(b) != 2
+                or a[1] != b[0]
+                or 0 in a + b
+                or not isinstance(scale, (int, float))
+            ):
+                raise AdapterFileError(
+                    f"{path}: {name!r} has a pair of shapes {a} and {b}, and a scale of {scale!r}."
+                )
             for letter in "ab":
                 check_dtype(path, f"{name}.lora_{letter}", dtypes[join(name, f"lora_{letter}")])
-            embedding = name.rpartition(".")[2] in ("embed_tokens", "wte", "embedding", "embeddings")
+            embedding = name.rpartition(".")[2] in (
+                "embed_tokens",
+                "wte",
+                "embedding",
+                "embeddings",
+            )
             down, up = get(join(name, "lora_a")).mT, get(join(name, "lora_b")).mT
             if embedding:
                 down, up = up.mT, down.mT
-                result.base[name] = BaseWeight((len(up), down.shape[1]), "unknown", False, None, "embedding")
+                result.base[name] = BaseWeight(
+                    (len(up), down.shape[1]), "unknown", False, None, "embedding"
+                )
             r = a[1]
-            fields = {"r": r, "alpha": scale * r, "gralora_k": 1, "gralora_dropout": parameters.get("dropout", 0.0)}
+            fields = {
+                "r": r,
+                "alpha": scale * r,
+                "gralora_k": 1,
+                "gralora_dropout": parameters.get("dropout", 0.0),
+            }
             result.configs[name] = layer_config(path, name, fields)
-            pair = {"A": rearrange(down, "r i -> 1 i r").contiguous(), "B": rearrange(up, "o r -> 1 r o").contiguous()}
+            pair = {
+                "A": rearrange(down, "r i -> 1 i r").contiguous(),
+                "B": rearrange(up, "o r -> 1 r o").contiguous(),
+            }
             result.tensors.update(adapter_keys(name, pair))
     return result
 

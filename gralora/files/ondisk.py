@@ -1,4 +1,6 @@
-"""Merging into checkpoints on disk, and extracting from them, without a model: one tensor in memory at a time."""
+"""Merging into checkpoints on disk, and extracting from them, without a model: one tensor in memory
+at a time.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
 class Extracted(NamedTuple):
-    """One layer of an extraction: the relative errors of the GraLoRA and of the best LoRA of equal parameters."""
+    """One layer of an extraction: the relative errors of the GraLoRA and of the best LoRA of equal
+    parameters.
+    """
 
     layer: str
     shape: tuple[int, int]
@@ -50,7 +54,8 @@ class Extracted(NamedTuple):
 def merge_checkpoint(
     model: Path, file: AdapterFile, out: Path, *, force: bool = False, progress: Progress = iter
 ) -> list[str]:
-    """Write the checkpoint `model` with the adapter merged to `out`; all other files of a folder are copied.
+    """Write the checkpoint `model` with the adapter merged to `out`; all other files of a folder
+    are copied.
 
     Equal to merging in memory, bit for bit.
 
@@ -58,7 +63,8 @@ def merge_checkpoint(
         the names of copied files that hold weights of another format, unmerged.
 
     Raises:
-        ValueError: the adapter's layers are not in the checkpoint, or can't be merged. FileExistsError: `out` exists.
+        ValueError: the adapter's layers are not in the checkpoint, or can't be merged.
+            FileExistsError: `out` exists.
     """
     checkpoint = Checkpoint.open(model)
     _check_out(out, force, model)
@@ -69,8 +75,9 @@ def merge_checkpoint(
         write_folder(out, work.fill)
     if work.differing:
         warnings.warn(
-            f"the adapter was trained on another base: the weights differ in {', '.join(work.differing[:5])}, "
-            f"{len(work.differing)} of {len(file.configs)} layers.",
+            "the adapter was trained on another base: the weights differ in"
+            f" {', '.join(work.differing[:5])}, {len(work.differing)} of {len(file.configs)}"
+            " layers.",
             UserWarning,
             stacklevel=2,
         )
@@ -87,7 +94,11 @@ class _Merging:
         _check_tied(checkpoint, file)
         for name, key in stored.items():
             self.maps.setdefault(rename(key), []).append(name)
-        self.layouts = {n: _check_layer(checkpoint, key, file, n) for key, names in self.maps.items() for n in names}
+        self.layouts = {
+            n: _check_layer(checkpoint, key, file, n)
+            for key, names in self.maps.items()
+            for n in names
+        }
         self.replaced = _replaced(file, checkpoint, rename)
         self.steps = iter(progress(list(self.layouts)))
         self.differing: list[str] = []
@@ -102,7 +113,9 @@ class _Merging:
             next(self.steps)
             layout, there = self.layouts[name], self.file.base.get(name)
             matrix = _matrix(tensor, self.file, name, layout)
-            if there is not None and there.differs(BaseWeight.of(tensor.dtype, there.shape, layout, matrix)):
+            if there is not None and there.differs(
+                BaseWeight.of(tensor.dtype, there.shape, layout, matrix)
+            ):
                 self.differing.append(name)
             updates = [(layer_tensors(self.file, name), self.file.configs[name].scaling)]
             write_merged(matrix, matrix, updates, safe=True, what=repr(name))
@@ -110,7 +123,11 @@ class _Merging:
 
     def write(self, shard: Shard, path: Path) -> None:
         last = self.checkpoint.shards[-1]
-        new = {key: t for key, t in self.replaced.items() if self.checkpoint.where.get(key, last) is shard}
+        new = {
+            key: t
+            for key, t in self.replaced.items()
+            if self.checkpoint.where.get(key, last) is shard
+        }
         shard.write(path, lambda key: self.merged(shard, key), new)
         if shard is last:
             next(self.steps, None)  # so that a bar ends
@@ -147,7 +164,10 @@ def extract_checkpoint(
     _check_out(out, force, base, tuned)
     names = [name for name in first.names() if re.fullmatch(targets, name)]
     if not names:
-        raise ValueError(f"{targets!r} matches no layer of {base}. Nearest names: {nearest(targets, first.names())}.")
+        raise ValueError(
+            f"{targets!r} matches no layer of {base}. Nearest names:"
+            f" {nearest(targets, first.names())}."
+        )
     file = AdapterFile({}, {})
     transposed = first.model_type in CONV1D_MODELS
     _check_extractable(first, second, names, config)
@@ -161,15 +181,31 @@ def extract_checkpoint(
         shape = (delta.shape[0], delta.shape[1])
         file.configs[name] = config
         pairs = adapter_keys(name, dict(zip(FACTORS, factors, strict=True)))
-        file.tensors.update({key: tensor.float().contiguous() for key, tensor in pairs.items() if tensor is not None})
-        file.base[name] = BaseWeight.of(weight.dtype, shape, transposed, weight.mT if transposed else weight)
-        rows.append(Extracted(name, shape, error, functional.best_lora_error(delta, config.r + config.hybrid_r)))
+        file.tensors.update(
+            {
+                key: tensor.float().contiguous()
+                for key, tensor in pairs.items()
+                if tensor is not None
+            }
+        )
+        file.base[name] = BaseWeight.of(
+            weight.dtype, shape, transposed, weight.mT if transposed else weight
+        )
+        rows.append(
+            Extracted(
+                name, shape, error, functional.best_lora_error(delta, config.r + config.hybrid_r)
+            )
+        )
     GRALORA.write(file, out)
     return rows
 
 
-def _places(file: AdapterFile, checkpoint: Checkpoint) -> tuple[dict[str, str], Callable[[str], str]]:
-    """The tensor that holds each of the adapter's maps, under the adapter's names, and the way to the checkpoint's."""
+def _places(
+    file: AdapterFile, checkpoint: Checkpoint
+) -> tuple[dict[str, str], Callable[[str], str]]:
+    """The tensor that holds each of the adapter's maps, under the adapter's names, and the way to
+    the checkpoint's.
+    """
     have = set(checkpoint.where)
 
     def places(packed: bool) -> dict[str, str]:
@@ -203,36 +239,51 @@ def _matrix(tensor: Tensor, file: AdapterFile, name: str, transposed: bool) -> T
     if file.base[name].kind == "transposed convolution":
         return tensor.flatten(1).mT
     A = layer_tensors(file, name)[0]
-    return tensor.flatten(1) if A.dim() == 3 else rearrange(tensor.flatten(1), "(g o) m -> g o m", g=len(A))
+    return (
+        tensor.flatten(1)
+        if A.dim() == 3
+        else rearrange(tensor.flatten(1), "(g o) m -> g o m", g=len(A))
+    )
 
 
 def _renaming(names: list[str], have: set[str], checkpoint: Checkpoint) -> Callable[[str], str]:
-    """From the adapter's names to the checkpoint's: the same, or all with one prefix more or less."""
+    """From the adapter's names to the checkpoint's: the same, or all with one prefix more or
+    less.
+    """
     if have.issuperset(names):
         return lambda name: name
     parts = names[0].split(".")
     more = {known.removesuffix(names[0]) for known in have if known.endswith(f".{names[0]}")}
-    less = {".".join(parts[:end]) + "." for end in range(1, len(parts)) if ".".join(parts[end:]) in have}
+    less = {
+        ".".join(parts[:end]) + "." for end in range(1, len(parts)) if ".".join(parts[end:]) in have
+    }
     added = [prefix for prefix in sorted(more) if all(prefix + name in have for name in names)]
-    taken = [p for p in sorted(less) if all(name.startswith(p) and name.removeprefix(p) in have for name in names)]
+    taken = [
+        p
+        for p in sorted(less)
+        if all(name.startswith(p) and name.removeprefix(p) in have for name in names)
+    ]
     if len(added) + len(taken) > 1:
-        raise ValueError(f"{checkpoint.path} has {names[0]!r} under more than one prefix: {', '.join(added + taken)}.")
+        raise ValueError(
+            f"{checkpoint.path} has {names[0]!r} under more than one prefix:"
+            f" {', '.join(added + taken)}."
+        )
     if added:
         return lambda name: added[0] + name
     if taken:
         return lambda name: _without(taken[0], name, checkpoint)
     missing = [name for name in names if name not in have]
     raise ValueError(
-        f"{checkpoint.path} lacks {len(missing)} of the adapter's {len(names)} layers, under any prefix: "
-        f"{', '.join(map(repr, missing[:3]))}. Nearest: {nearest(missing[0], have)}."
+        f"{checkpoint.path} lacks {len(missing)} of the adapter's {len(names)} layers, under any"
+        f" prefix: {', '.join(map(repr, missing[:3]))}. Nearest: {nearest(missing[0], have)}."
     )
 
 
 def _without(prefix: str, name: str, checkpoint: Checkpoint) -> str:
     if not name.startswith(prefix):
         raise ValueError(
-            f"{checkpoint.path} names its tensors without {prefix!r}, so {name!r} of the adapter has no place there. "
-            "Merge into a checkpoint of the whole model."
+            f"{checkpoint.path} names its tensors without {prefix!r}, so {name!r} of the adapter"
+            " has no place there. Merge into a checkpoint of the whole model."
         )
     return name.removeprefix(prefix)
 
@@ -244,28 +295,39 @@ def _check_layer(checkpoint: Checkpoint, key: str, file: AdapterFile, name: str)
         shape = known.shape[:-2] + known.shape[:-3:-1] if known.fan_in_fan_out else known.shape
         packed = (3 * shape[0], *shape[1:]) if known.kind == "attention" else shape
         if entry.code not in FLOATS or entry.shape not in (shape, packed):
-            raise ValueError(f"{key} is of type {entry.code} and shape {entry.shape}; the adapter is for {shape}.")
+            raise ValueError(
+                f"{key} is of type {entry.code} and shape {entry.shape}; the adapter is for"
+                f" {shape}."
+            )
         return known.fan_in_fan_out
     if entry.code not in FLOATS or len(entry.shape) != 2:
-        raise ValueError(f"{key} is of type {entry.code} and shape {entry.shape}: no plain matrix to merge into.")
+        raise ValueError(
+            f"{key} is of type {entry.code} and shape {entry.shape}: no plain matrix to merge into."
+        )
     return checkpoint.transposed(
         key.rpartition(".")[0], out_in(file, name), None if known is None else known.fan_in_fan_out
     )
 
 
 def _check_tied(checkpoint: Checkpoint, file: AdapterFile) -> None:
-    """Raise ValueError where the embedding's weight is the head's as well, and the adapter is of the embedding alone."""
+    """Raise ValueError where the embedding's weight is the head's as well, and the adapter is of
+    the embedding alone.
+    """
     embeddings = [name for name in file.configs if is_embedding(file, name)]
     if embeddings and checkpoint.tied:
         raise ValueError(
-            f"{checkpoint.path} ties its head to an embedding (tie_word_embeddings in config.json): with the adapter of "
-            f"{embeddings[0]!r} in it, the head would change as well. Merge in memory, and save with "
-            "config.tie_word_embeddings = False."
+            f"{checkpoint.path} ties its head to an embedding (tie_word_embeddings in config.json):"
+            f" with the adapter of {embeddings[0]!r} in it, the head would change as well. Merge in"
+            " memory, and save with config.tie_word_embeddings = False."
         )
 
 
-def _replaced(file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """Biases and saved modules, under the checkpoint's names and, where they are there, in its types."""
+def _replaced(
+    file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """Biases and saved modules, under the checkpoint's names and, where they are there, in its
+    types.
+    """
     result, rows = {}, token_modules(file)
     for module, tokens in rows.items():
         name = rename(join(module, "weight"))
@@ -273,7 +335,9 @@ def _replaced(file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str],
             raise ValueError(f"{checkpoint.path} lacks {name}, of which the adapter trains tokens.")
         weight, _ = checkpoint.where[name].read(name)
         if max(tokens) >= len(weight):
-            raise ValueError(f"{name} has {len(weight)} tokens, and the adapter trains token {max(tokens)}.")
+            raise ValueError(
+                f"{name} has {len(weight)} tokens, and the adapter trains token {max(tokens)}."
+            )
         own = file.tensors[join(module, ROWS)].to(weight.dtype)
         result[name] = weight.index_copy(0, torch.tensor(tokens), own)
     beside = [key for key in tensors_beside(file) if key.rpartition(".")[0] not in rows]
@@ -282,7 +346,10 @@ def _replaced(file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str],
         if name in checkpoint.where:
             entry = checkpoint.entry(name)
             if key in file.biases and entry.shape != tuple(tensor.shape):
-                raise ValueError(f"{name} is of shape {entry.shape}; the adapter's bias is {tuple(tensor.shape)}.")
+                raise ValueError(
+                    f"{name} is of shape {entry.shape}; the adapter's bias is"
+                    f" {tuple(tensor.shape)}."
+                )
             tensor = tensor.to(DTYPES.get(entry.code, tensor.dtype))
         elif key in file.biases:
             raise ValueError(f"{checkpoint.path} lacks {name}, a bias that the adapter trains.")
@@ -290,19 +357,29 @@ def _replaced(file: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str],
     return result
 
 
-def _check_extractable(first: Checkpoint, second: Checkpoint, names: list[str], config: GraloraConfig) -> None:
+def _check_extractable(
+    first: Checkpoint, second: Checkpoint, names: list[str], config: GraloraConfig
+) -> None:
     problems = []
     for name in names:
         key = join(name, "weight")
         entry, k = first.entry(key), config.gralora_k
         if len(entry.shape) != 2 or entry.code not in FLOATS:
-            problems.append(f"{name!r} has a weight of type {entry.code} and shape {entry.shape}, no plain matrix.")
-        elif key not in second.where or second.entry(key).shape != entry.shape or second.entry(key).code not in FLOATS:
+            problems.append(
+                f"{name!r} has a weight of type {entry.code} and shape {entry.shape}, no plain"
+                " matrix."
+            )
+        elif (
+            key not in second.where
+            or second.entry(key).shape != entry.shape
+            or second.entry(key).code not in FLOATS
+        ):
             problems.append(f"{name!r} is missing in {second.path}, or otherwise there.")
         elif math.gcd(*entry.shape) % k:
             legal = legal_k(*entry.shape, config.r)
             problems.append(
-                f"gralora_k={k} does not divide both sizes of {name!r}, {entry.shape}. Legal here: {legal}."
+                f"gralora_k={k} does not divide both sizes of {name!r}, {entry.shape}. Legal here:"
+                f" {legal}."
             )
     if problems:
         raise ValueError("\n".join(problems))
@@ -328,7 +405,9 @@ def _check_out(out: Path, force: bool, *inputs: Path) -> None:
 
 
 def refuse_existing(out: Path, force: bool) -> None:
-    """Raise FileExistsError if `out` exists, unless `force`; FileNotFoundError if it has no folder to be in."""
+    """Raise FileExistsError if `out` exists, unless `force`; FileNotFoundError if it has no folder
+    to be in.
+    """
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists; --force overwrites it.")
     if not out.resolve().parent.is_dir():

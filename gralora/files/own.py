@@ -1,7 +1,8 @@
-"""Adapters in files, without a model: what a file holds, and the library's own self-describing safetensors file.
+"""Adapters in files, without a model: what a file holds, and the library's own self-describing
+safetensors file.
 
-A file is untrusted input. Names, shapes and configs are checked against the file's own header before anything is
-allocated, and nothing is ever unpickled.
+A file is untrusted input. Names, shapes and configs are checked against the file's own header
+before anything is allocated, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -30,12 +31,23 @@ from gralora.version import __version__
 FORMAT_VERSION = 1
 LAYER_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout")
 LATER_FIELDS = ("use_rslora",)
-"""Written where they are not False only: a version that does not know them refuses the file, instead of computing wrongly."""
+"""Written where they are not False only: a version that does not know them refuses the file,
+instead of computing wrongly.
+"""
 MODEL_FIELDS = (
-    *("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"),
+    *(
+        "model_type",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_size",
+        "vocab_size",
+    ),
     *("tie_word_embeddings", "architectures"),
 )
-"""What a file remembers of the config of a transformers model: enough to name and order its layers for other readers."""
+"""What a file remembers of the config of a transformers model: enough to name and order its layers
+for other readers.
+"""
 
 SAMPLES = 256
 LARGEST_HEADER = 2**25  # bytes: room for a hundred thousand layers
@@ -53,12 +65,13 @@ class BaseWeight:
     """What a file remembers of the weight that an adapter was trained on.
 
     Attributes:
-        shape: (out, in), however the layer stores it; (out, in, *kernel) of a convolution, (experts, out, in) of experts.
+        shape: (out, in), however the layer stores it; (out, in, *kernel) of a convolution,
+            (experts, out, in) of experts.
         fan_in_fan_out: the layer stores it as (in, out), as GPT-2's Conv1D does.
-        values: a hash of values spread over the weight, each rounded to bfloat16 so that a cast of the same weight agrees;
-            None where they can't be read (quantised, offloaded, sharded).
-        kind: "linear", "convolution", "transposed convolution", "embedding" (tokens are its outputs), "attention" (a projection
-            within one) or "experts".
+        values: a hash of values spread over the weight, each rounded to bfloat16 so that a cast of
+            the same weight agrees; None where they can't be read (quantised, offloaded, sharded).
+        kind: "linear", "convolution", "transposed convolution", "embedding" (tokens are its
+            outputs), "attention" (a projection within one) or "experts".
     """
 
     shape: tuple[int, ...]
@@ -80,18 +93,21 @@ class BaseWeight:
         matrix: Tensor | None,
         kind: str = "linear",
     ) -> BaseWeight:
-        """Of a weight with these values, as a matrix (..., out, in); None where they can't be read."""
+        """Of a weight with these values, as a matrix (..., out, in); None where they can't be
+        read.
+        """
         values = None if matrix is None else _hash(matrix.detach())
         return cls(shape, str(dtype).removeprefix("torch."), fan_in_fan_out, values, kind)
 
 
 @dataclass
 class AdapterFile:
-    """One adapter, read from any format or about to be written: the config of every layer, and what is trained with them.
+    """One adapter, read from any format or about to be written: the config of every layer, and what
+    is trained with them.
 
-    `format` names the row of the table of formats that it was read by; `base` holds what is known of the weights beneath
-    it. `module_names`, `base_name` and `model` (some fields of its config, `MODEL_FIELDS`) describe the model that it comes from,
-    where that is known.
+    `format` names the row of the table of formats that it was read by; `base` holds what is known
+    of the weights beneath it. `module_names`, `base_name` and `model` (some fields of its config,
+    `MODEL_FIELDS`) describe the model that it comes from, where that is known.
     """
 
     configs: dict[str, GraloraConfig]
@@ -141,7 +157,9 @@ def opened(path: Path) -> Iterator[Header]:
 
 
 def read_gralora(path: Path) -> AdapterFile:
-    """Read the library's own file. Only the header is believed, and only after it has been checked."""
+    """Read the library's own file. Only the header is believed, and only after it has been
+    checked.
+    """
     with opened(path) as (metadata, shapes, dtypes, get):
         if metadata.get("format") != "gralora":
             beside = path.with_name("adapter_config.json").exists()
@@ -149,7 +167,9 @@ def read_gralora(path: Path) -> AdapterFile:
             raise AdapterFileError(f"{path} is a safetensors file, but no gralora adapter.{hint}")
         if metadata.get("format_version") != str(FORMAT_VERSION):
             given = metadata.get("format_version")
-            raise AdapterFileError(f"{path} is of format version {given!r}; this library reads {FORMAT_VERSION}.")
+            raise AdapterFileError(
+                f"{path} is of format version {given!r}; this library reads {FORMAT_VERSION}."
+            )
         configs = _read_configs(path, metadata.get("modules", ""))
         saved, biases = (_read_names(path, metadata, key) for key in ("modules_to_save", "biases"))
         base = _read_base(path, metadata.get("base", "{}"))
@@ -167,7 +187,9 @@ def write_gralora(file: AdapterFile, path: Path) -> None:
         "format": "gralora",
         "format_version": str(FORMAT_VERSION),
         "gralora_version": __version__,
-        "modules": json.dumps({name: _layer_fields(config) for name, config in file.configs.items()}),
+        "modules": json.dumps(
+            {name: _layer_fields(config) for name, config in file.configs.items()}
+        ),
         "modules_to_save": json.dumps(file.modules_to_save),
         "biases": json.dumps(file.biases),
         "base": json.dumps({name: asdict(weight) for name, weight in file.base.items()}),
@@ -178,7 +200,9 @@ def write_gralora(file: AdapterFile, path: Path) -> None:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """A safetensors file; what the disk refuses is an OSError, and its mode is the umask's, as with any other file."""
+    """A safetensors file; what the disk refuses is an OSError, and its mode is the umask's, as with
+    any other file.
+    """
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -206,7 +230,9 @@ def layer_shapes(
     """The keys of one layer's adapter in a file, and their shapes."""
     k, r, h = config.gralora_k, config.r, config.hybrid_r
     if in_features % k or out_features % k:
-        raise AdapterFileError(f"gralora_k={k} divides not both sizes of {name!r}, {in_features} and {out_features}.")
+        raise AdapterFileError(
+            f"gralora_k={k} divides not both sizes of {name!r}, {in_features} and {out_features}."
+        )
     shapes: dict[str, Any] = {"A": (k, in_features // k, r), "B": (k, r, out_features // k)}
     if h:
         shapes |= {"A_general": (h, in_features), "B_general": (out_features, h)}
@@ -220,14 +246,20 @@ def check_shapes(path: Path, configs: Mapping[str, GraloraConfig], shapes: Shape
     for name, config in configs.items():
         A, B = (shapes.get(join(name, f"gralora_{letter}"), ()) for letter in "AB")
         if len(A) not in (3, 4) or len(B) != len(A) or 0 in A + B:
-            raise AdapterFileError(f"{path}: {name!r} stands in the metadata without a 3-D gralora_A and gralora_B.")
+            raise AdapterFileError(
+                f"{path}: {name!r} stands in the metadata without a 3-D gralora_A and gralora_B."
+            )
         copies = A[0] if len(A) == 4 else None
         for key, shape in layer_shapes(name, A[-3] * A[-2], B[-3] * B[-1], config, copies).items():
             if shapes.get(key) != shape:
-                raise AdapterFileError(f"{path}: {key} has shape {shapes.get(key)}, but the metadata means {shape}.")
+                raise AdapterFileError(
+                    f"{path}: {key} has shape {shapes.get(key)}, but the metadata means {shape}."
+                )
 
 
-def check_dtypes(path: Path, configs: Mapping[str, GraloraConfig], dtypes: Mapping[str, str]) -> None:
+def check_dtypes(
+    path: Path, configs: Mapping[str, GraloraConfig], dtypes: Mapping[str, str]
+) -> None:
     """Adapters are of floating numbers."""
     for name, config in configs.items():
         for key in layer_keys(name, config):
@@ -244,8 +276,8 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise AdapterFileError(
-                f"{path}: {key} holds values that are not finite: the training that made it diverged, or the file is damaged. "
-                "allow_nonfinite=True loads it all the same."
+                f"{path}: {key} holds values that are not finite: the training that made it"
+                " diverged, or the file is damaged. allow_nonfinite=True loads it all the same."
             )
 
 
@@ -310,10 +342,14 @@ def layer_keys(name: str, config: GraloraConfig) -> Iterable[str]:
 
 def _hash(weight: Tensor) -> str:
     count = min(SAMPLES, weight.numel())
-    positions = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(count - 1, 1)
+    positions = (
+        torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(count - 1, 1)
+    )
     weight = weight.reshape(-1, weight.shape[-1])
     values = weight[positions // weight.shape[1], positions % weight.shape[1]].to(torch.bfloat16)
-    bits = values.view(torch.int16).tolist()  # as numbers: the same on machines of either byte order
+    bits = values.view(
+        torch.int16
+    ).tolist()  # as numbers: the same on machines of either byte order
     return hashlib.sha256(repr(bits).encode()).hexdigest()[:16]
 
 
@@ -350,9 +386,12 @@ def _base_weight(path: Path, name: str, fields: Any) -> BaseWeight:
             "fan_in_fan_out": bool(layout),
             "values": str() | None,
         } if all(isinstance(size, int) for size in shape):
-            return BaseWeight(tuple(shape), dtype, layout, fields["values"], str(fields.get("kind", "linear")))
+            return BaseWeight(
+                tuple(shape), dtype, layout, fields["values"], str(fields.get("kind", "linear"))
+            )
     raise AdapterFileError(
-        f"{path}: the metadata 'base' of {name!r} must hold shape, dtype, fan_in_fan_out and values."
+        f"{path}: the metadata 'base' of {name!r} must hold shape, dtype, fan_in_fan_out and"
+        " values."
     )
 
 

@@ -13,11 +13,17 @@ REGEXES = 32
 DEEPEST = 200  # dots in a name
 
 
-def pattern(path: Path, patterns: Any, default: Any, field: str = "alpha_pattern") -> Callable[[str], Any]:
-    """What a pattern of PEFT's says of a layer: the first that matches the name, or its end after a dot."""
+def pattern(
+    path: Path, patterns: Any, default: Any, field: str = "alpha_pattern"
+) -> Callable[[str], Any]:
+    """What a pattern of PEFT's says of a layer: the first that matches the name, or its end after a
+    dot.
+    """
     if not isinstance(patterns or {}, dict):
         raise AdapterFileError(f"{path}: {field} is no JSON object.")
-    plain: dict[str, tuple[int, Any]] = {}  # a name as it stands, "^" before it if it must be the whole
+    plain: dict[
+        str, tuple[int, Any]
+    ] = {}  # a name as it stands, "^" before it if it must be the whole
     regexes: list[tuple[re.Pattern[str], bool, tuple[int, Any]]] = []
     for position, (text, value) in enumerate((patterns or {}).items()):
         bare = re.sub(r"\\([.\-])", r"\1", text).removesuffix("$")
@@ -26,12 +32,16 @@ def pattern(path: Path, patterns: Any, default: Any, field: str = "alpha_pattern
         else:
             regexes.append((trusted(path, text, field), text.startswith("^"), (position, value)))
     if len(regexes) > REGEXES:
-        raise AdapterFileError(f"{path}: {field} holds {len(regexes)} regular expressions; up to {REGEXES} are read.")
+        raise AdapterFileError(
+            f"{path}: {field} holds {len(regexes)} regular expressions; up to {REGEXES} are read."
+        )
 
     def value_of(name: str) -> Any:
         parts = name.split(".")
         if len(parts) > DEEPEST:
-            raise AdapterFileError(f"{path}: {name[:80]!r}... is nested too deep for a name of a module.")
+            raise AdapterFileError(
+                f"{path}: {name[:80]!r}... is nested too deep for a name of a module."
+            )
         ends = [".".join(parts[start:]) for start in range(len(parts))]
         found = [plain[each] for each in (f"^{name}", *ends) if each in plain]
         for regex, whole, rule in regexes:
@@ -45,7 +55,9 @@ def pattern(path: Path, patterns: Any, default: Any, field: str = "alpha_pattern
 def trusted(path: Path, text: str, field: str) -> re.Pattern[str]:
     """A stranger's regular expression, refused if it could take for ever."""
     if len(text) > 500 or re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > 2:
-        raise AdapterFileError(f"{path}: {field} holds {text[:80]!r}, too complex an expression to be trusted.")
+        raise AdapterFileError(
+            f"{path}: {field} holds {text[:80]!r}, too complex an expression to be trusted."
+        )
     try:
         return re.compile(text.removeprefix("^").removesuffix("$"))
     except re.error as error:

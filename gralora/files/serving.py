@@ -1,7 +1,7 @@
 """What a server will refuse, pass over in silence, or need, told before it is tried.
 
-Every rule says where it stands in the server's own documentation or source, and of which version; `RULES` is their table. A
-rule that a later version drops costs nobody more than a look.
+Every rule says where it stands in the server's own documentation or source, and of which version;
+`RULES` is their table. A rule that a later version drops costs nobody more than a look.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class Serving:
     """What `check_serving` found; printed, a report.
 
     Attributes:
-        findings: none that refuses or ignores something means that the server computes the adapter's own numbers.
+        findings: none that refuses or ignores something means that the server computes the
+            adapter's own numbers.
         steps: commands to run.
-        rank: where exact export is impossible, the rank that loses least, and in `loss` the largest relative error of a layer.
+        rank: where exact export is impossible, the rank that loses least, and in `loss` the largest
+            relative error of a layer.
     """
 
     server: str
@@ -62,11 +64,15 @@ class Serving:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.server}: {'serves it as it is' if self.ok else 'not as it is'}; {self.bytes / 2**20:.1f} MiB as LoRA"
+            f"{self.server}: {'serves it as it is' if self.ok else 'not as it is'};"
+            f" {self.bytes / 2**20:.1f} MiB as LoRA"
         ]
         lines += [f"  {f.kind}: {f.text}\n    ({f.source})" for f in self.findings]
         if self.rank is not None:
-            lines.append(f"  loses least with --rank {self.rank}: relative error of an update up to {self.loss:.2g}")
+            lines.append(
+                f"  loses least with --rank {self.rank}: relative error of an update up to"
+                f" {self.loss:.2g}"
+            )
         return "\n".join([*lines, "then:", *(f"  {step}" for step in self.steps)])
 
 
@@ -115,7 +121,9 @@ Told = Iterator[tuple[str, str]]
 
 
 class Rule(NamedTuple):
-    """One thing that a server minds: where it says so, of which version, and what to tell of an adapter."""
+    """One thing that a server minds: where it says so, of which version, and what to tell of an
+    adapter.
+    """
 
     server: str
     source: str
@@ -130,7 +138,10 @@ def _rank_of_vllm(a: _Adapter) -> Told:
     if a.rank > VLLM_RANKS[-1]:
         yield "refuses", f"rank {a.rank}, above {VLLM_RANKS[-1]}: cut it with --rank"
     else:
-        yield "needs", f"--max-lora-rank {next(r for r in VLLM_RANKS if r >= a.rank)}, for a rank of {a.rank}"
+        yield (
+            "needs",
+            f"--max-lora-rank {next(r for r in VLLM_RANKS if r >= a.rank)}, for a rank of {a.rank}",
+        )
 
 
 def _biases(a: _Adapter) -> Told:
@@ -151,22 +162,40 @@ def _tokens(a: _Adapter) -> Told:
 def _tokens_of_vllm(a: _Adapter) -> Told:
     if a.tokens:
         count = len(token_modules(a.file)[a.tokens[0]])
-        yield "needs", f"a version that knows trainable_token_indices, and room for {count} tokens; else {MERGE}"
+        yield (
+            "needs",
+            (
+                f"a version that knows trainable_token_indices, and room for {count} tokens; else"
+                f" {MERGE}"
+            ),
+        )
 
 
 def _one_scale(a: _Adapter) -> Told:
     if len(a.scalings) > 1:
-        yield "ignores", f"alpha_pattern: one alpha / r for all layers, and these have {len(a.scalings)}; {FOLD}"
+        yield (
+            "ignores",
+            (
+                f"alpha_pattern: one alpha / r for all layers, and these have {len(a.scalings)};"
+                f" {FOLD}"
+            ),
+        )
 
 
 def _one_alpha(a: _Adapter) -> Told:
     if len(a.alphas) > 1:
-        yield "ignores", f"alpha_pattern: one alpha for all layers, and these have {len(a.alphas)}; {FOLD}"
+        yield (
+            "ignores",
+            f"alpha_pattern: one alpha for all layers, and these have {len(a.alphas)}; {FOLD}",
+        )
 
 
 def _one_rank(a: _Adapter) -> Told:
     if len(a.ranks) > 1 or len(a.alphas) > 1:
-        yield "refuses", f"layers that differ in rank or alpha (rank_pattern, alpha_pattern); {FOLD}"
+        yield (
+            "refuses",
+            f"layers that differ in rank or alpha (rank_pattern, alpha_pattern); {FOLD}",
+        )
 
 
 def _rank_of_sglang(a: _Adapter) -> Told:
@@ -178,7 +207,10 @@ def _not_linear(a: _Adapter) -> Told:
     if other:
         yield (
             "refuses",
-            f"{other[0]!r}, of kind {a.file.base[other[0]].kind!r}: it adapts linear layers of language models",
+            (
+                f"{other[0]!r}, of kind {a.file.base[other[0]].kind!r}: it adapts linear layers of"
+                " language models"
+            ),
         )
 
 
@@ -186,11 +218,18 @@ def _fused_experts(a: _Adapter) -> Told:
     if a.experts:
         module = a.experts[0].rpartition(".")[0]
         if not {join(module, name) for name in FUSED} <= set(a.file.configs):
-            yield "refuses", f"adapters on {a.experts[0]!r} alone: it wants both {' and '.join(FUSED)} of a module"
+            yield (
+                "refuses",
+                (
+                    f"adapters on {a.experts[0]!r} alone: it wants both {' and '.join(FUSED)} of a"
+                    " module"
+                ),
+            )
         yield (
             "needs",
             (
-                'experts="each" in save_adapter, unless it keeps the model\'s experts in one 3-D weight (gpt-oss): then "fused"'
+                'experts="each" in save_adapter, unless it keeps the model\'s experts in one 3-D'
+                ' weight (gpt-oss): then "fused"'
             ),
         )
 
@@ -212,7 +251,10 @@ def _architecture(a: _Adapter) -> Told:
     elif model_type not in ARCHITECTURES:
         yield (
             "refuses",
-            f'model_type {model_type!r}, which format="gguf" does not cover: llama.cpp\'s own converter, or {MERGE}',
+            (
+                f'model_type {model_type!r}, which format="gguf" does not cover: llama.cpp\'s own'
+                f" converter, or {MERGE}"
+            ),
         )
 
 
@@ -238,7 +280,9 @@ def _known_names(a: _Adapter) -> Told:
         "gate",
     }
     strangers = [
-        name for name in a.file.configs if name.rpartition(".")[2] not in known and not is_experts(a.file, name)
+        name
+        for name in a.file.configs
+        if name.rpartition(".")[2] not in known and not is_experts(a.file, name)
     ]
     if strangers:
         yield "refuses", f"{strangers[0]!r}: a name that is not in its table of modules"
@@ -250,10 +294,15 @@ def _rank_of_tensorrt(a: _Adapter) -> Told:
 
 
 def _part_named(a: _Adapter) -> Told:
-    if not all(name.partition(".")[0] in PARTS for name in a.file.configs) and "class" not in (a.file.model or {}):
+    if not all(name.partition(".")[0] in PARTS for name in a.file.configs) and "class" not in (
+        a.file.model or {}
+    ):
         yield (
             "needs",
-            "to know which part of a pipeline it is of: save from the module, or a mapping from part to module",
+            (
+                "to know which part of a pipeline it is of: save from the module, or a mapping from"
+                " part to module"
+            ),
         )
 
 
@@ -325,22 +374,28 @@ FORMAT = {
 """The format that each server reads."""
 
 
-def check_serving(path_or_model: Any, server: str, *, base: Any = None, adapter_name: str = "default") -> Serving:
+def check_serving(
+    path_or_model: Any, server: str, *, base: Any = None, adapter_name: str = "default"
+) -> Serving:
     """What `server` will refuse, ignore, or need of an adapter.
 
     Args:
         path_or_model: a file or folder, or a model with the adapter `adapter_name`.
         server: "vllm", "sglang", "llama.cpp", "mlx", "tensorrt-llm", "diffusers" or "comfyui".
-        base: the base model's config, as an object, a dict, a path to config.json or to its folder; by default what the
-            adapter's file knows of it.
+        base: the base model's config, as an object, a dict, a path to config.json or to its folder;
+            by default what the adapter's file knows of it.
 
     Raises:
         ValueError: no such server. AdapterFileError: no adapter.
     """
     if server not in FORMAT:
-        raise ValueError(f"server={server!r} is not known; there are: {', '.join(map(repr, FORMAT))}.")
+        raise ValueError(
+            f"server={server!r} is not known; there are: {', '.join(map(repr, FORMAT))}."
+        )
     model = isinstance(path_or_model, nn.Module)
-    file = adapter_file(path_or_model, adapter_name) if model else read_adapter(located(path_or_model))
+    file = (
+        adapter_file(path_or_model, adapter_name) if model else read_adapter(located(path_or_model))
+    )
     fields = dict(file.model or {})
     if isinstance(base, (str, Path)):
         folder = Path(base)
@@ -349,7 +404,10 @@ def check_serving(path_or_model: Any, server: str, *, base: Any = None, adapter_
         fields.update(model_fields(base) or {})
     adapter = _Adapter(file, fields)
     findings = [
-        Finding(kind, text, rule.source) for rule in RULES if rule.server == server for kind, text in rule.told(adapter)
+        Finding(kind, text, rule.source)
+        for rule in RULES
+        if rule.server == server
+        for kind, text in rule.told(adapter)
     ]
     rank, loss = _best_rank(adapter, server)
     size = sum(
@@ -361,7 +419,9 @@ def check_serving(path_or_model: Any, server: str, *, base: Any = None, adapter_
 
 
 def _best_rank(a: _Adapter, server: str) -> tuple[int | None, float | None]:
-    """Where the exact rank is too high: the highest that is legal, and the largest relative error of a layer."""
+    """Where the exact rank is too high: the highest that is legal, and the largest relative error
+    of a layer.
+    """
     if server != "vllm" or a.rank <= VLLM_RANKS[-1]:
         return None, None
     errors: dict[str, float] = {}
@@ -380,12 +440,19 @@ def _steps(a: _Adapter, server: str, source: str, rank: int | None) -> list[str]
     convert = f"gralora convert {source} served{suffix} --to {FORMAT[server]}{options}"
     limit = next((r for r in VLLM_RANKS if r >= (rank or a.rank)), VLLM_RANKS[-1])
     run = {
-        "vllm": f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules mine=served",
-        "sglang": f"python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank or a.rank} "
-        "--lora-paths mine=served",
+        "vllm": (
+            f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules mine=served"
+        ),
+        "sglang": (
+            f"python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank"
+            f" {rank or a.rank} --lora-paths mine=served"
+        ),
         "llama.cpp": "llama-server -m BASE.gguf --lora served.gguf",
         "mlx": f"mlx_lm.server --model {base} --adapter-path served",
-        "tensorrt-llm": f"trtllm-serve {base}  # lora_config: lora_dir [served], max_lora_rank {max(64, rank or a.rank)}",
+        "tensorrt-llm": (
+            f"trtllm-serve {base}  # lora_config: lora_dir [served], max_lora_rank"
+            f" {max(64, rank or a.rank)}"
+        ),
         "diffusers": 'pipeline.load_lora_weights("served")  # in Python',
         "comfyui": "cp served.safetensors ComfyUI/models/loras/",
     }

@@ -1,7 +1,7 @@
 """Model checkpoints on disk, one tensor in memory at a time, whatever their size.
 
-A checkpoint is one `.safetensors` file, or a folder as Hugging Face writes it: shards, and an index that says which
-tensor lies where.
+A checkpoint is one `.safetensors` file, or a folder as Hugging Face writes it: shards, and an index
+that says which tensor lies where.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Shard:
         metadata = header.pop("__metadata__", {})
         start = 8 + length
         entries = {
-            key: Entry(each["dtype"], tuple(each["shape"]), start + each["data_offsets"][0], _extent(each))
+            key: Entry(
+                each["dtype"], tuple(each["shape"]), start + each["data_offsets"][0], _extent(each)
+            )
             for key, each in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
         }
         return cls(path, metadata, entries)
@@ -69,11 +71,20 @@ class Shard:
             file.readinto(buffer)
         return _tensor_in(buffer, DTYPES[entry.code], entry.shape), buffer
 
-    def write(self, path: Path, changed: Callable[[str], bytearray | None], new: dict[str, Tensor]) -> None:
-        """Write the shard to `path`, with the bytes that `changed` gives in place of its own, and the tensors `new`."""
+    def write(
+        self, path: Path, changed: Callable[[str], bytearray | None], new: dict[str, Tensor]
+    ) -> None:
+        """Write the shard to `path`, with the bytes that `changed` gives in place of its own, and
+        the tensors `new`.
+        """
         layout = {key: (e.code, e.shape, e.size) for key, e in self.entries.items()}
-        layout |= {key: (CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for key, t in new.items()}
-        if new:  # the widest types first, as safetensors itself writes, so that each lies at a multiple of its width
+        layout |= {
+            key: (CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size())
+            for key, t in new.items()
+        }
+        # the widest types first, as safetensors itself writes, so that each lies at a multiple of
+        # its width
+        if new:
             layout = dict(sorted(layout.items(), key=lambda item: -_width(item[1][0])))
         header: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
         end = 0
@@ -111,13 +122,21 @@ class Checkpoint:
             raise FileNotFoundError(f"no checkpoint at {path}")
         else:
             index = read_json(path / INDEX) if (path / INDEX).is_file() else None
-            names = sorted(set(index.get("weight_map", {}).values())) if index else ["model.safetensors"]
+            names = (
+                sorted(set(index.get("weight_map", {}).values()))
+                if index
+                else ["model.safetensors"]
+            )
             if not all(isinstance(name, str) and Path(name).name == name for name in names):
                 raise ValueError(f"{path / INDEX} names files outside its folder.")
             if not index and not (path / names[0]).is_file():
-                raise ValueError(f"{path} is no checkpoint: it holds neither {INDEX} nor model.safetensors.")
+                raise ValueError(
+                    f"{path} is no checkpoint: it holds neither {INDEX} nor model.safetensors."
+                )
             config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-            result = cls(path, [Shard.open(path / name) for name in names], index, config.get("model_type"))
+            result = cls(
+                path, [Shard.open(path / name) for name in names], index, config.get("model_type")
+            )
             result.tied = bool(config.get("tie_word_embeddings"))
         result.where = {key: shard for shard in result.shards for key in shard.entries}
         return result
@@ -130,16 +149,22 @@ class Checkpoint:
         return [key.rpartition(".")[0] for key in self.where if key.split(".")[-1] == "weight"]
 
     def transposed(self, name: str, shape: tuple[int, int], known: bool | None) -> bool:
-        """Whether the weight of `name`, a map of `shape` (out, in), is stored as (in, out). A square one can't tell itself."""
+        """Whether the weight of `name`, a map of `shape` (out, in), is stored as (in, out). A
+        square one can't tell itself.
+        """
         stored = self.entry(join(name, "weight")).shape
         if stored not in (shape, shape[::-1]):
-            raise ValueError(f"{name!r} is of shape {stored} in {self.path}; the adapter is for (out, in) = {shape}.")
+            raise ValueError(
+                f"{name!r} is of shape {stored} in {self.path}; the adapter is for (out, in) ="
+                f" {shape}."
+            )
         if shape[0] != shape[1]:
             return stored != shape
         if known is None and self.model_type is None:
             raise ValueError(
-                f"{name!r} is square, and neither the adapter nor a config.json says whether it is stored as (out, in) or, "
-                "as in GPT-2, as (in, out). Load the adapter into the model and save it again: the new file says so."
+                f"{name!r} is square, and neither the adapter nor a config.json says whether it is"
+                " stored as (out, in) or, as in GPT-2, as (in, out). Load the adapter into the"
+                " model and save it again: the new file says so."
             )
         return self.model_type in CONV1D_MODELS if known is None else known
 
@@ -154,7 +179,11 @@ def _extent(entry: dict[str, Any]) -> int:
 
 
 def _tensor_in(buffer: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    return torch.frombuffer(buffer, dtype=dtype).reshape(shape) if buffer else torch.empty(shape, dtype=dtype)
+    return (
+        torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+        if buffer
+        else torch.empty(shape, dtype=dtype)
+    )
 
 
 def _bytes_of(tensor: Tensor) -> bytearray:

@@ -1,4 +1,6 @@
-"""`GraloraAdapter`: everything about one adapter on one linear map; `GraloraAdapters`: those of one map by name."""
+"""`GraloraAdapter`: everything about one adapter on one linear map; `GraloraAdapters`: those of one
+map by name.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,17 @@ Update = Callable[[Tensor, Tensors, float, float], Tensor]
 class GraloraAdapter(nn.Module):
     """One GraLoRA pair, and with `hybrid_r` the plain LoRA pair beside it, for one linear map.
 
-    Shapes: A (k, in / k, r), B (k, r, out / k), A_general (hybrid_r, in), B_general (out, hybrid_r); with `copies`, that
-    many of each, on a leading axis.
+    Shapes: A (k, in / k, r), B (k, r, out / k), A_general (hybrid_r, in), B_general (out,
+    hybrid_r); with `copies`, that many of each, on a leading axis.
 
     Args:
-        copies: how many maps of one shape lie in one weight, as a mixture of experts has them; None for a single one.
+        copies: how many maps of one shape lie in one weight, as a mixture of experts has them; None
+            for a single one.
         dtype: of the parameters.
-        init_dtype: initial values are rounded to this type first, as PEFT does with a half-precision base.
-        reset: False leaves the values unset and draws no random number, for a caller that loads them.
+        init_dtype: initial values are rounded to this type first, as PEFT does with a
+            half-precision base.
+        reset: False leaves the values unset and draws no random number, for a caller that loads
+            them.
 
     Raises:
         ValueError: `config.gralora_k` does not divide both sizes.
@@ -69,15 +74,18 @@ class GraloraAdapter(nn.Module):
         k, r, hybrid_r = config.gralora_k, config.r, config.hybrid_r
         if in_features % k or out_features % k:
             raise ValueError(
-                f"gralora_k={k} does not divide in_features={in_features} and out_features={out_features} (r={r}). "
-                f"Legal here: {legal_k(in_features, out_features, r)}."
+                f"gralora_k={k} does not divide in_features={in_features} and"
+                f" out_features={out_features} (r={r}). Legal here:"
+                f" {legal_k(in_features, out_features, r)}."
             )
 
         def empty(*shape: int) -> nn.Parameter:
             shape = shape if copies is None else (copies, *shape)
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        self.__dict__.update(config=config, init_dtype=init_dtype)  # past nn.Module's __setattr__, which is slow
+        self.__dict__.update(
+            config=config, init_dtype=init_dtype
+        )  # past nn.Module's __setattr__, which is slow
         self._parameters["A"] = empty(k, in_features // k, r)
         self._parameters["B"] = empty(k, r, out_features // k)
         self._parameters["A_general"] = empty(hybrid_r, in_features) if hybrid_r else None
@@ -87,17 +95,21 @@ class GraloraAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A from kaiming_uniform(a=√5), block by block as (r, in / k), B zero, or what else `init_weights` says.
+        """A from kaiming_uniform(a=√5), block by block as (r, in / k), B zero, or what else
+        `init_weights` says.
 
-        Drawn on the CPU in the default dtype, whatever the adapter's own: one seed gives the same values on every
-        device, and PEFT's very values where hybrid_r = 0.
+        Drawn on the CPU in the default dtype, whatever the adapter's own: one seed gives the same
+        values on every device, and PEFT's very values where hybrid_r = 0.
         """
         if self.A.is_meta:
             self.__dict__["raw"] = True
             return
         self.has_values()
         if is_spread(self.A):
-            plain = [t if t is None else torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in self.tensors]
+            plain = [
+                t if t is None else torch.empty(t.shape, device=t.device, dtype=t.dtype)
+                for t in self.tensors
+            ]
             self._reset(*cast(Tensors, tuple(plain)))
             for own, values in zip(self.tensors, plain):
                 if own is not None and values is not None:
@@ -112,12 +124,15 @@ class GraloraAdapter(nn.Module):
         for name, tensor in spread_like(weight, transposed, self.config.gralora_k, own).items():
             self._parameters[name] = nn.Parameter(tensor)
 
-    def _reset(self, A: Tensor, B: Tensor, A_general: Tensor | None, B_general: Tensor | None) -> None:
+    def _reset(
+        self, A: Tensor, B: Tensor, A_general: Tensor | None, B_general: Tensor | None
+    ) -> None:
         (k, m, r), o = A.shape, B.shape[-1]
         start = self.config.init_weights
         if start == "loftq":
             raise ValueError(
-                'init_weights="loftq" takes its values from inject(..., reference=...), and there is none.'
+                'init_weights="loftq" takes its values from inject(..., reference=...), and there'
+                " is none."
             )
         if start == "orthogonal":
             down = orthonormal_rows(r, k, m)
@@ -132,7 +147,11 @@ class GraloraAdapter(nn.Module):
         A.copy_(rearrange(down, "k r m -> k m r"))
         if A_general is not None and B_general is not None:
             (h, n), out = A_general.shape, B_general.shape[0]
-            A_general.copy_(orthonormal_rows(h, 1, n)[0] if start == "orthogonal" else self._round(_kaiming(n, h, n)))
+            A_general.copy_(
+                orthonormal_rows(h, 1, n)[0]
+                if start == "orthogonal"
+                else self._round(_kaiming(n, h, n))
+            )
             B_general.zero_() if start else B_general.copy_(self._round(_kaiming(h, out, h)))
 
     def _round(self, values: Tensor) -> Tensor:
@@ -140,8 +159,12 @@ class GraloraAdapter(nn.Module):
 
     @property
     def tensors(self) -> Tensors:
-        """(A, B, A_general, B_general), as the functions of `gralora.maths.functional` take them."""
-        own = self.__dict__["_parameters"]  # past nn.Module's __getattr__, which takes as long as a small kernel
+        """(A, B, A_general, B_general), as the functions of `gralora.maths.functional` take
+        them.
+        """
+        own = self.__dict__[
+            "_parameters"
+        ]  # past nn.Module's __getattr__, which takes as long as a small kernel
         if "A" in own and "B" in own:
             return own["A"], own["B"], own.get("A_general"), own.get("B_general")
         return self.A, self.B, self.A_general, self.B_general  # parametrised
@@ -149,19 +172,26 @@ class GraloraAdapter(nn.Module):
     def arguments(self, weight: float = 1.0) -> tuple[Tensors, float, float]:
         """(tensors, scaling, dropout) that hold for a forward now, the scaling times `weight`."""
         self.check_values()
-        return self.tensors, weight * self.config.scaling, self.config.gralora_dropout if self.training else 0.0
+        return (
+            self.tensors,
+            weight * self.config.scaling,
+            self.config.gralora_dropout if self.training else 0.0,
+        )
 
     def has_values(self) -> None:
         """Note that the parameters have been given values."""
         self.__dict__.pop("raw", None)
 
     def check_values(self) -> None:
-        """Raise RuntimeError if the parameters have never been given values: built on meta, then moved as they were."""
+        """Raise RuntimeError if the parameters have never been given values: built on meta, then
+        moved as they were.
+        """
         if "raw" in self.__dict__:
             if not all(p._version for p in self._parameters.values() if p is not None):
                 raise RuntimeError(
-                    f"an adapter ({self.extra_repr()}) was built on the meta device, and has been given memory but no values. "
-                    "Call reset_parameters() of it, as of every module, or load_adapter."
+                    f"an adapter ({self.extra_repr()}) was built on the meta device, and has been"
+                    " given memory but no values. Call reset_parameters() of it, as of every"
+                    " module, or load_adapter."
                 )
             self.has_values()  # written in place by somebody
 
@@ -181,7 +211,9 @@ class GraloraAdapter(nn.Module):
         return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module.to`. Said of the adapter itself, a type is any; said of a model, only float32 and float64 reach it."""
+        """As `nn.Module.to`. Said of the adapter itself, a type is any; said of a model, only
+        float32 and float64 reach it.
+        """
         with told():
             return super().to(*args, **kwargs)
 
@@ -189,16 +221,20 @@ class GraloraAdapter(nn.Module):
         if name == LOADED and "raw" in self.__dict__ and not self.A.is_meta:
             given = [hasattr(p, LOADED) for p in self._parameters.values() if p is not None]
             self.has_values() if all(given) else self.reset_parameters()
-        if name == "forward" and HOOK in self.__dict__:  # accelerate is about to keep the parameters elsewhere
+        if (
+            name == "forward" and HOOK in self.__dict__
+        ):  # accelerate is about to keep the parameters elsewhere
             bring_back(self)
         else:
             super().__setattr__(name, value)
 
     def forward(self, x: Tensor, weight: float = 1.0, update: Update | None = None) -> Tensor:
-        """The update for `x` (..., in), times `weight`: (..., out), in the adapter's dtype (or autocast's).
+        """The update for `x` (..., in), times `weight`: (..., out), in the adapter's dtype (or
+        autocast's).
 
         Args:
-            update: computes it, where the map is no matrix, from x, the tensors, the scaling and the dropout.
+            update: computes it, where the map is no matrix, from x, the tensors, the scaling and
+                the dropout.
         """
         tensors, scaling, dropout = self.arguments(weight)
         x = x.to(self.A.dtype) if x.is_floating_point() else x
@@ -209,24 +245,35 @@ class GraloraAdapter(nn.Module):
         return functional.gralora_update(x, *tensors, scaling=scaling, dropout=dropout)
 
     def delta_weight(self) -> Tensor:
-        """ΔW (out, in), whole, in the adapter's dtype. Without gradients it is filled block by block, with no temporary."""
+        """ΔW (out, in), whole, in the adapter's dtype. Without gradients it is filled block by
+        block, with no temporary.
+        """
         self.check_values()
         scaling, (k, _, o) = self.config.scaling, self.B.shape[-3:]
         if is_spread(self.A):
             tensors = cast(Tensors, tuple(t if t is None else whole(t) for t in self.tensors))
             return functional.delta_weight(*tensors, scaling=scaling)
-        if torch.is_grad_enabled() or self.A.dtype not in (torch.float32, torch.float64) or self.A.dim() > 3:
+        if (
+            torch.is_grad_enabled()
+            or self.A.dtype not in (torch.float32, torch.float64)
+            or self.A.dim() > 3
+        ):
             return functional.delta_weight(*self.tensors, scaling=scaling)
         delta = self.A.new_zeros(k * o, k * self.A.shape[1])
         for j in range(k):
-            functional.add_delta_rows_(delta[j * o : (j + 1) * o], j * o, *self.tensors, scaling=scaling)
+            functional.add_delta_rows_(
+                delta[j * o : (j + 1) * o], j * o, *self.tensors, scaling=scaling
+            )
         return delta
 
     def extra_repr(self) -> str:
         c = self.config
         dropout = f", dropout={c.gralora_dropout}" if c.gralora_dropout else ""
         scale = ", use_rslora=True" if c.use_rslora else ""
-        return f"r={c.r}, gralora_k={c.gralora_k}, hybrid_r={c.hybrid_r}, alpha={c.alpha}{scale}{dropout}"
+        return (
+            f"r={c.r}, gralora_k={c.gralora_k}, hybrid_r={c.hybrid_r},"
+            f" alpha={c.alpha}{scale}{dropout}"
+        )
 
 
 class GraloraAdapters(Switchable):
@@ -235,9 +282,10 @@ class GraloraAdapters(Switchable):
     Attributes:
         active: name -> weight of those that act.
         merged: name -> weight of those now within the map's weight.
-        base_weight: the parameter that holds the weight without them, while any is merged, else None.
-        acting: what a forward must add, with its weights. Compiled code takes it from here and not by name, so that it need
-            not be compiled anew for an adapter of the same shape.
+        base_weight: the parameter that holds the weight without them, while any is merged, else
+            None.
+        acting: what a forward must add, with its weights. Compiled code takes it from here and not
+            by name, so that it need not be compiled anew for an adapter of the same shape.
         sole: the name and the weight of what acts, where it is one adapter.
         changed: when other adapters became active, by `pending.moment`.
     """
@@ -252,7 +300,9 @@ class GraloraAdapters(Switchable):
     def __init__(self) -> None:
         super().__init__()
         # the base weight is not registered: it is no parameter of the model while it is put aside
-        self.__dict__.update(active={}, merged={}, base_weight=None, acting=(), sole=None, changed=0)
+        self.__dict__.update(
+            active={}, merged={}, base_weight=None, acting=(), sole=None, changed=0
+        )
 
     def __getitem__(self, name: str) -> GraloraAdapter:
         return cast(GraloraAdapter, self._modules[name])
@@ -293,12 +343,16 @@ class GraloraAdapters(Switchable):
             return super().to(*args, **kwargs)
 
     def with_effect(self) -> list[str]:
-        return [name for name in self if any(_is_set(t) for t in (self[name].B, self[name].B_general))]
+        return [
+            name for name in self if any(_is_set(t) for t in (self[name].B, self[name].B_general))
+        ]
 
     def is_mark(self, key: str) -> bool:
         return key.endswith(MERGED) and key.count(".") == 1
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, weight in self.merged.items():  # so that nobody counts it twice
             destination[prefix + name + MERGED] = torch.tensor(weight)
@@ -320,14 +374,18 @@ class GraloraAdapters(Switchable):
         return ", ".join(parts)
 
     def alone(self) -> tuple[Tensors, float] | None:
-        """(tensors, scaling) where one adapter acts, in this place and now, and nothing but its product is asked of it.
+        """(tensors, scaling) where one adapter acts, in this place and now, and nothing but its
+        product is asked of it.
 
-        The short way through what `applied`, `arguments` and `is_hooked` ask, for calls that take no longer than asking.
+        The short way through what `applied`, `arguments` and `is_hooked` ask, for calls that take
+        no longer than asking.
         """
         sole = self.__dict__.get("sole")
         if sole is None or self.__dict__["scopes"]:
             return None
-        if self.__dict__["changed"] and torch._C._current_graph_task_id() != -1:  # a checkpoint may run again
+        if (
+            self.__dict__["changed"] and torch._C._current_graph_task_id() != -1
+        ):  # a checkpoint may run again
             return None
         adapter = self.__dict__["_modules"].get(sole[0])
         if type(adapter) is not GraloraAdapter or is_hooked(adapter):
@@ -349,7 +407,9 @@ class GraloraAdapters(Switchable):
         if not self.active or mode is OFF:
             return []
         # by name: a replica's own, or what has taken an adapter's place
-        return [(self[name], weight) for name, weight in self.active.items() if name not in self.merged]
+        return [
+            (self[name], weight) for name, weight in self.active.items() if name not in self.merged
+        ]
 
 
 @contextmanager
@@ -363,15 +423,28 @@ def told() -> Iterator[None]:
 
 
 def _is_set(tensor: Tensor | None) -> bool:
-    return tensor is not None and not tensor.is_meta and not is_spread(tensor) and bool(tensor.detach().any())
+    return (
+        tensor is not None
+        and not tensor.is_meta
+        and not is_spread(tensor)
+        and bool(tensor.detach().any())
+    )
 
 
-_for_all = [getattr(_all, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")]
+_for_all = [
+    getattr(_all, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook waits for `module` to be called."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    own = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
     return bool(own) or any(_for_all)
 
 
@@ -379,7 +452,9 @@ def each(tensors: Tensors) -> list[Tensors]:
     """Tensors with a leading axis of copies, taken apart along it."""
     A, B, A_general, B_general = tensors
     general = (
-        [(None, None)] * len(A) if A_general is None or B_general is None else zip(A_general, B_general, strict=True)
+        [(None, None)] * len(A)
+        if A_general is None or B_general is None
+        else zip(A_general, B_general, strict=True)
     )
     return [(a, b, down, up) for a, b, (down, up) in zip(A, B, general, strict=True)]
 
@@ -389,10 +464,14 @@ def check_adapter_name(name: object) -> None:
     if not isinstance(name, str):
         raise TypeError(f"adapter_name={name!r} is a {type(name).__name__}: it must be a string.")
     if not name or "." in name:
-        raise ValueError(f"adapter_name={name!r} is not legal: it must be non-empty and hold no dot.")
+        raise ValueError(
+            f"adapter_name={name!r} is not legal: it must be non-empty and hold no dot."
+        )
 
 
 def _kaiming(fan_in: int, *shape: int) -> Tensor:
-    """`nn.init.kaiming_uniform_(a=√5)` for a fan-in that the shape need not show; its arithmetic, so its bits."""
+    """`nn.init.kaiming_uniform_(a=√5)` for a fan-in that the shape need not show; its arithmetic,
+    so its bits.
+    """
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
     return torch.empty(shape, device="cpu").uniform_(-bound, bound)

@@ -1,7 +1,8 @@
-"""`nn.MultiheadAttention`: its q, k and v projections and `out_proj`, each with adapters of its own.
+"""`nn.MultiheadAttention`: its q, k and v projections and `out_proj`, each with adapters of its
+own.
 
-The attention reads the weights of its projections and calls no layer, so it gets a forward of ours, which projects with
-the adapters beside the weights. While none acts, it runs its own.
+The attention reads the weights of its projections and calls no layer, so it gets a forward of ours,
+which projects with the adapters beside the weights. While none acts, it runs its own.
 """
 
 from __future__ import annotations
@@ -44,11 +45,14 @@ class Projection(PartLayer):
         own = getattr(type(module), "_base_class", type(module)).forward
         if own is not nn.MultiheadAttention.forward:
             return (
-                "is a projection of an nn.MultiheadAttention with a forward of its own, which reads the weight and never "
-                "calls it: no effect"
+                "is a projection of an nn.MultiheadAttention with a forward of its own, which reads"
+                " the weight and never calls it: no effect"
             )
         if "forward" in module.__dict__ and not isinstance(module, GraloraMultiheadAttention):
-            return "is a projection of an attention whose forward was replaced (by accelerate?): inject first"
+            return (
+                "is a projection of an attention whose forward was replaced (by accelerate?):"
+                " inject first"
+            )
         return None
 
     @classmethod
@@ -126,7 +130,9 @@ class Projection(PartLayer):
 
 
 class ReadProjection(InPlaceModule):
-    """Mixin of the `out_proj` of an attention: who reads its weight from outside reads what acts."""
+    """Mixin of the `out_proj` of an attention: who reads its weight from outside reads what
+    acts.
+    """
 
     _prefix = "Read"
 
@@ -149,7 +155,11 @@ class GraloraMultiheadAttention(PartHost):
         value = super().__getattr__(name)
         if name not in WEIGHTS or type(value) not in (Tensor, nn.Parameter):
             return value
-        held = [cast(Projection, self._modules[p]) for part in PACKED if (p := PREFIX + part) in self._modules]
+        held = [
+            cast(Projection, self._modules[p])
+            for part in PACKED
+            if (p := PREFIX + part) in self._modules
+        ]
         held = [each for each in held if each.place[1] == name and each.acts]
         if not held:
             return value
@@ -180,7 +190,9 @@ class GraloraMultiheadAttention(PartHost):
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return cast(tuple[Tensor, Tensor | None], self.base_forward(query, key, value, *masks))
         if is_causal and attn_mask is None:
-            raise ValueError("is_causal=True is a hint about attn_mask, which must be given with it.")
+            raise ValueError(
+                "is_causal=True is a hint about attn_mask, which must be given with it."
+            )
         attention = cast(nn.MultiheadAttention, self)
         batched = query.dim() == 3
         first = attention.batch_first or not batched
@@ -188,8 +200,12 @@ class GraloraMultiheadAttention(PartHost):
         inputs = (query, key, value) if batched else (query[None], key[None], value[None])
         q, k, v = (project(x, dim) for project, x in zip(projections, inputs, strict=False))
         q, k, v = (x if first else x.transpose(0, 1) for x in (q, k, v))
-        padding = key_padding_mask if batched or key_padding_mask is None else key_padding_mask[None]
-        hinted = is_causal and padding is None and not need_weights  # then the hint stands for the mask, as in PyTorch
+        padding = (
+            key_padding_mask if batched or key_padding_mask is None else key_padding_mask[None]
+        )
+        hinted = (
+            is_causal and padding is None and not need_weights
+        )  # then the hint stands for the mask, as in PyTorch
         mask = None if hinted else _mask(attention, q, padding, attn_mask)
         out, weights = _attend(attention, q, k, v, mask, need_weights, hinted)
         out = projections[3](out if first else out.transpose(0, 1), dim)
@@ -209,16 +225,24 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return rearrange(x, "b l (h d) -> b h l d", h=heads)
 
 
-def _mask(attention: nn.MultiheadAttention, q: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def _mask(
+    attention: nn.MultiheadAttention, q: Tensor, padding: Tensor | None, mask: Tensor | None
+) -> Tensor | None:
     """Both masks as one that is added to the scores, broadcast to (batch, heads, queries, keys)."""
     total: Tensor | None = None
     if mask is not None:
         mask = _added(mask, q)
-        total = rearrange(mask, "(b h) l s -> b h l s", h=attention.num_heads) if mask.dim() == 3 else mask[None, None]
+        total = (
+            rearrange(mask, "(b h) l s -> b h l s", h=attention.num_heads)
+            if mask.dim() == 3
+            else mask[None, None]
+        )
     if padding is not None:
         padding = rearrange(_added(padding, q), "b s -> b 1 1 s")
         total = padding if total is None else total + padding
-    more = (attention.bias_k is not None) + attention.add_zero_attn  # keys of the attention's own, seen by all
+    more = (
+        attention.bias_k is not None
+    ) + attention.add_zero_attn  # keys of the attention's own, seen by all
     return F.pad(total, (0, more)) if total is not None and more else total
 
 
@@ -237,7 +261,9 @@ def _attend(
     need_weights: bool,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """q, k, v (b, l, embed) -> (b, l, embed), and the weights (b, heads, l, s) if they are needed."""
+    """q, k, v (b, l, embed) -> (b, l, embed), and the weights (b, heads, l, s) if they are
+    needed.
+    """
     if attention.bias_k is not None and attention.bias_v is not None:
         k, v = (
             torch.cat([x, repeat(bias, "1 1 e -> b 1 e", b=len(x)).to(x.dtype)], dim=1)

@@ -1,10 +1,12 @@
 """`GraloraLayer`: one linear map of a model, and the adapters that hang on it.
 
-An adapted layer *is* the layer it was: a `GraloraLinear` is an `nn.Linear` with one child more, `gralora_adapters`,
-which holds everything about adaptation. Maps that are no layers of their own (the projections within an
-`nn.MultiheadAttention`, fused expert weights) are children of their module, named after the map.
+An adapted layer *is* the layer it was: a `GraloraLinear` is an `nn.Linear` with one child more,
+`gralora_adapters`, which holds everything about adaptation. Maps that are no layers of their own
+(the projections within an `nn.MultiheadAttention`, fused expert weights) are children of their
+module, named after the map.
 
-A new kind is a subclass of `GraloraLayer` in a file of its own, and one row of the table in `kinds.py`.
+A new kind is a subclass of `GraloraLayer` in a file of its own, and one row of the table in
+`kinds.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Spot(NamedTuple):
-    """One linear map of a model, adapted or not: its kind, the module it is in, and which of that module's maps it is."""
+    """One linear map of a model, adapted or not: its kind, the module it is in, and which of that
+    module's maps it is.
+    """
 
     kind: type[GraloraLayer]
     module: nn.Module
@@ -42,7 +46,9 @@ class Spot(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """The parameter that holds the map, as it is now; what stands for it where it is parametrised."""
+        """The parameter that holds the map, as it is now; what stands for it where it is
+        parametrised.
+        """
         owner, name = self.kind.weight_at(self.module, self.part)
         parameter = owner._parameters.get(name)
         return cast(Tensor, getattr(owner, name)) if parameter is None else parameter
@@ -105,9 +111,11 @@ class Spot(NamedTuple):
 
 
 class GraloraLayer(nn.Module):
-    """Base of every adapted map: y = base(x) + Σ over active adapters of weight * scaling * x @ ΔWᵀ.
+    """Base of every adapted map: y = base(x) + Σ over active adapters of weight * scaling * x @
+    ΔWᵀ.
 
-    The class methods describe a map, adapted or not, by its module and its name there ("" where the module is the map).
+    The class methods describe a map, adapted or not, by its module and its name there ("" where the
+    module is the map).
     """
 
     gralora_adapters: GraloraAdapters
@@ -182,7 +190,9 @@ class GraloraLayer(nn.Module):
         return False
 
     def rows(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """An input (..., in) and an output of the map as the rows (t, in), (t, out) that its matrix takes and gives."""
+        """An input (..., in) and an output of the map as the rows (t, in), (t, out) that its matrix
+        takes and gives.
+        """
         return x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
 
     @classmethod
@@ -192,7 +202,9 @@ class GraloraLayer(nn.Module):
 
     @classmethod
     def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
-        """Make the map an adapted one, in place, without an adapter as yet. No change if it is one."""
+        """Make the map an adapted one, in place, without an adapter as yet. No change if it is
+        one.
+        """
         raise NotImplementedError
 
     def detach(self) -> None:
@@ -202,7 +214,8 @@ class GraloraLayer(nn.Module):
     @property
     def packed(self) -> bool:
         """Whether the weight is quantised, or in a format that its layer alone can read."""
-        # a plain weight is exactly a Parameter over exactly a Tensor; subclasses carry formats that only they know
+        # a plain weight is exactly a Parameter over exactly a Tensor; subclasses carry formats that
+        # only they know
         owner, name = self.place
         weight = owner._parameters.get(name)
         plain = type(weight) is nn.Parameter and weight.dtype in (*FULL, *HALF)
@@ -232,7 +245,8 @@ class GraloraLayer(nn.Module):
         plain: tuple[Tensor, Tensor | None] | None = None,
         update: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """base(*args, **kwargs) plus what the adapters add to it for the input `x`, in the dtype of the base.
+        """base(*args, **kwargs) plus what the adapters add to it for the input `x`, in the dtype of
+        the base.
 
         Args:
             dim: the axis of the batch in `x`, where the map knows it.
@@ -249,13 +263,17 @@ class GraloraLayer(nn.Module):
         applied = adapters.applied()
         if not applied:
             return base(*args, **kwargs)
-        if not self.fast(x, applied[0][0].tensors[0]) or any(is_hooked(adapter) for adapter, _ in applied):
+        if not self.fast(x, applied[0][0].tensors[0]) or any(
+            is_hooked(adapter) for adapter, _ in applied
+        ):
             update = update or self.update
             y = base(*args, **kwargs)
             if not isinstance(y, Tensor):
                 return self.reading(args, kwargs)
             for adapter, share in applied:
-                y = (y + functional.within(x, partial(update, adapter=adapter, share=share))).to(y.dtype)
+                y = (y + functional.within(x, partial(update, adapter=adapter, share=share))).to(
+                    y.dtype
+                )
             return y
         plain = plain or self.plain()
         if plain is not None:
@@ -270,11 +288,13 @@ class GraloraLayer(nn.Module):
         return y
 
     def reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The base's forward where it returns more than one tensor, to which nothing can be added."""
+        """The base's forward where it returns more than one tensor, to which nothing can be
+        added.
+        """
         name = getattr(type(self), "_base_class", type(self)).__name__
         raise TypeError(
-            f"the forward of {name} returns no tensor, so no update can be added to it. Leave the layer out, with "
-            "exclude_modules."
+            f"the forward of {name} returns no tensor, so no update can be added to it. Leave the"
+            " layer out, with exclude_modules."
         )
 
     def fast(self, x: Tensor, A: Tensor) -> bool:
@@ -282,49 +302,73 @@ class GraloraLayer(nn.Module):
         return autograd.usable(x, A)
 
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
-        """(weight (out, in), bias), if the base is exactly x @ Wᵀ + b with these; None if it must be called to know."""
+        """(weight (out, in), bias), if the base is exactly x @ Wᵀ + b with these; None if it must
+        be called to know.
+        """
         return None
 
     def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
         """What `adapter` adds for the input `x`, times `share`."""
         return cast(Tensor, adapter(x, share))
 
-    def _run_rows(self, x: Tensor, y: Tensor, rows: Rows, dim: int | None, update_of: Callable[..., Tensor]) -> Tensor:
+    def _run_rows(
+        self, x: Tensor, y: Tensor, rows: Rows, dim: int | None, update_of: Callable[..., Tensor]
+    ) -> Tensor:
         if is_spread(x):
-            raise ValueError("mixed_batch does not reach layers whose weights are spread over processes.")
+            raise ValueError(
+                "mixed_batch does not reach layers whose weights are spread over processes."
+            )
         adapters = self.gralora_adapters
         dim = rows.axis(x, dim)
         order, _, names, counts = rows.sort(x.shape[dim], list(adapters), x.device)
         adapted = order[: len(order) - counts[-1]]
         if not len(adapted):
             return y
-        sorted_x, chosen = x.index_select(dim, adapted), [adapters[cast(str, name)] for name in names[:-1]]
+        sorted_x, chosen = (
+            x.index_select(dim, adapted),
+            [adapters[cast(str, name)] for name in names[:-1]],
+        )
         groups = [adapter.arguments() for adapter in chosen]
         plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or dim != 0
-        plain = plain or any(dropout for *_, dropout in groups) or len({adapter.A.dtype for adapter in chosen}) > 1
+        plain = (
+            plain
+            or any(dropout for *_, dropout in groups)
+            or len({adapter.A.dtype for adapter in chosen}) > 1
+        )
         plain = plain or any(map(is_hooked, chosen))
         if plain or not self.fast(x, chosen[0].A):
             parts = torch.split(sorted_x, counts[:-1], dim)
-            update = torch.cat([update_of(part, a, 1.0) for a, part in zip(chosen, parts, strict=True)], dim)
+            update = torch.cat(
+                [update_of(part, a, 1.0) for a, part in zip(chosen, parts, strict=True)], dim
+            )
         else:
-            update = autograd.updates_of_groups(sorted_x, counts[:-1], [group[:2] for group in groups])
+            update = autograd.updates_of_groups(
+                sorted_x, counts[:-1], [group[:2] for group in groups]
+            )
         return y.index_add(dim, adapted, update.to(y.dtype))
 
     def read(self, weight: Tensor) -> Tensor:
-        """What whoever reads the weight of the map gets: itself, but while a forward runs what acts, W + Σ weight * ΔW.
+        """What whoever reads the weight of the map gets: itself, but while a forward runs what
+        acts, W + Σ weight * ΔW.
 
         Args:
             weight: the parameter that holds the map.
         """
         adapters = cast("GraloraAdapters | None", self._modules.get(CHILD))
-        if adapters is None or not (adapters.active or adapters.scopes) or type(weight) not in (Tensor, nn.Parameter):
+        if (
+            adapters is None
+            or not (adapters.active or adapters.scopes)
+            or type(weight) not in (Tensor, nn.Parameter)
+        ):
             return weight
         if not self.is_read(weight):
             return weight
         mode = adapters.mode
         if isinstance(mode, Rows):
             applied = [
-                (adapters[name], 1.0) for name in dict.fromkeys(mode.names) if name is not None and name in adapters
+                (adapters[name], 1.0)
+                for name in dict.fromkeys(mode.names)
+                if name is not None and name in adapters
             ]
         else:
             applied = adapters.applied()
@@ -339,35 +383,47 @@ class GraloraLayer(nn.Module):
 
     def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
         """What `weight` stands for with these adapters: W + Σ ΔW."""
-        parameters, evaluate = evaluation(weight, shares, partial(self.in_layout, self.host, self.part))
+        parameters, evaluate = evaluation(
+            weight, shares, partial(self.in_layout, self.host, self.part)
+        )
         product, turned = self.product(weight), type(self).transposed(self.host, self.part)
         part = None if product is None else partial(part_of, weight, shares, turned)
         return Sum(parameters, evaluate, product, turned, part=part)
 
     def _refuse_rows(self, *tensors: Tensor) -> Tensor:
-        raise ValueError(f"the weight of {self} is read whole, and can't be another one for every row of the batch.")
+        raise ValueError(
+            f"the weight of {self} is read whole, and can't be another one for every row of the"
+            " batch."
+        )
 
     def is_read(self, weight: Tensor) -> bool:
-        """Whether whoever reads the weight now means to compute with it, and is not the map itself."""
+        """Whether whoever reads the weight now means to compute with it, and is not the map
+        itself.
+        """
         return forward_runs(self.host)
 
     def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-        """x (..., in), bias -> what the map makes of them with its adapters; None if it is no matrix."""
+        """x (..., in), bias -> what the map makes of them with its adapters; None if it is no
+        matrix.
+        """
         return None
 
     def delta_weight(self, adapter_name: str | None = None) -> Tensor:
-        """ΔW in the layout of the weight: of one adapter, or the weighted sum of the active ones."""
+        """ΔW in the layout of the weight: of one adapter, or the weighted sum of the active
+        ones.
+        """
         adapters = self.gralora_adapters
         weights = adapters.active if adapter_name is None else {adapter_name: 1.0}
         if not weights or not all(name in adapters for name in weights):
             raise KeyError(
-                f"no adapter {adapter_name!r} to read ΔW from; this layer has: {', '.join(adapters) or 'none'}"
+                f"no adapter {adapter_name!r} to read ΔW from; this layer has:"
+                f" {', '.join(adapters) or 'none'}"
             )
         return self.weighted_delta([(adapters[name], weight) for name, weight in weights.items()])
 
     def weighted_delta(self, shares: Iterable[tuple[GraloraAdapter, float]]) -> Tensor:
         """Σ weight * ΔW of some of the adapters, at least one, in the layout of the weight."""
-        (first, *rest) = (adapter.delta_weight() * weight for adapter, weight in shares)
+        first, *rest = (adapter.delta_weight() * weight for adapter, weight in shares)
         return self.in_layout(self.host, self.part, sum(rest, start=first))
 
     def _attach_container(self) -> None:
@@ -376,7 +432,9 @@ class GraloraLayer(nn.Module):
 
 
 def name_of(path: str, layer: GraloraLayer) -> str:
-    """The name of a map by where its layer lies: a part's own is not that of the child that it is."""
+    """The name of a map by where its layer lies: a part's own is not that of the child that it
+    is.
+    """
     above, _, own = path.rpartition(".")
     return join(above, own.removeprefix(PREFIX)) if layer.part else path
 
@@ -389,7 +447,8 @@ def gralora_layers(model: nn.Module) -> Iterator[tuple[str, GraloraLayer]]:
 
 
 def delta_weight(layer: nn.Module, adapter_name: str | None = None) -> Tensor:
-    """ΔW of an adapted layer, in the layout of `layer.weight`: of one adapter, or the weighted sum of the active ones.
+    """ΔW of an adapted layer, in the layout of `layer.weight`: of one adapter, or the weighted sum
+    of the active ones.
 
     Raises:
         TypeError: `layer` is not adapted. KeyError: it has no such adapter.

@@ -1,8 +1,8 @@
 """Giving a module a new class in place, and its old class back.
 
-The object stays: its parameters keep their names, hooks fire, tied weights stay tied, references elsewhere stay
-valid. PyTorch's `fully_shard` and `parametrize` do the same. What a class must do to be handed out this way is in
-`InPlaceModule`.
+The object stays: its parameters keep their names, hooks fire, tied weights stay tied, references
+elsewhere stay valid. PyTorch's `fully_shard` and `parametrize` do the same. What a class must do to
+be handed out this way is in `InPlaceModule`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from gralora.engines.distributed import is_spread
 FROZEN = "_gralora_frozen"
 REPLICATED = "_gralora_replicated"
 LOADED = "_is_hf_initialized"
-"""What transformers sets on a module once its parameters have been loaded, or initialised where the checkpoint lacks them."""
+"""What transformers sets on a module once its parameters have been loaded, or initialised where the
+checkpoint lacks them.
+"""
 
 
 class InPlaceModule(nn.Module):
-    """Base of every class that a module is given in place: it knows the class that was there and runs its forward.
+    """Base of every class that a module is given in place: it knows the class that was there and
+    runs its forward.
 
-    A `forward` set on the instance (as `accelerate` does) hides the class's own, which would leave an adapter silently
-    dead. One that was there before counts as part of the base's forward; one set later wraps ours.
+    A `forward` set on the instance (as `accelerate` does) hides the class's own, which would leave
+    an adapter silently dead. One that was there before counts as part of the base's forward; one
+    set later wraps ours.
     """
 
     _base_class: ClassVar[type[nn.Module]] = nn.Module
@@ -39,12 +43,15 @@ class InPlaceModule(nn.Module):
         return self._base_class.forward(self, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == LOADED:  # transformers has given the parameters their values, in new objects that are trained
+        if (
+            name == LOADED
+        ):  # transformers has given the parameters their values, in new objects that are trained
             for frozen in self.__dict__.get(FROZEN, ()):
                 if self._parameters.get(frozen) is not None:
                     cast(nn.Parameter, self._parameters[frozen]).requires_grad_(False)
-        # accelerate replaces and removes its hooks by setting `forward`, to a wrapper round the bound method that it
-        # once found. If that is the base's, the wrapper belongs under the adapter, not over it.
+        # accelerate replaces and removes its hooks by setting `forward`, to a wrapper round the
+        # bound method that it once found. If that is the base's, the wrapper belongs under the
+        # adapter, not over it.
         if name == "forward" and _innermost(value) == MethodType(self._base_class.forward, self):
             self.__dict__.pop("_base_instance_forward", None)
             if hasattr(value, "__wrapped__"):
@@ -57,11 +64,13 @@ class InPlaceModule(nn.Module):
             super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # of all who replace a weight, `parallelize_module` alone calls this; it can't place what it knows nothing of
+        # of all who replace a weight, `parallelize_module` alone calls this; it can't place what it
+        # knows nothing of
         if is_spread(param) and self._parameters.get(name) is not None:
             raise ValueError(
-                f"{self} is adapted, and parallelize_module cannot spread adapters. First parallelise the plain model, then "
-                "inject (or load_adapter): adapters follow the placement of the weight."
+                f"{self} is adapted, and parallelize_module cannot spread adapters. First"
+                " parallelise the plain model, then inject (or load_adapter): adapters follow the"
+                " placement of the weight."
             )
         super().register_parameter(name, param)
 
@@ -82,13 +91,20 @@ _made: dict[tuple[type[nn.Module], type[nn.Module]], type[InPlaceModule]] = {}
 
 
 def made_class(mixin: type[InPlaceModule], original: type[nn.Module]) -> type[InPlaceModule]:
-    """The class `(mixin, original)`, made once; `mixin` itself where it already stands on `original`."""
+    """The class `(mixin, original)`, made once; `mixin` itself where it already stands on
+    `original`.
+    """
     if vars(mixin).get("_base_class") is original:
         return mixin
     made = _made.get((mixin, original))
     if made is None:
         name = f"{mixin._prefix}{original.__name__}"
-        space = {"_base_class": original, "_mixin": mixin, "__module__": mixin.__module__, "__doc__": original.__doc__}
+        space = {
+            "_base_class": original,
+            "_mixin": mixin,
+            "__module__": mixin.__module__,
+            "__doc__": original.__doc__,
+        }
         made = cast(type[InPlaceModule], type(name, (mixin, original), space))
         if not _may_follow(original, made):
             made = cast(type[InPlaceModule], _over(original)(name, (original,), space))
@@ -107,22 +123,29 @@ def _may_follow(original: type[nn.Module], made: type) -> bool:
 
 
 def _over(original: type[nn.Module]) -> type:
-    """A metaclass of classes that have `original` for their only base, and look up what their mixin has first.
+    """A metaclass of classes that have `original` for their only base, and look up what their mixin
+    has first.
 
-    Python asks of a new `__class__` that the chains of first bases be alike. In `class X(ABC, nn.Linear)` that chain leads by
-    ABC, and no class `(mixin, X)` has such a one.
+    Python asks of a new `__class__` that the chains of first bases be alike. In `class X(ABC,
+    nn.Linear)` that chain leads by ABC, and no class `(mixin, X)` has such a one.
     """
 
     def mro(cls: Any) -> list[type]:
         mixin = vars(cls).get("_mixin")
-        own = [] if mixin is None else [each for each in mixin.__mro__ if each not in original.__mro__]
+        own = (
+            []
+            if mixin is None
+            else [each for each in mixin.__mro__ if each not in original.__mro__]
+        )
         return [cls, *own, *original.__mro__]
 
     return type(f"Over{type(original).__name__}", (type(original),), {"mro": mro})
 
 
 def traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The node of a graph that calls `module`, where torch.fx traces the forward; None where nobody does."""
+    """The node of a graph that calls `module`, where torch.fx traces the forward; None where nobody
+    does.
+    """
     for value in (*args, *kwargs.values()):
         if isinstance(value, Proxy):
             tracer: Any = value.tracer
@@ -138,14 +161,18 @@ def change_class(module: nn.Module, mixin: type[InPlaceModule]) -> None:
 
 
 def is_restorable(module: InPlaceModule) -> bool:
-    """Whether the class of `module` is one that `change_class` gives, and not one derived from it or put over it."""
+    """Whether the class of `module` is one that `change_class` gives, and not one derived from it
+    or put over it.
+    """
     return "_base_class" in vars(type(module))
 
 
 def restore_class(module: InPlaceModule) -> None:
-    """Give `module` back the class, and the instance-level forward, that it had before `change_class`.
+    """Give `module` back the class, and the instance-level forward, that it had before
+    `change_class`.
 
-    A class that somebody derived from ours, or put over ours (`parametrize`), is left: without adapters it is the base.
+    A class that somebody derived from ours, or put over ours (`parametrize`), is left: without
+    adapters it is the base.
     """
     ours = type(module)
     if not is_restorable(module):
@@ -162,7 +189,9 @@ def restore_class(module: InPlaceModule) -> None:
 
 
 def freeze_own(module: nn.Module) -> None:
-    """Stop training the parameters that hang on `module` itself, and remember which were trained."""
+    """Stop training the parameters that hang on `module` itself, and remember which were
+    trained.
+    """
     trained = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
     for name in trained:
         cast(nn.Parameter, module._parameters[name]).requires_grad_(False)
@@ -199,6 +228,8 @@ def one_line(module: nn.Module, text: str) -> str:
 
 
 def held(owner: nn.Module, name: str) -> Any:
-    """What is under a parameter's name in `owner`: the parameter, what stands in for it, or what is computed from others."""
+    """What is under a parameter's name in `owner`: the parameter, what stands in for it, or what is
+    computed from others.
+    """
     parameters = owner._parameters
     return parameters[name] if name in parameters else getattr(owner, name, None)

@@ -1,14 +1,16 @@
 """`GraloraConv` and `GraloraConvTranspose`: convolutions in 1, 2 and 3 dimensions.
 
-The same method on channels. The down-projection is a grouped convolution with the layer's own kernel, the regrouping acts
-on channels, the up-projection is a grouped 1x1 convolution:
+The same method on channels. The down-projection is a grouped convolution with the layer's own
+kernel, the regrouping acts on channels, the up-projection is a grouped 1x1 convolution:
 
-    z = conv(x, A, groups=k)       "b (i j s) p -> b (j i s) p"       y += scaling * conv1x1(z, B, groups=k)
+    z = conv(x, A, groups=k)       "b (i j s) p -> b (j i s) p"       y += scaling * conv1x1(z, B,
+    groups=k)
 
-As a matrix the weight is (out, in * kernel), which is how A and ΔW are stored and saved: A (k, in * kernel / k, r). A
-transposed convolution has its kernel on the way up: z = conv1x1(x, A), y += scaling * conv_transpose(z, B), the matrix is
-(out * kernel, in). A convolution of g groups is g maps of (out / g, in / g * kernel), each with a pair of its own on a leading
-axis, as experts have; all of them run in one grouped convolution of g * k groups.
+As a matrix the weight is (out, in * kernel), which is how A and ΔW are stored and saved: A (k, in *
+kernel / k, r). A transposed convolution has its kernel on the way up: z = conv1x1(x, A), y +=
+scaling * conv_transpose(z, B), the matrix is (out * kernel, in). A convolution of g groups is g
+maps of (out / g, in / g * kernel), each with a pair of its own on a leading axis, as experts have;
+all of them run in one grouped convolution of g * k groups.
 """
 
 from __future__ import annotations
@@ -39,9 +41,11 @@ _ConvNd = nn.modules.conv._ConvNd
 
 
 class GraloraConv(InPlaceLayer):
-    """A convolution with GraLoRA adapters; see the text of this file. Any kernel, stride, padding, dilation and groups.
+    """A convolution with GraLoRA adapters; see the text of this file. Any kernel, stride, padding,
+    dilation and groups.
 
-    `adapted_class(nn.Conv2d)` and so on are its classes; it is built from a convolution that exists.
+    `adapted_class(nn.Conv2d)` and so on are its classes; it is built from a convolution that
+    exists.
     """
 
     what = "convolution"
@@ -52,7 +56,9 @@ class GraloraConv(InPlaceLayer):
     def from_conv(
         cls, conv: nn.Module, config: GraloraConfig | None = None, *, adapter_name: str = "default"
     ) -> GraloraConv:
-        """A `GraloraConv` over the very weight and bias of `conv` (shared, and frozen); `conv` keeps its class."""
+        """A `GraloraConv` over the very weight and bias of `conv` (shared, and frozen); `conv`
+        keeps its class.
+        """
         return cls._adapting(conv, config, adapter_name)
 
     @classmethod
@@ -69,7 +75,11 @@ class GraloraConv(InPlaceLayer):
     @classmethod
     def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
         groups = cast(_ConvNd, module).groups
-        return weight.flatten(1) if groups == 1 else rearrange(weight.flatten(1), "(g o) m -> g o m", g=groups)
+        return (
+            weight.flatten(1)
+            if groups == 1
+            else rearrange(weight.flatten(1), "(g o) m -> g o m", g=groups)
+        )
 
     @classmethod
     def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
@@ -111,7 +121,9 @@ class GraloraConv(InPlaceLayer):
         return False
 
     def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
-        """x (b, in, *positions), or without b -> the same of out channels, in the adapter's dtype."""
+        """x (b, in, *positions), or without b -> the same of out channels, in the adapter's
+        dtype.
+        """
         return cast(Tensor, adapter(x, share, self._convolved))
 
     def _convolved(self, x: Tensor, tensors: Tensors, scaling: float, dropout: float) -> Tensor:
@@ -119,11 +131,15 @@ class GraloraConv(InPlaceLayer):
         k, g = A.shape[-3], self._conv.groups
         batched = x.dim() == len(self._conv.kernel_size) + 2
         x = x if batched else x[None]
-        z = self._down(functional.dropped(x, dropout), rearrange(A, "... i m r -> (... i r) m"), g * k)
+        z = self._down(
+            functional.dropped(x, dropout), rearrange(A, "... i m r -> (... i r) m"), g * k
+        )
         z = rearrange(z, "b (g i j s) ... -> b (g j i s) ...", g=g, i=k, j=k)
         y = _pointwise(z, rearrange(B, "... j r o -> (... j o) r"), g * k)
         if A_general is not None and B_general is not None:
-            down = self._down(functional.dropped(x, dropout), rearrange(A_general, "... h m -> (... h) m"), g)
+            down = self._down(
+                functional.dropped(x, dropout), rearrange(A_general, "... h m -> (... h) m"), g
+            )
             y = y + _pointwise(down, rearrange(B_general, "... o h -> (... o) h"), g)
         y = y * scaling
         return y if batched else y[0]
@@ -143,8 +159,16 @@ class GraloraConv(InPlaceLayer):
 
     def probe(self, generator: torch.Generator) -> Tensor:
         conv = self._conv
-        size = max(dilation * kernel for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)) + 1
-        return torch.randn(2, conv.in_channels, *[size] * len(conv.kernel_size), generator=generator)
+        size = (
+            max(
+                dilation * kernel
+                for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)
+            )
+            + 1
+        )
+        return torch.randn(
+            2, conv.in_channels, *[size] * len(conv.kernel_size), generator=generator
+        )
 
 
 class GraloraConvTranspose(InPlaceLayer):
@@ -158,7 +182,9 @@ class GraloraConvTranspose(InPlaceLayer):
     def from_conv(
         cls, conv: nn.Module, config: GraloraConfig | None = None, *, adapter_name: str = "default"
     ) -> GraloraConvTranspose:
-        """A `GraloraConvTranspose` over the very weight and bias of `conv` (shared, and frozen); `conv` keeps its class."""
+        """A `GraloraConvTranspose` over the very weight and bias of `conv` (shared, and frozen);
+        `conv` keeps its class.
+        """
         return cls._adapting(conv, config, adapter_name)
 
     @classmethod
@@ -173,7 +199,8 @@ class GraloraConvTranspose(InPlaceLayer):
     def unfit(cls, module: nn.Module, part: str) -> str | None:
         groups = cast(_ConvNd, module).groups
         return (
-            f"is a transposed convolution of {groups} groups; only those of one group can be adapted"
+            f"is a transposed convolution of {groups} groups; only those of one group can be"
+            " adapted"
             if groups > 1
             else None
         )
@@ -209,22 +236,32 @@ class GraloraConvTranspose(InPlaceLayer):
         size = args[1] if len(args) > 1 else kwargs.get("output_size")
         update = partial(self.update, output_size=size)
         if self.is_plain() and "_base_instance_forward" not in self.__dict__:
-            return self.run(x, self.plain_forward, (x, size), {}, dim=self.batch_axis, update=update)
+            return self.run(
+                x, self.plain_forward, (x, size), {}, dim=self.batch_axis, update=update
+            )
         return self.run(x, self.own_forward, args, kwargs, dim=self.batch_axis, update=update)
 
     def plain_forward(self, x: Tensor, output_size: Any = None) -> Tensor:
         batched = x.dim() == len(cast(_ConvNd, self).kernel_size) + 2
-        y = self._convolve(x if batched else x[None], held(self, "weight"), held(self, "bias"), 1, output_size)
+        y = self._convolve(
+            x if batched else x[None], held(self, "weight"), held(self, "bias"), 1, output_size
+        )
         return y if batched else y[0]
 
     def fast(self, x: Tensor, A: Tensor) -> bool:
         return False
 
-    def update(self, x: Tensor, adapter: GraloraAdapter, share: float, output_size: Any = None) -> Tensor:
-        """x (b, in, *positions), or without b -> the same of out channels, in the adapter's dtype."""
+    def update(
+        self, x: Tensor, adapter: GraloraAdapter, share: float, output_size: Any = None
+    ) -> Tensor:
+        """x (b, in, *positions), or without b -> the same of out channels, in the adapter's
+        dtype.
+        """
         return cast(Tensor, adapter(x, share, partial(self._convolved, output_size=output_size)))
 
-    def _convolved(self, x: Tensor, tensors: Tensors, scaling: float, dropout: float, output_size: Any) -> Tensor:
+    def _convolved(
+        self, x: Tensor, tensors: Tensors, scaling: float, dropout: float, output_size: Any
+    ) -> Tensor:
         A, B, A_general, B_general = tensors
         k, conv = len(A), cast(_ConvNd, self)
         batched = x.dim() == len(conv.kernel_size) + 2
@@ -234,20 +271,34 @@ class GraloraConvTranspose(InPlaceLayer):
         y = self._convolve(z, rearrange(B, "j r o -> (j r) o"), None, k, output_size)
         if A_general is not None and B_general is not None:
             y = y + self._convolve(
-                _pointwise(functional.dropped(x, dropout), A_general, 1), B_general.mT, None, 1, output_size
+                _pointwise(functional.dropped(x, dropout), A_general, 1),
+                B_general.mT,
+                None,
+                1,
+                output_size,
             )
         y = y * scaling
         return y if batched else y[0]
 
-    def _convolve(self, z: Tensor, weight: Tensor, bias: Tensor | None, groups: int, output_size: Any) -> Tensor:
-        """The base's transposed convolution with another weight (channels of z, outputs of a group and kernel)."""
+    def _convolve(
+        self, z: Tensor, weight: Tensor, bias: Tensor | None, groups: int, output_size: Any
+    ) -> Tensor:
+        """The base's transposed convolution with another weight (channels of z, outputs of a group
+        and kernel).
+        """
         conv = cast(Any, self)
-        dimensions, kernel = len(conv.kernel_size), weight.reshape(len(weight), -1, *conv.kernel_size)
+        dimensions, kernel = (
+            len(conv.kernel_size),
+            weight.reshape(len(weight), -1, *conv.kernel_size),
+        )
         padding = conv._output_padding(
             z, output_size, conv.stride, conv.padding, conv.kernel_size, dimensions, conv.dilation
         )
         convolve = _CONV_TRANSPOSE[dimensions - 1]
-        return cast(Tensor, convolve(z, kernel, bias, conv.stride, conv.padding, padding, groups, conv.dilation))
+        return cast(
+            Tensor,
+            convolve(z, kernel, bias, conv.stride, conv.padding, padding, groups, conv.dilation),
+        )
 
     def probe(self, generator: torch.Generator) -> Tensor:
         conv = cast(_ConvNd, self)
@@ -257,4 +308,6 @@ class GraloraConvTranspose(InPlaceLayer):
 def _pointwise(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     """A convolution of kernel 1."""
     dimensions = x.dim() - 2
-    return cast(Tensor, _CONV[dimensions - 1](x, weight[(..., *[None] * dimensions)], groups=groups))
+    return cast(
+        Tensor, _CONV[dimensions - 1](x, weight[(..., *[None] * dimensions)], groups=groups)
+    )

@@ -1,8 +1,9 @@
 """`GraloraEmbedding`: `nn.Embedding`, a linear map of one-hot rows.
 
-The weight (V, H), a row for every token, is cut as that of the head which it is often tied to: V outputs, H inputs. So one
-adapter serves both, and B, which is zero at the start, lies on the side of the tokens. A token costs a look-up in the one
-block row of B that holds it and one small product with A; ΔW is never made.
+The weight (V, H), a row for every token, is cut as that of the head which it is often tied to: V
+outputs, H inputs. So one adapter serves both, and B, which is zero at the start, lies on the side
+of the tokens. A token costs a look-up in the one block row of B that holds it and one small product
+with A; ΔW is never made.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from gralora.maths.functional import Tensors
 
 
 class GraloraEmbedding(InPlaceLayer):
-    """An embedding with GraLoRA adapters; see the text of this file. `adapted_class(nn.Embedding)` is its class.
+    """An embedding with GraLoRA adapters; see the text of this file. `adapted_class(nn.Embedding)`
+    is its class.
 
-    A subclass with a forward of its own, such as one that scales, computes what it does with W + ΔW. Dropout falls on whole
-    tokens, the inputs. The row of `padding_idx` is not trained.
+    A subclass with a forward of its own, such as one that scales, computes what it does with W +
+    ΔW. Dropout falls on whole tokens, the inputs. The row of `padding_idx` is not trained.
     """
 
     what = "embedding"
@@ -38,9 +40,15 @@ class GraloraEmbedding(InPlaceLayer):
 
     @classmethod
     def from_embedding(
-        cls, embedding: nn.Module, config: GraloraConfig | None = None, *, adapter_name: str = "default"
+        cls,
+        embedding: nn.Module,
+        config: GraloraConfig | None = None,
+        *,
+        adapter_name: str = "default",
     ) -> GraloraEmbedding:
-        """A `GraloraEmbedding` over the very weight of `embedding` (shared, and frozen), which keeps its class."""
+        """A `GraloraEmbedding` over the very weight of `embedding` (shared, and frozen), which
+        keeps its class.
+        """
         return cls._adapting(embedding, config, adapter_name)
 
     @classmethod
@@ -55,7 +63,10 @@ class GraloraEmbedding(InPlaceLayer):
     def unfit(cls, module: nn.Module, part: str) -> str | None:
         embedding = cast(nn.Embedding, module)
         if embedding.max_norm is not None:
-            return f"has max_norm={embedding.max_norm}: its forward rewrites the weight, which an adapter must not"
+            return (
+                f"has max_norm={embedding.max_norm}: its forward rewrites the weight, which an"
+                " adapter must not"
+            )
         if embedding.scale_grad_by_freq:
             return "has scale_grad_by_freq=True, which an adapter's gradients do not know"
         return None
@@ -77,12 +88,17 @@ class GraloraEmbedding(InPlaceLayer):
         """tokens (...), and whatever else the base layer takes -> (..., H)."""
         if isinstance(args[0] if args else kwargs.get("input"), Proxy):
             return cast(Tensor, traced(self, args, kwargs))
-        if type(held(self, "weight")) not in (nn.Parameter, Tensor):  # quantised: it knows alone how to look up
+        if type(held(self, "weight")) not in (
+            nn.Parameter,
+            Tensor,
+        ):  # quantised: it knows alone how to look up
             tokens = args[0] if args else next(iter(kwargs.values()))
             return self.run(tokens[..., None], self.own_forward, args, kwargs)
         if self.is_plain() and "_base_instance_forward" not in self.__dict__:
             return self._look_up(
-                held(self, "weight"), args[0] if args else kwargs["input"], self._embedding.padding_idx
+                held(self, "weight"),
+                args[0] if args else kwargs["input"],
+                self._embedding.padding_idx,
             )
         return cast(Tensor, self.base_forward(*args, **kwargs))  # which reads W + ΔW
 
@@ -94,14 +110,18 @@ class GraloraEmbedding(InPlaceLayer):
 
     def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         """As a head that uses the embedding's weight."""
-        return lambda x, bias: self.run(x, partial(F.linear, weight=weight, bias=bias), (x,), {}, plain=(weight, bias))
+        return lambda x, bias: self.run(
+            x, partial(F.linear, weight=weight, bias=bias), (x,), {}, plain=(weight, bias)
+        )
 
     def fast(self, x: Tensor, A: Tensor) -> bool:
         return x.is_floating_point() and super().fast(x, A)
 
     def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
         """x: tokens (..., 1) -> (..., H); or as a head's input, (..., H) -> (..., V)."""
-        return cast(Tensor, adapter(x, share) if x.is_floating_point() else adapter(x, share, self._rows))
+        return cast(
+            Tensor, adapter(x, share) if x.is_floating_point() else adapter(x, share, self._rows)
+        )
 
     @property
     def _embedding(self) -> nn.Embedding:
@@ -109,17 +129,21 @@ class GraloraEmbedding(InPlaceLayer):
 
     def _look_up(self, weight: Tensor, tokens: Tensor, padding_idx: int | None) -> Tensor:
         # an axis more, so that what is said of the axes of inputs holds for tokens too
-        return self.run(tokens[..., None], partial(F.embedding, tokens, weight, padding_idx), (), {})
+        return self.run(
+            tokens[..., None], partial(F.embedding, tokens, weight, padding_idx), (), {}
+        )
 
     def _rows(self, x: Tensor, tensors: Tensors, scaling: float, dropout: float) -> Tensor:
         size, held_rows = self._embedding.num_embeddings, tensors[1].shape[0] * tensors[1].shape[2]
         if size != held_rows:
             raise ValueError(
-                f"{self} has {size} tokens, and its adapter is for {held_rows}: it has been resized since. First resize, then "
-                "inject."
+                f"{self} has {size} tokens, and its adapter is for {held_rows}: it has been resized"
+                " since. First resize, then inject."
             )
         padding = self._embedding.padding_idx
-        return functional.gralora_rows(x[..., 0], *tensors, scaling=scaling, dropout=dropout, padding=padding)
+        return functional.gralora_rows(
+            x[..., 0], *tensors, scaling=scaling, dropout=dropout, padding=padding
+        )
 
     def probe(self, generator: torch.Generator) -> Tensor | None:
         return None  # whatever its forward does, it does with W + ΔW

@@ -1,8 +1,10 @@
-"""Fused experts: one 3-D parameter that holds the weights of many, (experts, out, in) or (experts, in, out).
+"""Fused experts: one 3-D parameter that holds the weights of many, (experts, out, in) or (experts,
+in, out).
 
-Each expert has an adapter of its own. Which tokens an expert gets is known to its module alone, so within a forward whoever
-reads the parameter by its name reads W + ΔW, unevaluated (`unevaluated.py`): choosing an expert chooses its adapter with it,
-and a product with the chosen weights, one by one, batched or grouped, is the base's and the adapters' own.
+Each expert has an adapter of its own. Which tokens an expert gets is known to its module alone, so
+within a forward whoever reads the parameter by its name reads W + ΔW, unevaluated
+(`unevaluated.py`): choosing an expert chooses its adapter with it, and a product with the chosen
+weights, one by one, batched or grouped, is the base's and the adapters' own.
 """
 
 from __future__ import annotations
@@ -23,13 +25,17 @@ from gralora.layers.running import forward_runs
 from gralora.layers.scope import OFF, Only, Rows, switched
 from gralora.layers.sums import Share, Sum, sum_of_many
 
-_read: ContextVar[dict[tuple[int, bool, int], Tensor] | None] = ContextVar("gralora_experts", default=None)
+_read: ContextVar[dict[tuple[int, bool, int], Tensor] | None] = ContextVar(
+    "gralora_experts", default=None
+)
 _read_again: WeakKeyDictionary[Any, dict[tuple[int, bool, int], Tensor]] = WeakKeyDictionary()
 """By checkpointed region, where part of a forward runs again for itself."""
 
 
 class ExpertWeights(PartLayer):
-    """The weights of many experts in one parameter, with an adapter for each: a child of the module that owns it."""
+    """The weights of many experts in one parameter, with an adapter for each: a child of the module
+    that owns it.
+    """
 
     what = "experts"
     in_all_linear = False
@@ -41,12 +47,16 @@ class ExpertWeights(PartLayer):
     @classmethod
     def parts(cls, module: nn.Module) -> tuple[str, ...]:
         parameters = module._parameters.items()
-        return tuple(name for name, p in parameters if p is not None and p.dim() == 3 and len(p) > 1)
+        return tuple(
+            name for name, p in parameters if p is not None and p.dim() == 3 and len(p) > 1
+        )
 
     @classmethod
     def unfit(cls, module: nn.Module, part: str) -> str | None:
         weight = cast(Tensor, module._parameters[part])
-        packed = f"holds experts of {weight.dtype}, quantised in a format that its module alone can read"
+        packed = (
+            f"holds experts of {weight.dtype}, quantised in a format that its module alone can read"
+        )
         return None if weight.is_floating_point() else packed
 
     @classmethod
@@ -82,7 +92,9 @@ class ExpertWeights(PartLayer):
     def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
         if not isinstance(module, GraloraExperts):
             change_class(module, GraloraExperts)
-        return cast(GraloraLayer, module._modules.setdefault(PREFIX + part, ExpertWeights(module, part)))
+        return cast(
+            GraloraLayer, module._modules.setdefault(PREFIX + part, ExpertWeights(module, part))
+        )
 
     def is_read(self, weight: Tensor) -> bool:
         return torch.compiler.is_compiling() or forward_runs(None)
@@ -92,7 +104,9 @@ class ExpertWeights(PartLayer):
 
 
 class GraloraExperts(PartHost):
-    """Mixin of a module that owns fused expert weights: they are read with their adapters in them."""
+    """Mixin of a module that owns fused expert weights: they are read with their adapters in
+    them.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         node = traced(self, args, kwargs)
@@ -100,17 +114,26 @@ class GraloraExperts(PartHost):
             return node
         modes = (layer.gralora_adapters.mode for layer in self.part_layers())
         rows = next((mode for mode in modes if isinstance(mode, Rows)), None)
-        return self._reading(*args, **kwargs) if rows is None else self._by_row(rows, *args, **kwargs)
+        return (
+            self._reading(*args, **kwargs) if rows is None else self._by_row(rows, *args, **kwargs)
+        )
 
     def _by_row(self, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
-        """Each token through its row's adapters: one run for every adapter, which sees its own tokens and their routing."""
+        """Each token through its row's adapters: one run for every adapter, which sees its own
+        tokens and their routing.
+        """
         x, routed = (*args, *kwargs.values(), None, None)[:2]
-        if not isinstance(x, Tensor) or not isinstance(routed, Tensor) or routed.is_floating_point():
+        if (
+            not isinstance(x, Tensor)
+            or not isinstance(routed, Tensor)
+            or routed.is_floating_point()
+        ):
             routed = None
         if routed is None or x.dim() != 2 or routed.shape[:1] != x.shape[:1]:
             raise ValueError(
-                f"mixed_batch can't tell the rows apart in {self._base_class.__name__}, which holds fused experts: it is not "
-                "given tokens (t, in) and the experts of each (t, n), as transformers' own are."
+                f"mixed_batch can't tell the rows apart in {self._base_class.__name__}, which holds"
+                " fused experts: it is not given tokens (t, in) and the experts of each (t, n), as"
+                " transformers' own are."
             )
         containers = [layer.gralora_adapters for layer in self.part_layers()]
         known = dict.fromkeys(name for container in containers for name in container)
@@ -126,7 +149,11 @@ class GraloraExperts(PartHost):
             if len(tokens):
                 with switched(containers, OFF if name is None else Only(name)):
                     mine = [own(value, tokens) for value in args]
-                    done.append(self._reading(*mine, **{key: own(value, tokens) for key, value in kwargs.items()}))
+                    done.append(
+                        self._reading(
+                            *mine, **{key: own(value, tokens) for key, value in kwargs.items()}
+                        )
+                    )
         return torch.cat(done).index_select(0, back)
 
     def _reading(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,9 +180,12 @@ class GraloraExperts(PartHost):
             return value
         if torch.compiler.is_compiling():
             return layer.read(value)
-        if not layer.is_read(value):  # an engine brings the parameter or takes it away, within the forward
+        if not layer.is_read(
+            value
+        ):  # an engine brings the parameter or takes it away, within the forward
             return value
-        # what a checkpoint runs again must save the same tensors in the same order: it shares no reading with what is around
+        # what a checkpoint runs again must save the same tensors in the same order: it shares no
+        # reading with what is around
         region, read = _checkpoint(), _read.get()
         if read is None and region is not None and torch._C._current_graph_task_id() != -1:
             read = _read_again.setdefault(region, {})
@@ -168,6 +198,8 @@ class GraloraExperts(PartHost):
 
 
 def _checkpoint() -> Any:
-    """What tells one checkpointed region from another, within one: the hook by which it packs what is saved."""
+    """What tells one checkpointed region from another, within one: the hook by which it packs what
+    is saved.
+    """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]

@@ -48,7 +48,9 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
     batch_axis: ClassVar[int | None] = None  # of inputs; None where the layer takes any
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's dtype."""
+        """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's
+        dtype.
+        """
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if isinstance(x, Proxy):
             return cast(Tensor, traced(self, args, kwargs))
@@ -57,7 +59,9 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         return self.run(x, self.own_forward, args, kwargs, dim=self.batch_axis)
 
     def own_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's forward, to which the weight is the parameter, whoever in it reads it: the update comes on top."""
+        """The base's forward, to which the weight is the parameter, whoever in it reads it: the
+        update comes on top.
+        """
         if torch.compiler.is_compiling():
             return cast(Tensor, self.base_forward(*args, **kwargs))
         outer, _running.layer = _running.layer, self
@@ -67,7 +71,9 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
             _running.layer = outer
 
     def reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The base's forward with W + ΔW as its weight, where it returns more than a tensor, as a router does."""
+        """The base's forward with W + ΔW as its weight, where it returns more than a tensor, as a
+        router does.
+        """
         if torch.compiler.is_compiling():
             return super().reading(args, kwargs)
         outer, _running.reading = _running.reading, self
@@ -88,7 +94,9 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         return super().__getattr__(name)
 
     def is_read(self, weight: Tensor) -> bool:
-        if torch.compiler.is_compiling():  # where nobody can look who it is; a plain layer itself does not ask
+        if (
+            torch.compiler.is_compiling()
+        ):  # where nobody can look who it is; a plain layer itself does not ask
             return self.is_plain()
         return forward_runs(None if _running.reading is self else self)
 
@@ -129,7 +137,11 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         return ", ".join(part for part in (base, self.gralora_adapters.describe()) if part)
 
     def __repr__(self) -> str:
-        return one_line(self, self.extra_repr()) if set(self._modules) <= {CHILD} else nn.Module.__repr__(self)
+        return (
+            one_line(self, self.extra_repr())
+            if set(self._modules) <= {CHILD}
+            else nn.Module.__repr__(self)
+        )
 
     def _drop_in(self, config: GraloraConfig | None, adapter_name: str) -> None:
         """Finish a layer that was built, not injected: freeze the base, add a trainable adapter."""
@@ -140,18 +152,25 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         self.gralora_adapters.active = {adapter_name: 1.0}
 
     @classmethod
-    def _adapting(cls: type[Layer], module: nn.Module, config: GraloraConfig | None, adapter_name: str) -> Layer:
+    def _adapting(
+        cls: type[Layer], module: nn.Module, config: GraloraConfig | None, adapter_name: str
+    ) -> Layer:
         if not cls.accepts(type(module)):
             raise TypeError(f"{cls.__name__} cannot stand in for a {type(module).__name__}.")
         if isinstance(module, GraloraLayer):
-            raise TypeError(f"this {type(module).__name__} is adapted already; use inject for a further adapter.")
+            raise TypeError(
+                f"this {type(module).__name__} is adapted already; use inject for a further"
+                " adapter."
+            )
         reason = cls.unfit(module, "")
         if reason is not None:
             raise ValueError(f"this {type(module).__name__} {reason}.")
         layer = module.__new__(type(module))
         layer.__dict__.update(module.__dict__)
         for name, value in module.__dict__.items():
-            if isinstance(value, (dict, set)):  # parameters, buffers, children, hooks: same entries, own registers
+            if isinstance(
+                value, (dict, set)
+            ):  # parameters, buffers, children, hooks: same entries, own registers
                 layer.__dict__[name] = value.copy()
         change_class(layer, cls)
         adapted = cast(Layer, layer)

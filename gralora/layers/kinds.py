@@ -22,21 +22,31 @@ KINDS: list[type[GraloraLayer]] = [
 ]
 
 ADAPTABLE = (
-    "nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d, their transposed ones, subclasses of all "
-    "these, GPT-2's Conv1D, and 3-D parameters of fused experts"
+    "nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d, their"
+    " transposed ones, subclasses of all these, GPT-2's Conv1D, and 3-D parameters of fused experts"
 )
 
 REFUSED: dict[type[nn.Module], str] = {
-    nn.EmbeddingBag: "its bags are summed in C++, where no look-up of an adapter can come between; use nn.Embedding and a sum",
+    nn.EmbeddingBag: (
+        "its bags are summed in C++, where no look-up of an adapter can come between; use"
+        " nn.Embedding and a sum"
+    ),
     nn.Bilinear: "it multiplies two inputs, and has no one input that a pair A, B could take",
-    nn.RNNBase: "its weights are read by kernels that run over all time steps at once, whose inputs nobody sees",
-    nn.RNNCellBase: "its two weights are read by one kernel, and their outputs are never seen apart",
+    nn.RNNBase: (
+        "its weights are read by kernels that run over all time steps at once, whose inputs nobody"
+        " sees"
+    ),
+    nn.RNNCellBase: (
+        "its two weights are read by one kernel, and their outputs are never seen apart"
+    ),
 }
 """Layers that people ask for and that can't be adapted, with the reason."""
 
 
 def why_refused(module: nn.Module) -> str | None:
-    """Why a module that holds weights can't be adapted, where there is more to say than that it can't."""
+    """Why a module that holds weights can't be adapted, where there is more to say than that it
+    can't.
+    """
     return next((reason for cls, reason in REFUSED.items() if isinstance(module, cls)), None)
 
 
@@ -49,14 +59,19 @@ class RegisteredLinear(GraloraLinear):
         return n_in, n_out
 
     def extra_repr(self) -> str:
-        return ", ".join(part for part in (self._base_class.extra_repr(self), self.gralora_adapters.describe()) if part)
+        return ", ".join(
+            part
+            for part in (self._base_class.extra_repr(self), self.gralora_adapters.describe())
+            if part
+        )
 
 
 _registered: dict[type[nn.Module], type[GraloraLayer]] = {}
 
 
 def register(cls: type[nn.Module], *, transposed: bool = False) -> None:
-    """Adapt modules of class `cls`, which compute x @ Wᵀ + b with a weight of their own but are no subclass of `nn.Linear`.
+    """Adapt modules of class `cls`, which compute x @ Wᵀ + b with a weight of their own but are no
+    subclass of `nn.Linear`.
 
     Args:
         transposed: the weight is (in, out), as GPT-2's Conv1D has it.
@@ -84,7 +99,8 @@ def spots(module: nn.Module) -> Iterator[Spot]:
 
 
 def adapted_class(cls: type[nn.Module]) -> type[GraloraLayer]:
-    """The class that `inject` gives a module of class `cls`: `GraloraLinear` for `nn.Linear`, else (its kind, `cls`).
+    """The class that `inject` gives a module of class `cls`: `GraloraLinear` for `nn.Linear`, else
+    (its kind, `cls`).
 
     Made classes are cached; instances of them survive `copy.deepcopy` and `pickle`.
 

@@ -1,4 +1,6 @@
-"""Linear layers: `GraloraLinear` for `nn.Linear` and its subclasses, `GraloraConv1D` for the transposed one of GPT-2."""
+"""Linear layers: `GraloraLinear` for `nn.Linear` and its subclasses, `GraloraConv1D` for the
+transposed one of GPT-2.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class LinearLayer(InPlaceLayer):
     stored_transposed: ClassVar[bool] = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's dtype."""
+        """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's
+        dtype.
+        """
         if len(args) == 1 and not kwargs:
             y = self._alone(args[0])
             if y is not None:
@@ -33,20 +37,31 @@ class LinearLayer(InPlaceLayer):
         return super().forward(*args, **kwargs)
 
     def _alone(self, x: Tensor) -> Tensor | None:
-        """The forward where one adapter acts on a plain layer without dropout; None where it is not so.
+        """The forward where one adapter acts on a plain layer without dropout; None where it is not
+        so.
 
-        What it asks, it asks on every call, so nothing can be out of date; it only asks in the cheapest way.
+        What it asks, it asks on every call, so nothing can be out of date; it only asks in the
+        cheapest way.
         """
         if torch.compiler.is_compiling():
             return None
         own = self.__dict__
         found = own["_modules"][CHILD].alone()
-        if found is None or type(x) is not Tensor or "_base_instance_forward" in own or not self.is_plain():
+        if (
+            found is None
+            or type(x) is not Tensor
+            or "_base_instance_forward" in own
+            or not self.is_plain()
+        ):
             return None
         tensors, scaling = found
         parameters = own["_parameters"]
         weight = parameters.get("weight")
-        if type(weight) is not nn.Parameter or type(tensors[0]) is not nn.Parameter or "bias" not in parameters:
+        if (
+            type(weight) is not nn.Parameter
+            or type(tensors[0]) is not nn.Parameter
+            or "bias" not in parameters
+        ):
             return None  # or parametrised
         if not autograd.usable(x, tensors[0]):
             return None
@@ -67,7 +82,9 @@ class LinearLayer(InPlaceLayer):
 
     def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         matrix = weight.t() if self.stored_transposed else weight
-        return lambda x, bias: self.run(x, partial(F.linear, weight=matrix, bias=bias), (x,), {}, plain=(matrix, bias))
+        return lambda x, bias: self.run(
+            x, partial(F.linear, weight=matrix, bias=bias), (x,), {}, plain=(matrix, bias)
+        )
 
     @classmethod
     def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
@@ -83,7 +100,8 @@ class LinearLayer(InPlaceLayer):
 
     @torch.no_grad()
     def computed_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The map (out, in) that the base computes, without adapters: of a packed weight, what its forward makes of unit vectors.
+        """The map (out, in) that the base computes, without adapters: of a packed weight, what its
+        forward makes of unit vectors.
 
         Args:
             dtype: of these, where the weight does not say.
@@ -112,7 +130,8 @@ class LinearLayer(InPlaceLayer):
 class GraloraLinear(LinearLayer, nn.Linear):
     """`nn.Linear` with GraLoRA adapters: y = x @ Wᵀ + b + scaling * x @ ΔWᵀ.
 
-    Built directly, it has a frozen base that initialises and loads as `nn.Linear` does, and one trainable adapter.
+    Built directly, it has a frozen base that initialises and loads as `nn.Linear` does, and one
+    trainable adapter.
 
     Args:
         in_features, out_features, bias, device: as for `nn.Linear`.
@@ -142,9 +161,15 @@ class GraloraLinear(LinearLayer, nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, config: GraloraConfig | None = None, *, adapter_name: str = "default"
+        cls,
+        linear: nn.Linear,
+        config: GraloraConfig | None = None,
+        *,
+        adapter_name: str = "default",
     ) -> GraloraLinear:
-        """A `GraloraLinear` over the very weight and bias of `linear` (shared, and frozen); `linear` keeps its class."""
+        """A `GraloraLinear` over the very weight and bias of `linear` (shared, and frozen);
+        `linear` keeps its class.
+        """
         return cls._adapting(linear, config, adapter_name)
 
     @classmethod
@@ -159,8 +184,8 @@ class GraloraLinear(LinearLayer, nn.Linear):
     def unfit(cls, module: nn.Module, part: str) -> str | None:
         if isinstance(module, NonDynamicallyQuantizableLinear):
             return (
-                "is the out_proj of an nn.MultiheadAttention, which reads its weight and never calls it: no effect. "
-                "Inject into the attention, or a module that holds it"
+                "is the out_proj of an nn.MultiheadAttention, which reads its weight and never"
+                " calls it: no effect. Inject into the attention, or a module that holds it"
             )
         return None
 
@@ -173,7 +198,11 @@ class Conv1D(nn.Module):
     """The transposed linear layer of GPT-2: y = x @ W + b with W of shape (nx, nf)."""
 
     def __init__(
-        self, nf: int, nx: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        nf: int,
+        nx: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.nf, self.nx = nf, nx
@@ -189,10 +218,11 @@ class Conv1D(nn.Module):
 
 
 class GraloraConv1D(LinearLayer, Conv1D):
-    """GPT-2's `Conv1D` with GraLoRA adapters: y = x @ W + b + scaling * x @ ΔW, W and ΔW of shape (nx, nf).
+    """GPT-2's `Conv1D` with GraLoRA adapters: y = x @ W + b + scaling * x @ ΔW, W and ΔW of shape
+    (nx, nf).
 
-    Built directly, it has a frozen base that initialises and loads as `transformers`' `Conv1D` does, and one
-    trainable adapter. Arguments as for `GraloraLinear`.
+    Built directly, it has a frozen base that initialises and loads as `transformers`' `Conv1D`
+    does, and one trainable adapter. Arguments as for `GraloraLinear`.
     """
 
     _base_class = Conv1D
@@ -225,7 +255,9 @@ class GraloraConv1D(LinearLayer, Conv1D):
     def from_conv1d(
         cls, conv: nn.Module, config: GraloraConfig | None = None, *, adapter_name: str = "default"
     ) -> GraloraConv1D:
-        """A `GraloraConv1D` over the very weight and bias of `conv` (shared, and frozen); `conv` keeps its class."""
+        """A `GraloraConv1D` over the very weight and bias of `conv` (shared, and frozen); `conv`
+        keeps its class.
+        """
         return cls._adapting(conv, config, adapter_name)
 
     @classmethod
@@ -236,12 +268,19 @@ class GraloraConv1D(LinearLayer, Conv1D):
     @classmethod
     def is_plain(cls) -> bool:
         owner = next(base for base in cls._base_class.__mro__ if "forward" in vars(base))
-        return owner is Conv1D or f"{owner.__module__}.{owner.__name__}" == "transformers.pytorch_utils.Conv1D"
+        return (
+            owner is Conv1D
+            or f"{owner.__module__}.{owner.__name__}" == "transformers.pytorch_utils.Conv1D"
+        )
 
     @classmethod
     def unfit(cls, module: nn.Module, part: str) -> str | None:
         shape = tuple(held(module, "weight").shape)
-        return f"has a weight of shape {shape}, where a Conv1D has (nx, nf)" if len(shape) != 2 else None
+        return (
+            f"has a weight of shape {shape}, where a Conv1D has (nx, nf)"
+            if len(shape) != 2
+            else None
+        )
 
     @classmethod
     def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
@@ -250,4 +289,8 @@ class GraloraConv1D(LinearLayer, Conv1D):
 
     def extra_repr(self) -> str:
         nx, nf = self.sizes(self, "")
-        return super().extra_repr() if self._base_class is Conv1D else f"nf={nf}, nx={nx}, {super().extra_repr()}"
+        return (
+            super().extra_repr()
+            if self._base_class is Conv1D
+            else f"nf={nf}, nx={nx}, {super().extra_repr()}"
+        )

@@ -1,7 +1,8 @@
 """What a state dict says of adapters, and what a loader would pass over in silence.
 
-A checkpoint of the base loads strictly into an adapted model, and leaves the adapters as they are; where they have an effect
-by then, a warning says so. One that holds some adapters and lacks others is strict about these.
+A checkpoint of the base loads strictly into an adapted model, and leaves the adapters as they are;
+where they have an effect by then, a warning says so. One that holds some adapters and lacks others
+is strict about these.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from typing import Any
 from torch import nn
 
 FACTORS = ("A", "B", "A_general", "B_general")
-"""The tensors of one adapter, in the order in which the functions of `gralora.maths.functional` take them."""
+"""The tensors of one adapter, in the order in which the functions of `gralora.maths.functional`
+take them.
+"""
 
 
 def factor_key(name: str) -> str:
-    """The key of an adapter's tensor in `adapter_state_dict` and in a file, behind its layer's name: PEFT's."""
+    """The key of an adapter's tensor in `adapter_state_dict` and in a file, behind its layer's
+    name: PEFT's.
+    """
     return f"gralora_{name}.weight" if name.endswith("_general") else f"gralora_{name}"
 
 
@@ -53,12 +58,17 @@ class Appendage(nn.Module):
             load = _Load(errors)
             _current.set(load)
         own = {key: value for key, value in self.state_dict().items() if not self.is_mark(key)}
-        marks = [key for key in state_dict if key.startswith(prefix) and self.is_mark(key.removeprefix(prefix))]
+        marks = [
+            key
+            for key in state_dict
+            if key.startswith(prefix) and self.is_mark(key.removeprefix(prefix))
+        ]
         for key in marks:
             state_dict.pop(key)
             errors.append(
-                f"{key}: the state dict is that of a merged model, whose weights hold this adapter already: here it would count "
-                "twice. Load it into the plain model; or unmerge, and save again."
+                f"{key}: the state dict is that of a merged model, whose weights hold this adapter"
+                " already: here it would count twice. Load it into the plain model; or unmerge,"
+                " and save again."
             )
         if any(key.startswith(prefix) for key in state_dict):
             load.holds = True
@@ -75,18 +85,26 @@ class Appendage(nn.Module):
         load.told.update(names)
         if names:
             warnings.warn(
-                f"the state dict holds nothing of adapter {', '.join(map(repr, names))}: what it has learned or loaded stays as "
-                "it is. Load an adapter with load_adapter, or with a state dict of the whole model.",
+                f"the state dict holds nothing of adapter {', '.join(map(repr, names))}: what it"
+                " has learned or loaded stays as it is. Load an adapter with load_adapter, or with"
+                " a state dict of the whole model.",
                 UserWarning,
                 stacklevel=2,
             )
 
 
 def refuse_adapter_keys(state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
-    """Add an error where the keys of `adapter_state_dict` have come to a `load_state_dict`, which would pass them over."""
-    for key in [key for key in (prefix + factor_key(name) for name in FACTORS) if key in state_dict]:
+    """Add an error where the keys of `adapter_state_dict` have come to a `load_state_dict`, which
+    would pass them over.
+    """
+    for key in [
+        key for key in (prefix + factor_key(name) for name in FACTORS) if key in state_dict
+    ]:
         state_dict.pop(key)
-        errors.append(f"{key} is a key of adapter_state_dict, not of state_dict: load_adapter_state_dict takes it.")
+        errors.append(
+            f"{key} is a key of adapter_state_dict, not of state_dict: load_adapter_state_dict"
+            " takes it."
+        )
 
 
 def overwritten(key: str) -> str:

@@ -1,6 +1,8 @@
-"""Maps that are no layers of their own, but parts of a module: the projections of an attention, fused expert weights.
+"""Maps that are no layers of their own, but parts of a module: the projections of an attention,
+fused expert weights.
 
-Each is a child of its module, named `gralora_` and the part; the module changes class, so that it uses them.
+Each is a child of its module, named `gralora_` and the part; the module changes class, so that it
+uses them.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ class PartLayer(GraloraLayer):
     def __repr__(self) -> str:
         copies, (n_in, n_out) = self.copies(self.host, self.part), self.sizes(self.host, self.part)
         many = "" if copies is None else f"experts={copies}, "
-        return one_line(self, f"{many}in_features={n_in}, out_features={n_out}, {self.gralora_adapters.describe()}")
+        return one_line(
+            self,
+            f"{many}in_features={n_in}, out_features={n_out}, {self.gralora_adapters.describe()}",
+        )
 
 
 class PartHost(InPlaceModule):
@@ -64,7 +69,9 @@ class PartHost(InPlaceModule):
             if not layer.gralora_adapters.merged:
                 continue
             owner, name = layer.place
-            key = prefix + join(next(path for path, module in named_modules(self) if module is owner), name)
+            key = prefix + join(
+                next(path for path, module in named_modules(self) if module is owner), name
+            )
             if key in state_dict:
                 args[-1].append(overwritten(key))
                 state_dict.pop(key)

@@ -1,8 +1,9 @@
 """Graphs that wait for their backward while the model is switched to another adapter.
 
-Gradients belong to what acted in the forward. Autograd drops those of a parameter that does not require any when they
-arrive, so a parameter that is no longer trained takes the late ones itself. Activation checkpointing runs the forward
-again, with whatever acts by then: where that is something else, it is an error.
+Gradients belong to what acted in the forward. Autograd drops those of a parameter that does not
+require any when they arrive, so a parameter that is no longer trained takes the late ones itself.
+Activation checkpointing runs the forward again, with whatever acts by then: where that is something
+else, it is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _handles = WeakTensorKeyDictionary()
 
 
 def set_trained(parameter: nn.Parameter, trained: bool) -> None:
-    """requires_grad_(trained); where it was trained till now, gradients of forwards that have been still arrive."""
+    """requires_grad_(trained); where it was trained till now, gradients of forwards that have been
+    still arrive.
+    """
     handle: RemovableHandle | None = _handles.pop(parameter, None)  # type: ignore[no-untyped-call]
     if handle is not None:
         handle.remove()
@@ -43,10 +46,13 @@ def moment() -> int:
 
 
 def check_unchanged(changed: int) -> None:
-    """Raise RuntimeError if a checkpointed forward runs again that was first run before the moment `changed`."""
+    """Raise RuntimeError if a checkpointed forward runs again that was first run before the moment
+    `changed`.
+    """
     node = torch._C._current_autograd_node() if torch._C._current_graph_task_id() != -1 else None
     if node is not None and node._sequence_nr() < changed:
         raise RuntimeError(
-            "activation checkpointing runs a forward again, but set_adapter has been called since it was first run: another "
-            "adapter would act, and its gradients be wrong. Call backward before set_adapter."
+            "activation checkpointing runs a forward again, but set_adapter has been called since"
+            " it was first run: another adapter would act, and its gradients be wrong. Call"
+            " backward before set_adapter."
         )

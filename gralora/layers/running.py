@@ -17,11 +17,12 @@ _CALL = nn.Module._call_impl.__code__
 
 
 def forward_runs(module: nn.Module | None) -> bool:
-    """Whether this thread is within the forward of some module, the innermost of which is not `module` itself.
+    """Whether this thread is within the forward of some module, the innermost of which is not
+    `module` itself.
 
-    Outside of any, a weight that is read is the parameter, for those who tie, initialise, prune, shard or compare it. So it
-    is to `module`'s own forward, to whose output the update is added (None: to that of none), and to engines, which move it
-    within a forward.
+    Outside of any, a weight that is read is the parameter, for those who tie, initialise, prune,
+    shard or compare it. So it is to `module`'s own forward, to whose output the update is added
+    (None: to that of none), and to engines, which move it within a forward.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -33,4 +34,6 @@ def forward_runs(module: nn.Module | None) -> bool:
             if isinstance(owner, nn.Module):
                 return owner is not module
         frame = frame.f_back  # type: ignore[assignment]
-    return torch._C._current_graph_task_id() != -1  # a checkpointed forward runs again, by whatever function
+    return (
+        torch._C._current_graph_task_id() != -1
+    )  # a checkpointed forward runs again, by whatever function

@@ -30,11 +30,14 @@ class Rows:
     Args:
         names: the adapter of every row, None for the base alone.
         dim: the axis of the batch.
-        repeat: how the names go on where a layer gets a multiple of the rows: "interleave" (each holds for that many in a
-            row) or "tile" (the list over and over); None: that is an error.
+        repeat: how the names go on where a layer gets a multiple of the rows: "interleave" (each
+            holds for that many in a row) or "tile" (the list over and over); None: that is an
+            error.
     """
 
-    def __init__(self, names: Iterable[str | None], dim: int = 0, repeat: str | None = None) -> None:
+    def __init__(
+        self, names: Iterable[str | None], dim: int = 0, repeat: str | None = None
+    ) -> None:
         self.names = tuple(names)
         self.dim = dim
         self.repeat = repeat
@@ -48,17 +51,20 @@ class Rows:
         if not there or (x.shape[dim] != count if self.repeat is None else x.shape[dim] % count):
             rule = "as many rows as names" if self.repeat is None else "a multiple of that"
             raise ValueError(
-                f"mixed_batch was given {count} names, but a layer got an input of shape {tuple(x.shape)}, whose axis {dim} is "
-                f"not {rule}: whose the rows are can't be known. Say how they repeat, "
-                'mixed_batch(..., repeat="interleave") for beams and for tokens laid out row by row, "tile" for a batch that is '
-                "put together of itself, as guidance does; or give a name for every row. dim=1 is for a batch on axis 1."
+                f"mixed_batch was given {count} names, but a layer got an input of shape"
+                f" {tuple(x.shape)}, whose axis {dim} is not {rule}: whose the rows are can't be"
+                ' known. Say how they repeat, mixed_batch(..., repeat="interleave") for beams and'
+                ' for tokens laid out row by row, "tile" for a batch that is put together of'
+                " itself, as guidance does; or give a name for every row. dim=1 is for a batch on"
+                " axis 1."
             )
         return dim
 
     def sort(
         self, size: int, known: Collection[str], device: torch.device
     ) -> tuple[Tensor, Tensor, list[str | None], list[int]]:
-        """(order, back, names, counts): rows grouped by adapter, those without one last, and the way back.
+        """(order, back, names, counts): rows grouped by adapter, those without one last, and the
+        way back.
 
         Args:
             size: of the batch axis.
@@ -71,7 +77,11 @@ class Rows:
             groups[None] = []
             count, each = len(self.names), size // len(self.names)
             for row, name in enumerate(self.names):
-                own = range(row, size, count) if self.repeat == "tile" else range(row * each, (row + 1) * each)
+                own = (
+                    range(row, size, count)
+                    if self.repeat == "tile"
+                    else range(row * each, (row + 1) * each)
+                )
                 groups[name if name in known else None].extend(own)
             order = torch.tensor([i for rows in groups.values() for i in rows])
             names, counts = list(groups), [len(rows) for rows in groups.values()]
@@ -84,7 +94,9 @@ class Rows:
 
 @functools.lru_cache(64)
 def rows_of(names: tuple[str | None, ...], dim: int, repeat: str | None) -> Rows:
-    """One object for one assignment, so that compiled code, which stands on the very object, stays valid in a later block."""
+    """One object for one assignment, so that compiled code, which stands on the very object, stays
+    valid in a later block.
+    """
     return Rows(names, dim, repeat)
 
 
@@ -101,8 +113,9 @@ Mode = Rows | Only | str
 class Block:
     """A `with` block that is open: what it makes of its containers, and whose it is.
 
-    Usually it holds for the thread or task that opened it. One that a generator holds open over its yields holds for the
-    code within it, that is while the generator runs, whoever resumes it and in whatever context.
+    Usually it holds for the thread or task that opened it. One that a generator holds open over its
+    yields holds for the code within it, that is while the generator runs, whoever resumes it and in
+    whatever context.
     """
 
     def __init__(self, mode: Mode) -> None:
@@ -115,30 +128,38 @@ _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _DRIVERS = {"contextlib", "_pytest.fixtures"}
 """Modules that run a generator up to its yield so that what it has opened holds for others."""
 
-_blocks: ContextVar[Mapping[int, tuple[Block, ...]]] = ContextVar("gralora_blocks", default=MappingProxyType({}))
+_blocks: ContextVar[Mapping[int, tuple[Block, ...]]] = ContextVar(
+    "gralora_blocks", default=MappingProxyType({})
+)
 _lock = threading.Lock()
 
 
 def _owner(frame: FrameType) -> FrameType:
-    """The frame whose `with` it is, behind those of `contextlib` and the generators that it runs."""
+    """The frame whose `with` it is, behind those of `contextlib` and the generators that it
+    runs.
+    """
     while frame.f_back is not None:
         above = frame.f_back.f_globals.get("__name__") in _DRIVERS
-        if frame.f_globals.get("__name__") not in _DRIVERS and not (above and frame.f_code.co_flags & _GENERATORS):
+        if frame.f_globals.get("__name__") not in _DRIVERS and not (
+            above and frame.f_code.co_flags & _GENERATORS
+        ):
             break
         frame = frame.f_back
     return frame
 
 
 def _keep_fused_paths_off(module: nn.Module, args: Any) -> None:
-    """Never called. Its presence tells `nn.TransformerEncoderLayer` that this subtree must be run, not just read."""
+    """Never called. Its presence tells `nn.TransformerEncoderLayer` that this subtree must be run,
+    not just read.
+    """
 
 
 class Switchable(Appendage):
     """A container of adapters that a `with` block can switch off, or to rows of the batch.
 
-    `scopes` counts the open blocks of all threads, so that the usual forward, with none open, pays one comparison.
-    Compiled code cannot read a context variable, and neither can a thread that autograd or `DataParallel` starts: there the
-    latest block counts.
+    `scopes` counts the open blocks of all threads, so that the usual forward, with none open, pays
+    one comparison. Compiled code cannot read a context variable, and neither can a thread that
+    autograd or `DataParallel` starts: there the latest block counts.
     """
 
     scopes: int
@@ -150,8 +171,9 @@ class Switchable(Appendage):
         super().__init__()
         # past nn.Module's __setattr__, which costs more than all the rest
         self.__dict__.update(scopes=0, latest=None, blocks=(), framed=False)
-        # nn.TransformerEncoderLayer, in eval, reads its children's weights and skips their forwards, unless any module
-        # below it has a hook. This module is never called, so the hook costs nothing.
+        # nn.TransformerEncoderLayer, in eval, reads its children's weights and skips their
+        # forwards, unless any module below it has a hook. This module is never called, so the hook
+        # costs nothing.
         self.register_forward_pre_hook(_keep_fused_paths_off)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -162,7 +184,9 @@ class Switchable(Appendage):
 
     @property
     def mode(self) -> Mode | None:
-        """What an enclosing block of this thread has made of this container: nothing, `OFF`, or `Rows`."""
+        """What an enclosing block of this thread has made of this container: nothing, `OFF`, or
+        `Rows`.
+        """
         if self.scopes == 0:
             return None
         if torch.compiler.is_compiling() or "_is_replica" in self.__dict__:
@@ -194,7 +218,9 @@ def switched(containers: Iterable[Switchable], mode: Mode) -> Iterator[None]:
     before = [container.latest for container in containers]
     token = None
     if not block.of_generator:
-        token = _blocks.set({**outer, **{id(c): (*outer.get(id(c), ()), block) for c in containers}})
+        token = _blocks.set(
+            {**outer, **{id(c): (*outer.get(id(c), ()), block) for c in containers}}
+        )
     _count(containers, block, 1, [mode] * len(containers))
     try:
         yield
@@ -202,12 +228,16 @@ def switched(containers: Iterable[Switchable], mode: Mode) -> Iterator[None]:
         block.open = False
         _count(containers, block, -1, before)
         if token is not None:
-            with suppress(ValueError):  # where it ends in another context; there the block is seen to be closed
+            with suppress(
+                ValueError
+            ):  # where it ends in another context; there the block is seen to be closed
                 _blocks.reset(token)
 
 
 def _in_a_thread_of_backward() -> bool:
-    """Whether autograd started this thread, as it does for every GPU: checkpointed forwards are run again in it."""
+    """Whether autograd started this thread, as it does for every GPU: checkpointed forwards are run
+    again in it.
+    """
     in_backward = torch._C._current_graph_task_id() != -1
     return in_backward and isinstance(threading.current_thread(), threading._DummyThread)
 
@@ -215,6 +245,12 @@ def _in_a_thread_of_backward() -> bool:
 def _count(containers: list[Switchable], block: Block, step: int, modes: list[Any]) -> None:
     with _lock:
         for container, mode in zip(containers, modes, strict=True):
-            blocks = (*container.blocks, block) if step > 0 else tuple(b for b in container.blocks if b is not block)
+            blocks = (
+                (*container.blocks, block)
+                if step > 0
+                else tuple(b for b in container.blocks if b is not block)
+            )
             framed = any(each.of_generator for each in blocks)
-            container.__dict__.update(scopes=container.scopes + step, latest=mode, blocks=blocks, framed=framed)
+            container.__dict__.update(
+                scopes=container.scopes + step, latest=mode, blocks=blocks, framed=framed
+            )

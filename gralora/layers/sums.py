@@ -1,6 +1,7 @@
 """W + Σ weight * ΔW, and what can be done with it while nobody has computed it.
 
-A `Sum` is made where a weight is read (`base.py`, `experts.py`); the tensor that stands for it is in `unevaluated.py`.
+A `Sum` is made where a weight is read (`base.py`, `experts.py`); the tensor that stands for it is
+in `unevaluated.py`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ class Sum(NamedTuple):
         product: x (..., in), bias -> x @ (W + ΔW)ᵀ + bias; None where W is no matrix.
         transposed: W is (in, out).
         stack: of W (n, out, in), many maps in one.
-        other: the same, where W is taken for the transposed map, as in a decoder that uses its encoder's weight.
-        part: (first, last, of the inputs?) -> the sum for these outputs, or inputs, alone; None where they are no whole blocks.
+        other: the same, where W is taken for the transposed map, as in a decoder that uses its
+            encoder's weight.
+        part: (first, last, of the inputs?) -> the sum for these outputs, or inputs, alone; None
+            where they are no whole blocks.
         look_up: indices (...), padding_idx -> their rows of the sum, as of an embedding.
     """
 
@@ -59,8 +62,8 @@ class Stack(NamedTuple):
         one: the map of an index.
         some: those of a tensor of indices, a stack again.
         each: x (n, t, in) -> (n, t, out), each of the n through its own.
-        grouped: rows that lie grouped by map, with the function that multiplies them by weights (n, in, out), and its other
-            arguments.
+        grouped: rows that lie grouped by map, with the function that multiplies them by weights (n,
+            in, out), and its other arguments.
     """
 
     one: Callable[[int], Sum]
@@ -72,10 +75,15 @@ class Stack(NamedTuple):
 def evaluation(
     weight: Tensor, shares: list[Share], in_layout: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
-    """What a sum is computed from, and how; `in_layout` brings ΔW (..., out, in) into the layout of the weight."""
+    """What a sum is computed from, and how; `in_layout` brings ΔW (..., out, in) into the layout of
+    the weight.
+    """
 
     def evaluate(weight: Tensor, *tensors: Tensor) -> Tensor:
-        left, total = iter(tensors), torch.zeros((), dtype=shares[0][0][0].dtype, device=weight.device)
+        left, total = (
+            iter(tensors),
+            torch.zeros((), dtype=shares[0][0][0].dtype, device=weight.device),
+        )
         for own, scaling, _ in shares:
             mine = cast(Tensors, tuple(t if t is None else next(left) for t in own))
             total = total + functional.delta_weight(*mine, scaling=scaling)
@@ -85,7 +93,9 @@ def evaluation(
 
 
 def sum_of_one(weight: Tensor, shares: list[Share], transposed: bool) -> Sum:
-    """Of one map (out, in), or (in, out) if `transposed`, which is no layer: an expert, a part of a layer."""
+    """Of one map (out, in), or (in, out) if `transposed`, which is no layer: an expert, a part of a
+    layer.
+    """
     matrix = weight.mT if transposed else weight
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,7 +105,9 @@ def sum_of_one(weight: Tensor, shares: list[Share], transposed: bool) -> Sum:
             y = F.linear(x, matrix, bias)
             for tensors, scaling, dropout in shares:
                 own = x.to(tensors[0].dtype)
-                y = (y + functional.gralora_update(own, *tensors, scaling=scaling, dropout=dropout)).to(y.dtype)
+                y = (
+                    y + functional.gralora_update(own, *tensors, scaling=scaling, dropout=dropout)
+                ).to(y.dtype)
             return y
         y = autograd.linear_with_adapter(x, matrix, bias, *first)
         for rest in more:
@@ -116,15 +128,25 @@ def sum_of_one(weight: Tensor, shares: list[Share], transposed: bool) -> Sum:
 def part_of(
     weight: Tensor, shares: list[Share], transposed: bool, first: int, last: int, of_inputs: bool
 ) -> Sum | None:
-    """Of the outputs, or inputs, from `first` to `last` alone; None where these are no whole blocks of every adapter."""
+    """Of the outputs, or inputs, from `first` to `last` alone; None where these are no whole blocks
+    of every adapter.
+    """
     parts = []
     for tensors, scaling, dropout in shares:
         blocks = tensors[0] if of_inputs else tensors[1]
         size = blocks.shape[1] if of_inputs else blocks.shape[2]
         if first % size or last % size or first == last:
             return None
-        parts.append((_blocks_of(tensors, slice(first // size, last // size), of_inputs, size), scaling, dropout))
-    return sum_of_one(weight.narrow(int(of_inputs != transposed), first, last - first), parts, transposed)
+        parts.append(
+            (
+                _blocks_of(tensors, slice(first // size, last // size), of_inputs, size),
+                scaling,
+                dropout,
+            )
+        )
+    return sum_of_one(
+        weight.narrow(int(of_inputs != transposed), first, last - first), parts, transposed
+    )
 
 
 def sum_of_many(weight: Tensor, shares: list[Share], transposed: bool) -> Sum:
@@ -132,7 +154,12 @@ def sum_of_many(weight: Tensor, shares: list[Share], transposed: bool) -> Sum:
     parameters, evaluate = evaluation(weight, shares, _turn if transposed else _keep)
     stack = _stack_of(weight, shares, transposed)
     return Sum(
-        parameters, evaluate, None, transposed, stack, lambda: sum_of_many(weight, swapped(shares), not transposed)
+        parameters,
+        evaluate,
+        None,
+        transposed,
+        stack,
+        lambda: sum_of_many(weight, swapped(shares), not transposed),
     )
 
 
@@ -145,16 +172,24 @@ def swapped(shares: list[Share]) -> list[Share]:
 
 
 def _stack_of(weight: Tensor, shares: list[Share], transposed: bool) -> Stack:
-    apart: list[list[Tensors]] = []  # taken apart once: each time would cost a gradient of all of A and B
+    apart: list[
+        list[Tensors]
+    ] = []  # taken apart once: each time would cost a gradient of all of A and B
 
     def one(index: int) -> Sum:
         if not apart:
             apart.extend(each(tensors) for tensors, _, _ in shares)
-        own = [(tensors[index], share[1], share[2]) for tensors, share in zip(apart, shares, strict=True)]
+        own = [
+            (tensors[index], share[1], share[2])
+            for tensors, share in zip(apart, shares, strict=True)
+        ]
         return sum_of_one(weight[index], own, transposed)
 
     def some(index: Tensor) -> Sum:
-        picked = [cast(Tensors, tuple(None if t is None else t[index] for t in tensors)) for tensors, _, _ in shares]
+        picked = [
+            cast(Tensors, tuple(None if t is None else t[index] for t in tensors))
+            for tensors, _, _ in shares
+        ]
         own = [(tensors, share[1], share[2]) for tensors, share in zip(picked, shares, strict=True)]
         return sum_of_many(weight[index], own, transposed)
 
@@ -180,9 +215,13 @@ def _blocks_of(tensors: Tensors, blocks: slice, of_inputs: bool, size: int) -> T
     A, B, A_general, B_general = tensors
     own = slice(blocks.start * size, blocks.stop * size)
     if of_inputs:
-        B = rearrange(rearrange(B, "j (i s) o -> j i s o", i=len(A))[:, blocks], "j i s o -> j (i s) o")
+        B = rearrange(
+            rearrange(B, "j (i s) o -> j i s o", i=len(A))[:, blocks], "j i s o -> j (i s) o"
+        )
         return A[blocks], B, None if A_general is None else A_general[:, own], B_general
-    A = rearrange(rearrange(A, "i m (j s) -> i m j s", j=len(B))[:, :, blocks], "i m j s -> i m (j s)")
+    A = rearrange(
+        rearrange(A, "i m (j s) -> i m j s", j=len(B))[:, :, blocks], "i m j s -> i m (j s)"
+    )
     return A, B[blocks], A_general, None if B_general is None else B_general[own]
 
 

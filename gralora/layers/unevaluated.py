@@ -1,10 +1,12 @@
-"""A weight that acts without being computed: W + Σ weight * ΔW, as whoever reads the weight of an adapted map gets it.
+"""A weight that acts without being computed: W + Σ weight * ΔW, as whoever reads the weight of an
+adapted map gets it.
 
-Some code never calls a layer but reads its weight and applies it: heads under a fused loss, vision transformers that put a
-bias together at run time, kernels that take all weights of a block. They get a tensor that stands for the sum. Applied as
-a linear map it gives the base product plus the adapters' own; transposed it stays what it is; its attributes are W's;
-anything else computes the sum, once, and goes on with it. What takes it past Python's overrides (a custom
-`autograd.Function`, an operator in C++) finds the sum as well, and gradients find their way to A and B.
+Some code never calls a layer but reads its weight and applies it: heads under a fused loss, vision
+transformers that put a bias together at run time, kernels that take all weights of a block. They
+get a tensor that stands for the sum. Applied as a linear map it gives the base product plus the
+adapters' own; transposed it stays what it is; its attributes are W's; anything else computes the
+sum, once, and goes on with it. What takes it past Python's overrides (a custom `autograd.Function`,
+an operator in C++) finds the sum as well, and gradients find their way to A and B.
 
 Who calls the layer never meets one.
 """
@@ -41,7 +43,9 @@ def _turned(weight: UnevaluatedWeight) -> Any:
     )
     *axes, first, second = range(len(form.shape))
     order = (*axes, second, first)
-    form = form._replace(shape=tuple(form.shape[i] for i in order), stride=tuple(form.stride[i] for i in order))
+    form = form._replace(
+        shape=tuple(form.shape[i] for i in order), stride=tuple(form.stride[i] for i in order)
+    )
     return read(turned, form) if weight.attached else UnevaluatedWeight(turned, form, False)
 
 
@@ -58,13 +62,17 @@ def _t(weight: Any) -> Any:
 
 
 def _chosen(weight: Any, index: Any) -> Any:
-    """W[index]: one of many maps, or those of a tensor of indices; of one map, whole blocks of its rows or columns."""
+    """W[index]: one of many maps, or those of a tensor of indices; of one map, whole blocks of its
+    rows or columns.
+    """
     stack = _asked(weight, "stack")
     if stack is None:
         return _cut_out(weight, index)
     if isinstance(index, slice):
         index = torch.arange(*index.indices(weight.form.shape[0]), device=weight.form.device)
-    if isinstance(index, Tensor) and (index.is_floating_point() or index.dtype is torch.bool or index.dim() > 1):
+    if isinstance(index, Tensor) and (
+        index.is_floating_point() or index.dtype is torch.bool or index.dim() > 1
+    ):
         return NotImplemented
     if isinstance(index, Tensor) and index.dim() == 1:
         sum = stack.some(index)
@@ -77,7 +85,11 @@ def _chosen(weight: Any, index: Any) -> Any:
 
 def _asked(weight: Any, what: str) -> Any:
     """What the sum can do; None if it can't, or is without its graph."""
-    return getattr(weight.sum_, what) if isinstance(weight, UnevaluatedWeight) and weight.attached else None
+    return (
+        getattr(weight.sum_, what)
+        if isinstance(weight, UnevaluatedWeight) and weight.attached
+        else None
+    )
 
 
 def _in_layout_of(weight: UnevaluatedWeight, sum: Sum) -> Any:
@@ -89,10 +101,18 @@ def _cut_out(weight: Any, index: Any) -> Any:
     if _asked(weight, "part") is None:
         return NotImplemented
     for axis, each in enumerate(index if isinstance(index, tuple) else (index,)):
-        if not isinstance(each, slice) or axis >= len(weight.form.shape) or each.step not in (None, 1):
+        if (
+            not isinstance(each, slice)
+            or axis >= len(weight.form.shape)
+            or each.step not in (None, 1)
+        ):
             return NotImplemented
         first, last, _ = each.indices(weight.form.shape[axis])
-        found = weight if (first, last) == (0, weight.form.shape[axis]) else _narrow(weight, axis, first, last - first)
+        found = (
+            weight
+            if (first, last) == (0, weight.form.shape[axis])
+            else _narrow(weight, axis, first, last - first)
+        )
         if found is NotImplemented:
             return NotImplemented
         weight = found
@@ -109,10 +129,20 @@ def _narrow(weight: Any, dim: int, start: Any, length: int) -> Any:
 
 def _split(weight: Any, size: Any, dim: int = 0) -> Any:
     count = weight.form.shape[dim]
-    sizes = [min(size, count - first) for first in range(0, count, size)] if isinstance(size, int) else list(size)
+    sizes = (
+        [min(size, count - first) for first in range(0, count, size)]
+        if isinstance(size, int)
+        else list(size)
+    )
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    found = [_narrow(weight, dim, start, length) for start, length in zip(starts, sizes, strict=True)]
-    return NotImplemented if any(part is NotImplemented for part in found) or sum(sizes) != count else tuple(found)
+    found = [
+        _narrow(weight, dim, start, length) for start, length in zip(starts, sizes, strict=True)
+    ]
+    return (
+        NotImplemented
+        if any(part is NotImplemented for part in found) or sum(sizes) != count
+        else tuple(found)
+    )
 
 
 def _chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
@@ -137,7 +167,12 @@ def _iterated(weight: Any) -> Any:
 def _bmm(x: Any, other: Any) -> Any:
     turned = stands(x)
     weight, x = (x, other) if turned else (other, x)
-    if not isinstance(weight, UnevaluatedWeight) or not isinstance(x, Tensor) or stands(x) or x.dim() != 3:
+    if (
+        not isinstance(weight, UnevaluatedWeight)
+        or not isinstance(x, Tensor)
+        or stands(x)
+        or x.dim() != 3
+    ):
         return NotImplemented
     sum = weight.sum_.as_(not turned)
     if sum is None or sum.stack is None or not weight.attached or not _types_fit(x, weight):
@@ -145,7 +180,9 @@ def _bmm(x: Any, other: Any) -> Any:
     return sum.stack.each(x.mT).mT if turned else sum.stack.each(x)
 
 
-def _baddbmm(bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> Any:
+def _baddbmm(
+    bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None
+) -> Any:
     if beta != 1 or alpha != 1 or out is not None or not isinstance(bias, Tensor) or stands(bias):
         return NotImplemented
     result = _bmm(x, weight)
@@ -153,16 +190,30 @@ def _baddbmm(bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1, o
 
 
 def _einsum(equation: Any, *operands: Any) -> Any:
-    """Where it is one product of an input and a map, or of many inputs each with a map of its own."""
-    if not isinstance(equation, str) or equation.count("->") != 1 or equation.count(",") != 1 or len(operands) != 2:
+    """Where it is one product of an input and a map, or of many inputs each with a map of its
+    own.
+    """
+    if (
+        not isinstance(equation, str)
+        or equation.count("->") != 1
+        or equation.count(",") != 1
+        or len(operands) != 2
+    ):
         return NotImplemented
     terms, out = equation.replace(" ", "").split("->")
-    (a, x), (b, weight) = sorted(zip(terms.split(","), operands, strict=True), key=lambda each: stands(each[1]))
+    (a, x), (b, weight) = sorted(
+        zip(terms.split(","), operands, strict=True), key=lambda each: stands(each[1])
+    )
     kinds = [
-        "".join(c for c in b if (c in a, c in out) == kind) for kind in ((True, True), (True, False), (False, True))
+        "".join(c for c in b if (c in a, c in out) == kind)
+        for kind in ((True, True), (True, False), (False, True))
     ]
-    own, summed, made = kinds  # the letters of the maps, where there are many, of their inputs and of their outputs
-    known = isinstance(weight, UnevaluatedWeight) and len(b) == len(weight.form.shape) == len("".join(kinds))
+    own, summed, made = (
+        kinds  # the letters of the maps, where there are many, of their inputs and of their outputs
+    )
+    known = isinstance(weight, UnevaluatedWeight) and len(b) == len(weight.form.shape) == len(
+        "".join(kinds)
+    )
     if (
         not known
         or len(summed) != 1
@@ -179,7 +230,10 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     else:
         rest = own + rest.replace(own, "")
         x = _permuted(x, a, rest + summed)
-        y = _bmm(x.reshape(len(x), -1, x.shape[-1]), weight if b[1:] == summed + made else _turned(weight))
+        y = _bmm(
+            x.reshape(len(x), -1, x.shape[-1]),
+            weight if b[1:] == summed + made else _turned(weight),
+        )
         y = y if y is NotImplemented else y.reshape(*x.shape[:-1], y.shape[-1])
     return y if y is NotImplemented else _permuted(y, rest + made, out)
 
@@ -189,7 +243,12 @@ def _permuted(x: Tensor, letters: str, wanted: str) -> Tensor:
 
 
 def _embedding(
-    x: Any, weight: Any, padding_idx: int | None = None, max_norm: Any = None, *more: Any, **named: Any
+    x: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: Any = None,
+    *more: Any,
+    **named: Any,
 ) -> Any:
     look_up = None if max_norm is not None else _asked(weight, "look_up")
     return NotImplemented if look_up is None else look_up(x, padding_idx)
@@ -220,7 +279,9 @@ def _matmul(x: Any, other: Any) -> Any:
     return NotImplemented
 
 
-def _addmm(bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> Any:
+def _addmm(
+    bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None
+) -> Any:
     if beta != 1 or alpha != 1 or out is not None or not isinstance(bias, Tensor):
         return NotImplemented
     if bias.dim() == 1:
@@ -230,8 +291,15 @@ def _addmm(bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1, out
 
 
 def _product(x: Any, weight: Any, bias: Any, *, transposed: bool) -> Any:
-    """x (..., in) through the map, if `weight` is one and is asked for in the layout in which it stands."""
-    if not isinstance(weight, UnevaluatedWeight) or stands(x) or stands(bias) or not isinstance(x, Tensor):
+    """x (..., in) through the map, if `weight` is one and is asked for in the layout in which it
+    stands.
+    """
+    if (
+        not isinstance(weight, UnevaluatedWeight)
+        or stands(x)
+        or stands(bias)
+        or not isinstance(x, Tensor)
+    ):
         return NotImplemented
     sum = weight.sum_.as_(transposed)
     if sum is None or sum.product is None or not weight.attached or x.dim() == 0:
@@ -251,7 +319,10 @@ def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
         probe = torch.empty(0, dtype=weight.form.dtype, device=weight.form.device).to(
             *args, **{**kwargs, "copy": False}
         )
-    same = (probe.dtype, probe.device) == (weight.form.dtype, weight.form.device) and not kwargs.get("copy")
+    same = (probe.dtype, probe.device) == (
+        weight.form.dtype,
+        weight.form.device,
+    ) and not kwargs.get("copy")
     return weight if same else NotImplemented
 
 
@@ -274,7 +345,9 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
     **dict.fromkeys((torch.unbind, Tensor.unbind), _unbound),
     Tensor.__iter__: _iterated,
-    **dict.fromkeys((torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes), _transpose),
+    **dict.fromkeys(
+        (torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes), _transpose
+    ),
     **dict.fromkeys((torch.detach, Tensor.detach, _TENSOR.data.__get__), bare),
     Tensor.to: _to,
 }

@@ -1,9 +1,11 @@
-"""The fast path: base product and adapter as one `torch.autograd.Function`, with as few kernels as the shapes allow.
+"""The fast path: base product and adapter as one `torch.autograd.Function`, with as few kernels as
+the shapes allow.
 
-The same function as `functional.gralora_update` beside the base layer; that one is the definition, and serves wherever
-`usable` says no. What is gained here: the update is accumulated straight into the strided view of the output, and of the
-input's gradient; the scale is the `alpha` of a product; for backward x is kept as it came, shared between the layers
-that read it, beside the regrouped z and a bool mask per dropout draw.
+The same function as `functional.gralora_update` beside the base layer; that one is the definition,
+and serves wherever `usable` says no. What is gained here: the update is accumulated straight into
+the strided view of the output, and of the input's gradient; the scale is the `alpha` of a product;
+for backward x is kept as it came, shared between the layers that read it, beside the regrouped z
+and a bool mask per dropout draw.
 
 Axes as in `functional`; views of blocks carry the token axis `t` in the middle: "t (k m) -> k t m".
 """
@@ -35,7 +37,9 @@ class Saved(NamedTuple):
 
 
 def eager() -> bool:
-    """Whether a Function can serve: not under compilation, export and tracing, `torch.func` and forward-mode AD."""
+    """Whether a Function can serve: not under compilation, export and tracing, `torch.func` and
+    forward-mode AD.
+    """
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
@@ -59,7 +63,9 @@ def usable(x: Tensor, A: Tensor) -> bool:
 def linear_with_adapter(
     x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, scaling: float, dropout: float
 ) -> Tensor:
-    """x @ weightᵀ + bias + update, weight (out, in) of any strides; in the dtype of the base product."""
+    """x @ weightᵀ + bias + update, weight (out, in) of any strides; in the dtype of the base
+    product.
+    """
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
@@ -77,14 +83,20 @@ def add_adapter_(y: Tensor, x: Tensor, tensors: Tensors, scaling: float, dropout
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x, tensors = x.to(dtype), _cast(tensors, dtype)
-    alone = sys.getrefcount(y) <= _ALONE and torch._C._storage_Use_Count(y.untyped_storage()._cdata) <= _STORAGE_ALONE
+    alone = (
+        sys.getrefcount(y) <= _ALONE
+        and torch._C._storage_Use_Count(y.untyped_storage()._cdata) <= _STORAGE_ALONE
+    )
     if not alone or not y.is_contiguous():
         y = y.clone(memory_format=torch.contiguous_format)
     return _run(y, x, None, None, tensors, scaling, dropout)
 
 
-def updates_of_groups(x: Tensor, counts: Sequence[int], groups: Sequence[tuple[Tensors, float]]) -> Tensor:
-    """The updates for rows of `x` (rows, ..., in) that lie grouped by adapter, without gradients: (rows, ..., out).
+def updates_of_groups(
+    x: Tensor, counts: Sequence[int], groups: Sequence[tuple[Tensors, float]]
+) -> Tensor:
+    """The updates for rows of `x` (rows, ..., in) that lie grouped by adapter, without gradients:
+    (rows, ..., out).
 
     Args:
         counts: how many rows each of `groups`, (tensors, scaling), has.
@@ -110,7 +122,8 @@ def _references(y: Tensor, *_: Any) -> int:
 
 
 def _count_alone() -> tuple[int, int]:
-    # counted in a call of the very form in which `GraloraLayer.forward` calls: the numbers differ between Pythons
+    # counted in a call of the very form in which `GraloraLayer.forward` calls: the numbers differ
+    # between Pythons
     y = torch.empty(1)
     return _references(y, *(None, None)), torch._C._storage_Use_Count(y.untyped_storage()._cdata)
 
@@ -140,14 +153,21 @@ class _Function(torch.autograd.Function):
         out, saved = _forward(y, x, weight, bias, tuple(tensors), scaling, dropout)
         if y is not None:
             ctx.mark_dirty(y)
-        elif out._is_view():  # as of three axes; autograd forbids in-place edits of a view that a Function returns
+        elif (
+            out._is_view()
+        ):  # as of three axes; autograd forbids in-place edits of a view that a Function returns
             out = out.detach()
-        _, _, need_weight, need_bias, need_A, need_B, need_A_general, need_B_general = ctx.needs_input_grad[:8]
-        # a frozen adapter asks nothing of x, so x may be edited in place, as it may after a frozen layer
+        _, _, need_weight, need_bias, need_A, need_B, need_A_general, need_B_general = (
+            ctx.needs_input_grad[:8]
+        )
+        # a frozen adapter asks nothing of x, so x may be edited in place, as it may after a frozen
+        # layer
         kept = x if need_A or need_B or need_weight or need_A_general or need_B_general else None
         z, z_general = saved.z if need_B else None, saved.z_general if need_B_general else None
         masks = saved.mask, saved.mask_general
-        ctx.save_for_backward(kept, weight, bias if need_bias else None, *tensors, z, z_general, *masks)
+        ctx.save_for_backward(
+            kept, weight, bias if need_bias else None, *tensors, z, z_general, *masks
+        )
         ctx.shape, ctx.dtype, ctx.scaling, ctx.dropout = x.shape, x.dtype, scaling, dropout
         return out
 
@@ -202,7 +222,13 @@ def _forward(
 
 
 def _add_(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, A_general: Tensor | None, B_general: Tensor | None, scaling: float
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None,
+    B_general: Tensor | None,
+    scaling: float,
 ) -> tuple[Tensor, Tensor | None]:
     """y += update, of one type with everything; returns z and z_general."""
     k = A.shape[0]
@@ -223,12 +249,15 @@ def _backward(
     tensors: Tensors,
     saved: Saved,
 ) -> tuple[Tensor | None, ...]:
-    _, need_x, need_weight, need_bias, need_A, need_B, need_A_general, need_B_general = ctx.needs_input_grad[:8]
+    _, need_x, need_weight, need_bias, need_A, need_B, need_A_general, need_B_general = (
+        ctx.needs_input_grad[:8]
+    )
     A, B, _, B_general = tensors
     scaling = ctx.scaling / (1.0 - ctx.dropout)
     g, x = _rows(grad), None if x is None else _rows(x)
     grad_x = grad_z = grad_z_general = grad_A = grad_B = grad_A_general = grad_B_general = None
-    # first all that reads the output's gradient, then all that reads x: copies in the adapter's type live briefly
+    # first all that reads the output's gradient, then all that reads x: copies in the adapter's
+    # type live briefly
     own = _in(g, A.dtype)
     blocks = _blocks(own, B.shape[0])
     if need_B:
@@ -243,14 +272,18 @@ def _backward(
     if need_A or need_A_general:
         own = _in(cast(Tensor, x), A.dtype)
         if need_A:
-            grad_A = _tall_product(_blocks(_masked(own, saved.mask), A.shape[0]), cast(Tensor, grad_z))
+            grad_A = _tall_product(
+                _blocks(_masked(own, saved.mask), A.shape[0]), cast(Tensor, grad_z)
+            )
         if need_A_general:
             grad_A_general = cast(Tensor, grad_z_general).t() @ _masked(own, saved.mask_general)
         del own
     if need_x and weight is not None:
         grad_x = g @ weight
     if need_x:
-        grad_x = _add_input_grad(grad_x, ctx.dtype, tensors, cast(Tensor, grad_z), grad_z_general, saved)
+        grad_x = _add_input_grad(
+            grad_x, ctx.dtype, tensors, cast(Tensor, grad_z), grad_z_general, saved
+        )
         grad_x = grad_x if len(ctx.shape) == 2 else grad_x.view(ctx.shape)
     grad_weight = g.t() @ cast(Tensor, x) if need_weight else None
     grad_bias = g.sum(0) if need_bias else None
@@ -265,7 +298,9 @@ def _add_input_grad(
     grad_z_general: Tensor | None,
     saved: Saved,
 ) -> Tensor:
-    """The adapter's part of the input's gradient, into the base's part where the types agree and nothing was dropped."""
+    """The adapter's part of the input's gradient, into the base's part where the types agree and
+    nothing was dropped.
+    """
     A, _, A_general, _ = tensors
     direct = grad_x is not None and grad_x.dtype == A.dtype and saved.mask is None
     k, m, _ = A.shape
@@ -292,7 +327,9 @@ def _backward_of_plain(
     tensors: Tensors,
     saved: Saved,
 ) -> tuple[Tensor | None, ...]:
-    """The same gradients through the definition, for a caller who wants to differentiate them again."""
+    """The same gradients through the definition, for a caller who wants to differentiate them
+    again.
+    """
     keep = 1.0 - ctx.dropout
     if x is None:  # not kept, as the gradient asked for does not depend on it
         x = grad.new_zeros(ctx.shape, dtype=ctx.dtype).requires_grad_()
@@ -307,7 +344,13 @@ def _backward_of_plain(
         y = y + F.linear(x, weight, bias)
     inputs = (x, weight, bias, *tensors)
     needed = {i: t for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i + 1]}
-    found = dict(zip(needed, torch.autograd.grad(y, list(needed.values()), grad, create_graph=True), strict=True))
+    found = dict(
+        zip(
+            needed,
+            torch.autograd.grad(y, list(needed.values()), grad, create_graph=True),
+            strict=True,
+        )
+    )
     return tuple(found.get(i) for i in range(len(inputs)))
 
 
@@ -321,7 +364,9 @@ def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(x: Tensor, k: int) -> Tensor:
-    """ "... (k m) -> k t m", a view of what is contiguous, in one call: a layer of few tokens is made of its calls."""
+    """ "... (k m) -> k t m", a view of what is contiguous, in one call: a layer of few tokens is
+    made of its calls.
+    """
     n = x.shape[-1]
     if not x.is_contiguous():
         return x.reshape(-1, k, n // k).transpose(0, 1)
@@ -343,14 +388,18 @@ def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def _tall_product(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ @ b over many tokens. A CPU is up to twice as fast at bᵀ @ a where b is narrow; the copy back is small."""
+    """aᵀ @ b over many tokens. A CPU is up to twice as fast at bᵀ @ a where b is narrow; the copy
+    back is small.
+    """
     if a.shape[1] < 256 or a.device.type != "cpu":
         return torch.bmm(a.mT, b)
     return torch.bmm(b.mT, a).mT.contiguous()
 
 
 def _drop(x: Tensor, keep: float) -> tuple[Tensor, Tensor | None]:
-    """(x with entries dropped, mask), not yet divided by `keep`. The draws are those of `F.dropout`."""
+    """(x with entries dropped, mask), not yet divided by `keep`. The draws are those of
+    `F.dropout`.
+    """
     if keep == 1.0:
         return x, None
     mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(keep)
@@ -362,7 +411,9 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    if not torch._C._is_any_autocast_enabled():  # asked for on every call, and five times as fast as what follows
+    if (
+        not torch._C._is_any_autocast_enabled()
+    ):  # asked for on every call, and five times as fast as what follows
         return None
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:

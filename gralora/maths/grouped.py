@@ -1,7 +1,9 @@
-"""Rows that lie grouped by the adapter that they go through: the experts of a mixture, each with a pair of its own.
+"""Rows that lie grouped by the adapter that they go through: the experts of a mixture, each with a
+pair of its own.
 
-One `torch.autograd.Function` over all groups, in which each group runs the products of `autograd` on its own rows. A, B and
-their gradients are touched once, however many groups there are; what is kept for backward is x, and z of every row.
+One `torch.autograd.Function` over all groups, in which each group runs the products of `autograd`
+on its own rows. A, B and their gradients are touched once, however many groups there are; what is
+kept for backward is x, and z of every row.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from gralora.maths.autograd import _blocks, _drop, _masked, _product, _regroup
 from gralora.maths.functional import Tensors
 
 
-def update_by_groups(x: Tensor, counts: Sequence[int], tensors: Tensors, scaling: float, dropout: float) -> Tensor:
-    """The updates of rows that lie grouped: the first counts[0] rows through the first adapter, and so on.
+def update_by_groups(
+    x: Tensor, counts: Sequence[int], tensors: Tensors, scaling: float, dropout: float
+) -> Tensor:
+    """The updates of rows that lie grouped: the first counts[0] rows through the first adapter, and
+    so on.
 
     Args:
         x: (rows, in). Rows behind the last group get zero.
@@ -32,7 +37,9 @@ def update_by_groups(x: Tensor, counts: Sequence[int], tensors: Tensors, scaling
 
 
 def update_of_each(x: Tensor, tensors: Tensors, scaling: float, dropout: float) -> Tensor:
-    """x (n, t, in), each of the n through an adapter of its own -> (n, t, out), in the adapters' dtype."""
+    """x (n, t, in), each of the n through an adapter of its own -> (n, t, out), in the adapters'
+    dtype.
+    """
     A, B, A_general, B_general = tensors
     x = x.to(A.dtype)
     blocks = rearrange(functional.dropped(x, dropout), "n t (i m) -> n t i m", i=A.shape[1])
@@ -62,7 +69,15 @@ class _Groups(torch.autograd.Function):
                 out[rows].addmm_(zs_general[-1], B_general[g].t(), alpha=scaling / keep)
         need_z = ctx.needs_input_grad[5] or ctx.needs_input_grad[7]
         ctx.save_for_backward(
-            x, A, B, A_general, B_general, mask, mask_general, *(zs if need_z else ()), *(zs_general if need_z else ())
+            x,
+            A,
+            B,
+            A_general,
+            B_general,
+            mask,
+            mask_general,
+            *(zs if need_z else ()),
+            *(zs_general if need_z else ()),
         )
         ctx.counts, ctx.scaling, ctx.dropout = counts, scaling, dropout
         return out
@@ -71,16 +86,22 @@ class _Groups(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, A, B, A_general, B_general, mask, mask_general, *zs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _backward_of_plain(ctx, grads[0], x, (A, B, A_general, B_general), mask, mask_general)
+            return _backward_of_plain(
+                ctx, grads[0], x, (A, B, A_general, B_general), mask, mask_general
+            )
         (grad,) = grads
         need_x, *_, need_A, need_B, need_A_general, need_B_general = ctx.needs_input_grad
         scaling, (k, m) = ctx.scaling / (1.0 - ctx.dropout), (A.shape[1], A.shape[2])
         grad, own = grad.to(A.dtype), x.to(A.dtype)
         dropped, dropped_general = _masked(own, mask), _masked(own, mask_general)
         grad_x = grad.new_zeros(len(x), k * m) if need_x else None
-        grad_A, grad_B = (torch.zeros_like(t) if need else None for t, need in ((A, need_A), (B, need_B)))
+        grad_A, grad_B = (
+            torch.zeros_like(t) if need else None for t, need in ((A, need_A), (B, need_B))
+        )
         general = ((A_general, need_A_general), (B_general, need_B_general))
-        grad_down, grad_up = (torch.zeros_like(t) if need and t is not None else None for t, need in general)
+        grad_down, grad_up = (
+            torch.zeros_like(t) if need and t is not None else None for t, need in general
+        )
         for index, (g, rows) in enumerate(_groups(ctx.counts)):
             blocks = _blocks(grad[rows], k)
             if grad_B is not None:
@@ -101,9 +122,21 @@ class _Groups(torch.autograd.Function):
                     grad_down[g] = grad_z.t() @ dropped_general[rows]
                 if grad_x is not None:
                     grad_x[rows].add_(
-                        _masked(grad_z @ A_general[g], None if mask_general is None else mask_general[rows])
+                        _masked(
+                            grad_z @ A_general[g],
+                            None if mask_general is None else mask_general[rows],
+                        )
                     )
-        return None if grad_x is None else grad_x.to(x.dtype), None, None, None, grad_A, grad_B, grad_down, grad_up
+        return (
+            None if grad_x is None else grad_x.to(x.dtype),
+            None,
+            None,
+            None,
+            grad_A,
+            grad_B,
+            grad_down,
+            grad_up,
+        )
 
 
 def _groups(counts: Sequence[int]) -> list[tuple[int, slice]]:
@@ -117,20 +150,31 @@ def _groups(counts: Sequence[int]) -> list[tuple[int, slice]]:
 
 
 def _backward_of_plain(
-    ctx: Any, grad: Tensor, x: Tensor, tensors: Tensors, mask: Tensor | None, mask_general: Tensor | None
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor,
+    tensors: Tensors,
+    mask: Tensor | None,
+    mask_general: Tensor | None,
 ) -> Any:
-    """The same gradients through the definition, for a caller who wants to differentiate them again."""
+    """The same gradients through the definition, for a caller who wants to differentiate them
+    again.
+    """
     scaling, own = ctx.scaling / (1.0 - ctx.dropout), x.to(tensors[0].dtype)
     parts = []
     for g, rows in _groups(ctx.counts):
         A, B, A_general, B_general = (None if t is None else t[g] for t in tensors)
-        part = functional.gralora_update(_masked(own, mask)[rows], cast(Tensor, A), cast(Tensor, B), scaling=scaling)
+        part = functional.gralora_update(
+            _masked(own, mask)[rows], cast(Tensor, A), cast(Tensor, B), scaling=scaling
+        )
         if A_general is not None and B_general is not None:
             part = part + _masked(own, mask_general)[rows] @ A_general.t() @ B_general.t() * scaling
         parts.append(part)
     y = torch.cat(parts)
     inputs = (x, None, None, None, *tensors)
     needed = {i: t for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]}
-    found = torch.autograd.grad(y, list(needed.values()), grad[: len(y)], create_graph=True, allow_unused=True)
+    found = torch.autograd.grad(
+        y, list(needed.values()), grad[: len(y)], create_graph=True, allow_unused=True
+    )
     by_index = dict(zip(needed, found, strict=True))
     return tuple(by_index.get(i) for i in range(len(inputs)))

@@ -1,4 +1,6 @@
-"""One update out of several, value by value: TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), pruning by magnitude."""
+"""One update out of several, value by value: TIES (arXiv 2306.01708), DARE (arXiv 2311.03099),
+pruning by magnitude.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,15 @@ def magnitude_prune(deltas: Sequence[Tensor], weights: Sequence[float], density:
         deltas: of one shape.
         density: the share that is kept, in (0, 1].
     """
-    return sum((_largest(d, density) * w for d, w in zip(deltas, weights, strict=True)), start=torch.zeros(()))
+    return sum(
+        (_largest(d, density) * w for d, w in zip(deltas, weights, strict=True)),
+        start=torch.zeros(()),
+    )
 
 
 def dare(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """Σ weight * delta, each with values dropped at random, and the `density` that stay scaled by its inverse.
+    """Σ weight * delta, each with values dropped at random, and the `density` that stay scaled by
+    its inverse.
 
     Drawn from torch's generator of the tensors' device, so `torch.manual_seed` repeats it.
     """
@@ -28,7 +34,9 @@ def dare(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> 
 
 
 def ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """The mean of weight * delta over those deltas that have, after pruning by magnitude, the sign of their sum."""
+    """The mean of weight * delta over those deltas that have, after pruning by magnitude, the sign
+    of their sum.
+    """
     pruned = torch.stack([_largest(d, density) for d in deltas])
     elected = torch.where(pruned.sum(0) >= 0, 1, -1)
     agree = pruned.sign() == elected
@@ -37,7 +45,9 @@ def ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> 
 
 
 def _largest(delta: Tensor, density: float) -> Tensor:
-    """`delta` with all but the `density` of its values that are largest in magnitude set to zero."""
+    """`delta` with all but the `density` of its values that are largest in magnitude set to
+    zero.
+    """
     if density >= 1:
         return delta
     kept = delta.abs().flatten().topk(int(density * delta.numel())).indices

@@ -1,4 +1,6 @@
-"""What is adapted, and what is saved beside it, where the user names nothing: read off the architectures themselves."""
+"""What is adapted, and what is saved beside it, where the user names nothing: read off the
+architectures themselves.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,66 @@ from torch import Tensor, nn
 from gralora.config import AUTO, GraloraConfig
 from gralora.engines.walk import child_of, named_modules
 
-# The attention projections, by `model.config.model_type`; where PEFT has a choice for LoRA it is that choice, so that a user
-# who moves here adapts the same layers.
-# fmt: off
+# The attention projections, by `model.config.model_type`; where PEFT has a choice for LoRA it is
+# that choice, so that a user who moves here adapts the same layers. fmt: off
 _Q_V_PROJ = (
-    "bart", "beit", "biogpt", "clip", "clip_text_model", "clip_vision_model", "cohere", "cohere2", "deit", "dinov2",
-    "gemma", "gemma2", "gemma3_text", "gemma3n_text", "glm4", "gpt_neo", "gpt_oss", "gptj", "granite", "granitemoe",
-    "hubert", "lfm2", "llama", "llama4", "llama4_text", "mistral", "mixtral", "olmo2", "opt", "qwen2", "qwen2_moe", "qwen3",
-    "qwen3_moe", "qwen3_next", "siglip", "siglip_text_model", "siglip_vision_model", "smollm3", "stablelm",
-    "starcoder2", "swin", "t5gemma", "vit", "wav2vec2", "whisper",
+    "bart",
+    "beit",
+    "biogpt",
+    "clip",
+    "clip_text_model",
+    "clip_vision_model",
+    "cohere",
+    "cohere2",
+    "deit",
+    "dinov2",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gemma3n_text",
+    "glm4",
+    "gpt_neo",
+    "gpt_oss",
+    "gptj",
+    "granite",
+    "granitemoe",
+    "hubert",
+    "lfm2",
+    "llama",
+    "llama4",
+    "llama4_text",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "siglip",
+    "siglip_text_model",
+    "siglip_vision_model",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+    "swin",
+    "t5gemma",
+    "vit",
+    "wav2vec2",
+    "whisper",
 )
 # fmt: on
 _QUERY_VALUE = ["albert", "bert", "camembert", "electra", "layoutlm", "roberta", "xlm-roberta"]
-_QUERY_KEY_VALUE = ["RefinedWeb", "RefinedWebModel", "bloom", "chatglm", "falcon", "gpt_neox", "persimmon"]
+_QUERY_KEY_VALUE = [
+    "RefinedWeb",
+    "RefinedWebModel",
+    "bloom",
+    "chatglm",
+    "falcon",
+    "gpt_neox",
+    "persimmon",
+]
 DEFAULT_TARGETS: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(_Q_V_PROJ, ("q_proj", "v_proj")),
     **dict.fromkeys(_QUERY_VALUE, ("query", "value")),
@@ -50,27 +99,48 @@ DEFAULT_TARGETS: dict[str, str | tuple[str, ...]] = {
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }
 
-HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier", "logits_proj", "summary")
+HEADS = (
+    "classifier",
+    "score",
+    "qa_outputs",
+    "classification_head",
+    "pre_classifier",
+    "logits_proj",
+    "summary",
+)
 """Heads that transformers puts on a model for a task; PEFT's task types save the first three."""
 
 _TASK = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice)$")
 
 
 def default_targets(model: nn.Module) -> str | tuple[str, ...]:
-    """What is adapted in a `transformers` model when nothing is named, by its `config.model_type`."""
+    """What is adapted in a `transformers` model when nothing is named, by its
+    `config.model_type`.
+    """
     config = getattr(model, "config", None)
-    model_type = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    model_type = (
+        config.get("model_type")
+        if isinstance(config, Mapping)
+        else getattr(config, "model_type", None)
+    )
     if model_type not in DEFAULT_TARGETS:
-        known = f"model_type={model_type!r} has no default" if model_type else "this model has no config.model_type"
+        known = (
+            f"model_type={model_type!r} has no default"
+            if model_type
+            else "this model has no config.model_type"
+        )
         raise ValueError(
-            f"no targets given, and {known}. Name the layers: a regular expression, a list of names, or "
+            f"no targets given, and {known}. Name the layers: a regular expression, a list of"
+            " names, or "
             f'"all-linear". Defaults exist for: {", ".join(sorted(DEFAULT_TARGETS))}.'
         )
     return DEFAULT_TARGETS[model_type]
 
 
 def task_heads(model: nn.Module) -> list[str]:
-    """The heads that a model has for a task: those of its own children that `HEADS` names, or None."""
+    """The heads that a model has for a task: those of its own children that `HEADS` names, or
+    None.
+    """
     own = getattr(type(model), "_base_class", type(model)).__name__
     return [name for name in HEADS if _TASK.search(own) and child_of(model, name) is not None]
 
@@ -83,16 +153,24 @@ def settled(model: nn.Module, config: GraloraConfig) -> GraloraConfig:
 
 
 def untrained(model: nn.Module, name: str) -> bool:
-    """Whether a head was never trained, as far as its values tell: biases of zero, or weights as they are initialised."""
-    parameters = [p for _, m in named_modules(model.get_submodule(name)) for p in m._parameters.values()]
+    """Whether a head was never trained, as far as its values tell: biases of zero, or weights as
+    they are initialised.
+    """
+    parameters = [
+        p for _, m in named_modules(model.get_submodule(name)) for p in m._parameters.values()
+    ]
     tensors = [p.detach() for p in parameters if p is not None]
-    if not tensors or any(t.is_meta or not t.is_floating_point() or type(t) is not Tensor for t in tensors):
+    if not tensors or any(
+        t.is_meta or not t.is_floating_point() or type(t) is not Tensor for t in tensors
+    ):
         return False
     biases = [t for t in tensors if t.dim() == 1]
     if biases:
         return not any(bool(t.any()) for t in biases)
     std = float(getattr(getattr(model, "config", None), "initializer_range", 0.0) or 0.0)
-    return std > 0 and all(abs(float(t.float().std()) / std - 1) < 0.05 for t in tensors if t.numel() > 500)
+    return std > 0 and all(
+        abs(float(t.float().std()) / std - 1) < 0.05 for t in tensors if t.numel() > 500
+    )
 
 
 def peft_layers(model: nn.Module) -> list[str]:
@@ -100,5 +178,8 @@ def peft_layers(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in named_modules(model)
-        if any(cls.__name__ == "BaseTunerLayer" and cls.__module__.startswith("peft.") for cls in type(module).__mro__)
+        if any(
+            cls.__name__ == "BaseTunerLayer" and cls.__module__.startswith("peft.")
+            for cls in type(module).__mro__
+        )
     ]

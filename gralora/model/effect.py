@@ -19,22 +19,25 @@ from gralora.model.state import known_adapters
 def check_effect(
     model: nn.Module, *args: Any, forward: Callable[..., Any] | None = None, **kwargs: Any
 ) -> dict[str, float]:
-    """Run one forward and backward, and raise if an active adapter was not used, got no gradient, or changes nothing.
+    """Run one forward and backward, and raise if an active adapter was not used, got no gradient,
+    or changes nothing.
 
-    Some adapters are dead for reasons that no look at the model shows: a layer that was superseded at run time, one behind
-    a branch that is not taken, one whose weight a loss reads outside of any forward. Call this once before a training.
-    The model, its gradients, its buffers and the random state are as before.
+    Some adapters are dead for reasons that no look at the model shows: a layer that was superseded
+    at run time, one behind a branch that is not taken, one whose weight a loss reads outside of any
+    forward. Call this once before a training. The model, its gradients, its buffers and the random
+    state are as before.
 
     Args:
         args, kwargs: of the model's forward: a small batch, as training has it.
-        forward: called with them instead of the model, where what is trained is more than its forward, as a loss that reads
-            the head's weight.
+        forward: called with them instead of the model, where what is trained is more than its
+            forward, as a loss that reads the head's weight.
 
     Returns:
         the norm of the gradient that each adapted layer's active adapters got, by layer.
 
     Raises:
-        ValueError: names every adapter without an effect on this batch, and what was seen. Or: no adapter is active.
+        ValueError: names every adapter without an effect on this batch, and what was seen. Or: no
+            adapter is active.
     """
     active = [
         (path, name, layer.gralora_adapters[name])
@@ -45,7 +48,8 @@ def check_effect(
     if not active:
         known = ", ".join(known_adapters(model)) or "none"
         raise ValueError(
-            f"no adapter acts beside the weights of this model, so there is nothing to check; it has: {known}."
+            "no adapter acts beside the weights of this model, so there is nothing to check; it"
+            f" has: {known}."
         )
     gone = vanished(model, known_adapters(model))
     if gone:
@@ -54,9 +58,14 @@ def check_effect(
     run = model if forward is None else forward
     with _untouched(model, parameters):
         out = list(_tensors(_again(run, args, kwargs)))
-        found = torch.autograd.grad(_loss(out), parameters, allow_unused=True) if _differentiable(out) else ()
+        found = (
+            torch.autograd.grad(_loss(out), parameters, allow_unused=True)
+            if _differentiable(out)
+            else ()
+        )
         gradients = {
-            id(p): None if g is None else float(g.norm()) for p, g in zip(parameters, found, strict=bool(found))
+            id(p): None if g is None else float(g.norm())
+            for p, g in zip(parameters, found, strict=bool(found))
         }
         norms: dict[str, float] = {}
         problems = []
@@ -65,20 +74,31 @@ def check_effect(
             norms[path] = norms.get(path, 0.0) + sum(norm or 0.0 for norm in own)
             if not any(own):
                 used = any(norm is not None for norm in own)
-                problems.append(f"{name!r} on {path!r} {_seen(run, args, kwargs, out, adapter, used)}")
+                problems.append(
+                    f"{name!r} on {path!r} {_seen(run, args, kwargs, out, adapter, used)}"
+                )
     if problems:
         raise ValueError(
-            f"{len(problems)} of {len(active)} adapters have no effect on this batch, or get no gradient:\n"
+            f"{len(problems)} of {len(active)} adapters have no effect on this batch, or get no"
+            " gradient:\n"
             + "\n".join(problems)
-            + "\nLeave such layers out with exclude_modules, or see to it that the forward calls them or reads their weight."
+            + "\nLeave such layers out with exclude_modules, or see to it that the forward calls"
+            " them or reads their weight."
         )
     return norms
 
 
 def _seen(
-    run: Callable[..., Any], args: Any, kwargs: Any, out: list[Tensor], adapter: GraloraAdapter, used: bool
+    run: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    out: list[Tensor],
+    adapter: GraloraAdapter,
+    used: bool,
 ) -> str:
-    """What is wrong with an adapter that got no gradient: what does the output do when its values change?"""
+    """What is wrong with an adapter that got no gradient: what does the output do when its values
+    change?
+    """
     with torch.no_grad():
         noise = _distance(out, list(_tensors(_again(run, args, kwargs))))
         values = [parameter.clone() for parameter in adapter.parameters()]
@@ -91,7 +111,10 @@ def _seen(
             for parameter, value in zip(adapter.parameters(), values, strict=True):
                 parameter.copy_(value)
     if moved > noise:
-        return "changes the output, but gets no gradient (its layer runs without gradients, or its output is detached)."
+        return (
+            "changes the output, but gets no gradient (its layer runs without gradients, or its"
+            " output is detached)."
+        )
     return "was used, but changes nothing when its values change." if used else "was not used."
 
 
@@ -123,14 +146,22 @@ def _differentiable(out: list[Tensor]) -> bool:
 
 
 def _loss(out: list[Tensor]) -> Tensor:
-    """A number that depends on every entry in a way of its own: sums are often constant, as behind a norm or a softmax."""
+    """A number that depends on every entry in a way of its own: sums are often constant, as behind
+    a norm or a softmax.
+    """
     generator = torch.Generator().manual_seed(0)
-    parts = [t.float() * torch.randn(t.shape, generator=generator).to(t.device) for t in out if t.requires_grad]
+    parts = [
+        t.float() * torch.randn(t.shape, generator=generator).to(t.device)
+        for t in out
+        if t.requires_grad
+    ]
     return torch.stack([part.sum() for part in parts]).sum()
 
 
 def _distance(out: list[Tensor], other: list[Tensor]) -> float:
-    same = [(a.detach(), b.detach()) for a, b in zip(out, other, strict=False) if a.shape == b.shape]
+    same = [
+        (a.detach(), b.detach()) for a, b in zip(out, other, strict=False) if a.shape == b.shape
+    ]
     return max((float((a - b).abs().max()) for a, b in same if a.numel()), default=0.0)
 
 
@@ -138,7 +169,12 @@ def _distance(out: list[Tensor], other: list[Tensor]) -> float:
 def _untouched(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
     """Gradients on for `parameters`, and afterwards everything as before."""
     trained = [(parameter, parameter.requires_grad) for parameter in parameters]
-    buffers = [(buffer, buffer.clone()) for m in modules(model) for buffer in m._buffers.values() if buffer is not None]
+    buffers = [
+        (buffer, buffer.clone())
+        for m in modules(model)
+        for buffer in m._buffers.values()
+        if buffer is not None
+    ]
     try:
         with torch.enable_grad():
             for parameter, _ in trained:

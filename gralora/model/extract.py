@@ -1,4 +1,6 @@
-"""Adapters from weights: the best GraLoRA for the difference of two models, and an adapter cut into other blocks."""
+"""Adapters from weights: the best GraLoRA for the difference of two models, and an adapter cut into
+other blocks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from gralora.layers.class_change import join
 from gralora.maths import functional
 from gralora.model.fit import difference, fill, rank_for, widened
 from gralora.model.inject import inject
-from gralora.model.state import all_or_nothing, check_known, check_unmerged, named_adapter_parameters
+from gralora.model.state import (
+    all_or_nothing,
+    check_known,
+    check_unmerged,
+    named_adapter_parameters,
+)
 from gralora.model.targets import Targets, shorten
 
 
@@ -29,10 +36,12 @@ def extract(
     adapter_name: str = "default",
     errors: dict[str, float] | None = None,
 ) -> nn.Module:
-    """Give `base`, in place, the GraLoRA adapter that comes nearest to making it `tuned`; returns `base`.
+    """Give `base`, in place, the GraLoRA adapter that comes nearest to making it `tuned`; returns
+    `base`.
 
-    Every block of tuned - base has its own truncated SVD, which is the best there is at this r and k. What `config.bias`
-    and `config.modules_to_save` name is taken from `tuned` whole; a warning names what else differs.
+    Every block of tuned - base has its own truncated SVD, which is the best there is at this r and
+    k. What `config.bias` and `config.modules_to_save` name is taken from `tuned` whole; a warning
+    names what else differs.
 
     Args:
         tuned: a plain model of the same architecture.
@@ -40,21 +49,27 @@ def extract(
         errors: a dict to be filled with ‖ΔW - (tuned - base)‖ / ‖tuned - base‖ of each layer.
 
     Raises:
-        ValueError: a weight of `tuned` is missing, of another shape or not finite, or as for `inject`. `base` is then
-            unchanged.
+        ValueError: a weight of `tuned` is missing, of another shape or not finite, or as for
+            `inject`. `base` is then unchanged.
     """
     with all_or_nothing(base):
         inject(base, targets, config, adapter_name=adapter_name)
         there = dict(tuned.named_parameters(remove_duplicate=False))
         before = dict(base.named_parameters(remove_duplicate=False))
-        layers = [(name, layer) for name, layer in gralora_layers(base) if adapter_name in layer.gralora_adapters]
+        layers = [
+            (name, layer)
+            for name, layer in gralora_layers(base)
+            if adapter_name in layer.gralora_adapters
+        ]
         covered = set()
         paths = {id(module): path for path, module in named_modules(base)}
         for name, layer in layers:
             owner, parameter = layer.place
             key = join(paths[id(owner)], parameter)
             covered.add(key)
-            delta = layer.matrix(layer.host, layer.part, difference(key, layer.spot.base_weight, there.get(key)))
+            delta = layer.matrix(
+                layer.host, layer.part, difference(key, layer.spot.base_weight, there.get(key))
+            )
             adapter = layer.gralora_adapters[adapter_name]
             error = fill(adapter.tensors, delta, adapter.config)
             if errors is not None:
@@ -64,10 +79,16 @@ def extract(
                 if key in there:
                     covered.add(key)
                     copy_into(own, there[key])
-    rest = [k for k, p in there.items() if k not in covered and (k not in before or not torch.equal(p, before[k]))]
+    rest = [
+        k
+        for k, p in there.items()
+        if k not in covered and (k not in before or not torch.equal(p, before[k]))
+    ]
     if rest:
         warnings.warn(
-            f"the two models differ in {shorten(rest)} as well, which is not in the adapter.", UserWarning, stacklevel=2
+            f"the two models differ in {shorten(rest)} as well, which is not in the adapter.",
+            UserWarning,
+            stacklevel=2,
         )
     return base
 
@@ -80,17 +101,20 @@ def reblock(
     r: int | float | None = None,
     errors: dict[str, float] | None = None,
 ) -> None:
-    """Cut an adapter into other blocks: the nearest adapter of `gralora_k`, and of rank `r` if given.
+    """Cut an adapter into other blocks: the nearest adapter of `gralora_k`, and of rank `r` if
+    given.
 
-    Exact where the rank of every new block suffices: from k to a multiple k' with r' = r * k' / k, and to a divisor k'
-    with r' = r * k / k'.
+    Exact where the rank of every new block suffices: from k to a multiple k' with r' = r * k' / k,
+    and to a divisor k' with r' = r * k / k'.
 
     Args:
-        r: a rank, or a share below 1: each layer gets the smallest rank whose blocks keep this share of ‖ΔW‖².
+        r: a rank, or a share below 1: each layer gets the smallest rank whose blocks keep this
+            share of ‖ΔW‖².
         errors: a dict to be filled with ‖new ΔW - ΔW‖ / ‖ΔW‖ of each layer.
 
     Raises:
-        KeyError: no such adapter. ValueError: it is merged, or `gralora_k` does not fit. The model is then unchanged.
+        KeyError: no such adapter. ValueError: it is merged, or `gralora_k` does not fit. The model
+            is then unchanged.
     """
     check_known(model, adapter_name)
     check_unmerged(model, adapter_name)
@@ -103,7 +127,9 @@ def reblock(
             delta = functional.delta_weight(*widened(old.tensors), scaling=old.config.scaling)
             try:
                 r_new = rank_for(delta, r, gralora_k, old.config.r)
-                config = replace(old.config, r=r_new, gralora_k=gralora_k).scaled(old.config.scaling)
+                config = replace(old.config, r=r_new, gralora_k=gralora_k).scaled(
+                    old.config.scaling
+                )
                 new = layer.spot.new_adapter(config, old.A.dtype, reset=False)
             except ValueError as problem:
                 raise ValueError(f"{name!r}: {problem}") from None

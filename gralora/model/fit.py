@@ -27,7 +27,9 @@ def difference(key: str, base: Tensor, tuned: Tensor | None) -> Tensor:
 
 
 def fitted(delta: Tensor, config: GraloraConfig) -> tuple[Tensors, float]:
-    """The factors of the adapter nearest to `delta` (out, in), with its scaling taken out, and the relative error."""
+    """The factors of the adapter nearest to `delta` (out, in), with its scaling taken out, and the
+    relative error.
+    """
     tensors = functional.nearest_factors(delta, config.r, config.gralora_k, config.hybrid_r)
     root = math.sqrt(config.scaling)
     factors = cast(Tensors, tuple(None if t is None else t / root for t in tensors))
@@ -53,7 +55,9 @@ def widened(tensors: Tensors) -> Tensors:
 
 
 def rank_for(delta: Tensor, r: int | float | None, k: int, default: int) -> int:
-    """`r` as a rank: itself, `default` where it is None, or of a share the smallest multiple of k that keeps it of ‖delta‖²."""
+    """`r` as a rank: itself, `default` where it is None, or of a share the smallest multiple of k
+    that keeps it of ‖delta‖².
+    """
     if r is None:
         return default
     return functional.rank_of_share(delta, r, k) if is_share(r) else cast(int, r)
@@ -69,6 +73,7 @@ def is_share(rank: object) -> bool:
         return False
     if not 0 < rank < 1:
         raise ValueError(
-            f"rank={rank!r} is not legal: it must be an integer of at least 1, or a share of the squared norm between 0 and 1."
+            f"rank={rank!r} is not legal: it must be an integer of at least 1, or a share of the"
+            " squared norm between 0 and 1."
         )
     return True

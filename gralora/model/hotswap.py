@@ -1,4 +1,6 @@
-"""Room for adapters of other ranks in the place of one that is there, so that compiled code stays valid."""
+"""Room for adapters of other ranks in the place of one that is there, so that compiled code stays
+valid.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,22 @@ from gralora.model.state import all_or_nothing, check_known, check_unmerged
 
 @torch.no_grad()
 def prepare_hotswap(model: nn.Module, max_r: int, adapter_name: str = "default") -> None:
-    """Make room for adapters of up to `max_r` in the place of one: call it before `torch.compile`, then `load_adapter` swaps.
+    """Make room for adapters of up to `max_r` in the place of one: call it before `torch.compile`,
+    then `load_adapter` swaps.
 
-    The adapter is given zeros up to `max_r` in every layer, which changes nothing that it computes. Afterwards
-    `load_adapter(model, path, adapter_name)` takes files of the same k and of any rank up to `max_r`, on all of its layers or
-    on some: what is left over is zero. The place keeps its scaling and B takes the file's in, so nothing is compiled
-    anew, and nothing is rounded but B, once, where the scalings differ.
+    The adapter is given zeros up to `max_r` in every layer, which changes nothing that it computes.
+    Afterwards `load_adapter(model, path, adapter_name)` takes files of the same k and of any rank
+    up to `max_r`, on all of its layers or on some: what is left over is zero. The place keeps its
+    scaling and B takes the file's in, so nothing is compiled anew, and nothing is rounded but B,
+    once, where the scalings differ.
 
     Args:
-        max_r: a multiple of each layer's k, and at least each layer's r. The parameters are new: an optimiser made before does
-            not know them.
+        max_r: a multiple of each layer's k, and at least each layer's r. The parameters are new: an
+            optimiser made before does not know them.
 
     Raises:
-        KeyError: no such adapter. ValueError: `max_r` does not fit, or the adapter is merged or spread over processes. The
-            model is then unchanged.
+        KeyError: no such adapter. ValueError: `max_r` does not fit, or the adapter is merged or
+            spread over processes. The model is then unchanged.
     """
     check_known(model, adapter_name)
     check_unmerged(model, adapter_name)
@@ -45,14 +49,18 @@ def prepare_hotswap(model: nn.Module, max_r: int, adapter_name: str = "default")
             old = layer.gralora_adapters[adapter_name]
             if max_r < old.config.r or max_r % old.config.gralora_k:
                 raise ValueError(
-                    f"max_r={max_r} does not fit {path!r}, of r={old.config.r} and gralora_k={old.config.gralora_k}: it must be "
-                    "a multiple of the k, and not below the r."
+                    f"max_r={max_r} does not fit {path!r}, of r={old.config.r} and"
+                    f" gralora_k={old.config.gralora_k}: it must be a multiple of the k, and not"
+                    " below the r."
                 )
             if is_spread(old.A):
-                raise ValueError(f"the adapter of {path!r} is spread over processes, where none is swapped.")
+                raise ValueError(
+                    f"the adapter of {path!r} is spread over processes, where none is swapped."
+                )
             if id(old) not in made:
                 made[id(old)] = _roomy(
-                    old, layer.spot.new_adapter(_larger(old.config, max_r), old.A.dtype, reset=False)
+                    old,
+                    layer.spot.new_adapter(_larger(old.config, max_r), old.A.dtype, reset=False),
                 )
             layer.gralora_adapters.add(adapter_name, made[id(old)])
 
@@ -72,10 +80,14 @@ def _roomy(old: GraloraAdapter, new: GraloraAdapter) -> GraloraAdapter:
     return new
 
 
-def placed(adapter: GraloraAdapter, tensors: Tensors, config: GraloraConfig) -> tuple[Tensors, GraloraConfig] | None:
-    """What a file's values and config are in the place of `adapter`; None where they have no room there.
+def placed(
+    adapter: GraloraAdapter, tensors: Tensors, config: GraloraConfig
+) -> tuple[Tensors, GraloraConfig] | None:
+    """What a file's values and config are in the place of `adapter`; None where they have no room
+    there.
 
-    A place that `prepare_hotswap` has made keeps its scaling, and B takes the other in; any other takes the file's.
+    A place that `prepare_hotswap` has made keeps its scaling, and B takes the other in; any other
+    takes the file's.
     """
     own = adapter.config
     if config.gralora_k != own.gralora_k or config.r > own.r or config.hybrid_r > own.hybrid_r:
@@ -83,7 +95,11 @@ def placed(adapter: GraloraAdapter, tensors: Tensors, config: GraloraConfig) -> 
     A, B, A_general, B_general = with_room(tensors, own.r, own.hybrid_r)
     if not adapter.roomy:
         same = (config.r, config.hybrid_r) == (own.r, own.hybrid_r)
-        larger = config if same else replace(config, r=own.r, hybrid_r=own.hybrid_r).scaled(config.scaling)
+        larger = (
+            config
+            if same
+            else replace(config, r=own.r, hybrid_r=own.hybrid_r).scaled(config.scaling)
+        )
         return (A, B, A_general, B_general), larger
     factor = config.scaling / own.scaling
     if factor != 1:

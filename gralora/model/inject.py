@@ -74,31 +74,38 @@ def inject(
 ) -> nn.Module:
     """Give layers of `model` a GraLoRA adapter, in place, and return `model`.
 
-    Every target becomes a `GraloraLinear` or `GraloraConv1D` in place. The model's output is unchanged until the adapter
-    is trained. The first adapter is active, and then only it (plus what `bias` and `modules_to_save` name) requires
-    gradients; a further one is inactive and frozen until `set_adapter`.
+    Every target becomes a `GraloraLinear` or `GraloraConv1D` in place. The model's output is
+    unchanged until the adapter is trained. The first adapter is active, and then only it (plus what
+    `bias` and `modules_to_save` name) requires gradients; a further one is inactive and frozen
+    until `set_adapter`.
 
     Args:
-        targets: which layers. A regular expression for the whole qualified name, or a function (name, module) -> bool:
-            filters, so what they take and holds no weight is passed over; a list of names or dotted suffixes;
-            "all-linear" (every layer but the output head); a mapping from any of these to its own config (the first match
-            wins); None for `config.target_modules`, then a default by `model.config.model_type`.
-        config: a `GraloraConfig`; PEFT's own, or a dict of fields, is taken as well; `GraloraConfig()` if None.
-        dtype: of the adapter's parameters. By default the base weight's, but float32 for half precision and quantised.
-        reference: for `init_weights="loftq"`: the model before it was quantised, a mapping of its parameters' names to tensors,
-            or the path of its checkpoint, a .safetensors file or a folder.
-        errors: for the same: a dict to be filled with ‖reference - base‖ / ‖reference‖ of each layer, without the adapter and
-            with it.
+        targets: which layers. A regular expression for the whole qualified name, or a function
+            (name, module) -> bool: filters, so what they take and holds no weight is passed over; a
+            list of names or dotted suffixes; "all-linear" (every layer but the output head); a
+            mapping from any of these to its own config (the first match wins); None for
+            `config.target_modules`, then a default by `model.config.model_type`.
+        config: a `GraloraConfig`; PEFT's own, or a dict of fields, is taken as well;
+            `GraloraConfig()` if None.
+        dtype: of the adapter's parameters. By default the base weight's, but float32 for half
+            precision and quantised.
+        reference: for `init_weights="loftq"`: the model before it was quantised, a mapping of its
+            parameters' names to tensors, or the path of its checkpoint, a .safetensors file or a
+            folder.
+        errors: for the same: a dict to be filled with ‖reference - base‖ / ‖reference‖ of each
+            layer, without the adapter and with it.
 
     Raises:
-        ValueError: a target cannot be adapted, nothing matches, or the name is in use. The model is then unchanged.
+        ValueError: a target cannot be adapted, nothing matches, or the name is in use. The model is
+            then unchanged.
     """
     check_new(model, adapter_name)
     theirs = peft_layers(model)
     if theirs:
         raise ValueError(
-            f"this model holds PEFT's own layers ({theirs[0]!r}), whose adapters would stay frozen in silence. First unload() or "
-            "merge_and_unload() them; load_adapter reads what PEFT has saved."
+            f"this model holds PEFT's own layers ({theirs[0]!r}), whose adapters would stay frozen"
+            " in silence. First unload() or merge_and_unload() them; load_adapter reads what PEFT"
+            " has saved."
         )
     names, config = Names(model), as_config(config)
     if config is not None:
@@ -113,13 +120,20 @@ def inject(
     _warn_of_heads(model, plan)
     loftq = {t.name for t in found if t.config.init_weights == "loftq"}
     if bool(loftq) != (reference is not None):
-        lacking = 'init_weights="loftq" needs a reference: the model, or its checkpoint, before it was quantised.'
+        lacking = (
+            'init_weights="loftq" needs a reference: the model, or its checkpoint, before it was'
+            " quantised."
+        )
         raise ValueError(
-            lacking if loftq else 'reference is for init_weights="loftq", which no config of these targets has.'
+            lacking
+            if loftq
+            else 'reference is for init_weights="loftq", which no config of these targets has.'
         )
     with all_or_nothing(model):
         install(model, plan, adapter_name)
-        near = {path: layer for path, layer in gralora_layers(model) if path in loftq} if loftq else {}
+        near = (
+            {path: layer for path, layer in gralora_layers(model) if path in loftq} if loftq else {}
+        )
         start_near(model, near, adapter_name, reference, errors) if near else None
     if names.left_out:
         model.__dict__[LEFT_OUT] = tuple(names.left_out)
@@ -135,7 +149,8 @@ def install(
 ) -> None:
     """Carry out a plan, within the caller's `all_or_nothing`.
 
-    The model's first adapter becomes active and, unless `trainable` says otherwise, is trained; a further one is neither.
+    The model's first adapter becomes active and, unless `trainable` says otherwise, is trained; a
+    further one is neither.
     """
     check_unwrapped(model)
     first = not known_adapters(model)
@@ -161,7 +176,11 @@ def install(
         add_bias(owner, parameter, adapter_name, bias)
     _keep_nested_tensors_out(model)
     keep_still(model)
-    record(model, adapter_name, [*(t.name for t in plan.targets), *plan.saved, *plan.tokens, *plan.biases])
+    record(
+        model,
+        adapter_name,
+        [*(t.name for t in plan.targets), *plan.saved, *plan.tokens, *plan.biases],
+    )
     if first:
         activate(model, {adapter_name: 1.0}, trained=[adapter_name] if trainable else ())
     else:
@@ -176,7 +195,8 @@ def _warn_of_heads(model: nn.Module, plan: Plan) -> None:
         inside = any(each == name or each.startswith(f"{name}.") for each in taken)
         if not inside and untrained(model, name):
             warnings.warn(
-                f"{name!r}, the head of this {type(model).__name__}, looks as if nobody had trained it, and stays frozen. "
+                f"{name!r}, the head of this {type(model).__name__}, looks as if nobody had trained"
+                " it, and stays frozen. "
                 f'modules_to_save=[{name!r}], or "auto", trains it with the adapter.',
                 UserWarning,
                 stacklevel=3,
@@ -184,14 +204,18 @@ def _warn_of_heads(model: nn.Module, plan: Plan) -> None:
 
 
 def _adapters(plan: Plan) -> list[GraloraAdapter]:
-    """One for each target; one for several where they share a weight and `ensure_weight_tying` is set."""
+    """One for each target; one for several where they share a weight and `ensure_weight_tying` is
+    set.
+    """
     shared: dict[tuple[int, tuple[int, int]], GraloraAdapter] = {}
     result = []
     for target in plan.targets:
         key = id(target.spot.weight), target.spot.sizes
         own = shared.get(key) if target.config.ensure_weight_tying else None
         if own is None:
-            reset = plan.reset and target.config.init_weights != "loftq"  # which comes of the reference
+            reset = (
+                plan.reset and target.config.init_weights != "loftq"
+            )  # which comes of the reference
             own = target.spot.new_adapter(target.config, plan.dtypes.get(target.name), reset=reset)
         shared[key] = own
         result.append(own)
@@ -203,7 +227,9 @@ def _tokens(
 ) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     known = {name: module for _, its, module in names for name in its}
     found: dict[str, tuple[nn.Module, tuple[int, ...]]] = {}
-    for wanted in dict.fromkeys(c.trainable_token_indices for c in configs if c.trainable_token_indices is not None):
+    for wanted in dict.fromkeys(
+        c.trainable_token_indices for c in configs if c.trainable_token_indices is not None
+    ):
         for name, tokens in wanted_tokens(model, wanted, known).items():
             found[name] = known[name], tokens
     unique = {id(module): name for name, (module, _) in reversed(found.items())}
@@ -219,23 +245,29 @@ def _token_rows(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, TokenRows
     for name, (embedding, tokens) in plan.tokens.items():
         weight = cast(Tensor, embedding._parameters["weight"])
         if weight.is_meta or is_offloaded(embedding, "weight"):
-            raise ValueError(f"the weight of {name!r} is on the meta device, or offloaded: there are no rows to train.")
+            raise ValueError(
+                f"the weight of {name!r} is on the meta device, or offloaded: there are no rows to"
+                " train."
+            )
         leader = TokenRows(weight, torch.tensor(tokens, device=weight.device))
         result.append((embedding, leader))
         result += [(tied, TiedRows(leader)) for tied in tied_to(model, embedding)]
     for module, _ in result:
         if id(module) in adapted or id(module) in whole:
             raise ValueError(
-                f"tokens of {adapted.get(id(module), 'an embedding')!r} are in trainable_token_indices, and the layer is adapted "
-                "or in modules_to_save as well: one of them."
+                f"tokens of {adapted.get(id(module), 'an embedding')!r} are in"
+                " trainable_token_indices, and the layer is adapted or in modules_to_save as well:"
+                " one of them."
             )
     return result
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take every adapter out: classes, parameters, `requires_grad` and outputs are again those before `inject`.
+    """Take every adapter out: classes, parameters, `requires_grad` and outputs are again those
+    before `inject`.
 
-    Merged adapters are unmerged, saved modules and biases are the base's own. Use `merge_and_unload` to keep the effect.
+    Merged adapters are unmerged, saved modules and biases are the base's own. Use
+    `merge_and_unload` to keep the effect.
     """
     with all_or_nothing(model):
         for _, owner, swap in list(bias_swaps(model)):
@@ -262,20 +294,29 @@ def unload(model: nn.Module) -> nn.Module:
 def _keep_nested_tensors_out(model: nn.Module) -> None:
     # Nested tensors can be read by the fused path alone, and an adapted layer switches that off.
     for module in modules(model):
-        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
-            if any(isinstance(m, GraloraLayer) or SAVED_CHILD in m._modules for m in modules(module)):
+        if isinstance(module, nn.TransformerEncoder) and getattr(
+            module, "use_nested_tensor", False
+        ):
+            if any(
+                isinstance(m, GraloraLayer) or SAVED_CHILD in m._modules for m in modules(module)
+            ):
                 module.__dict__[NESTED] = module.use_nested_tensor
                 module.use_nested_tensor = False
 
 
-def _saved_units(model: nn.Module, configs: list[GraloraConfig], names: Names) -> dict[str, nn.Module]:
+def _saved_units(
+    model: nn.Module, configs: list[GraloraConfig], names: Names
+) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
-    for wanted in dict.fromkeys(name for config in configs for name in config.modules_to_save or ()):
+    for wanted in dict.fromkeys(
+        name for config in configs for name in config.modules_to_save or ()
+    ):
         modules = names.find([wanted])
         if not modules:
             known = [its[0] for _, its, _ in names]
             raise ValueError(
-                f"modules_to_save names {wanted!r}, which this model lacks. Nearest: {nearest(wanted, known)}."
+                f"modules_to_save names {wanted!r}, which this model lacks. Nearest:"
+                f" {nearest(wanted, known)}."
             )
         for name, module in modules:
             found.update(units(module, name))
@@ -283,26 +324,38 @@ def _saved_units(model: nn.Module, configs: list[GraloraConfig], names: Names) -
     return {name: unit for name, unit in found.items() if unique[id(unit)] == name}
 
 
-def _biases(plan: Plan, configs: list[GraloraConfig], names: Names) -> dict[str, tuple[nn.Module, str]]:
-    """The (owner, parameter) of every bias that is trained. "all" in one config means all; saved modules are whole."""
+def _biases(
+    plan: Plan, configs: list[GraloraConfig], names: Names
+) -> dict[str, tuple[nn.Module, str]]:
+    """The (owner, parameter) of every bias that is trained. "all" in one config means all; saved
+    modules are whole.
+    """
     if any(config.bias == "all" for config in configs):
         owners = [module for _, _, module in names]
         scripted = [
-            m for m in owners if isinstance(m, torch.jit.ScriptModule) and any(map(is_bias, m._parameters.keys()))
+            m
+            for m in owners
+            if isinstance(m, torch.jit.ScriptModule) and any(map(is_bias, m._parameters.keys()))
         ]
         if scripted:
             at = names.names[id(scripted[0])][0]
             raise ValueError(
-                f"the bias of {at!r} is in TorchScript, where it can't be trained: bias='gralora_only' leaves it."
+                f"the bias of {at!r} is in TorchScript, where it can't be trained:"
+                " bias='gralora_only' leaves it."
             )
-        candidates = [(module, name) for module in owners for name in module._parameters if is_bias(name)]
+        candidates = [
+            (module, name) for module in owners for name in module._parameters if is_bias(name)
+        ]
     else:
         spots = [t.spot for t in plan.targets if t.config.bias == "gralora_only"]
         candidates = [spot.kind.bias_at(spot.module, spot.part) for spot in spots]
     saved = {id(m) for unit in plan.saved.values() for m in modules(unit)}
     away = [names.names[id(owner)][0] for owner, name in candidates if is_offloaded(owner, name)]
     if away:
-        raise ValueError(f"the bias of {away[0]!r} is offloaded, and can't be trained. First inject, then offload.")
+        raise ValueError(
+            f"the bias of {away[0]!r} is offloaded, and can't be trained. First inject, then"
+            " offload."
+        )
     return {
         join(names.names[id(owner)][0], name): (owner, name)
         for owner, name in candidates

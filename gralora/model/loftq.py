@@ -1,4 +1,6 @@
-"""A start over a quantised base that takes back some of what quantising took away (after LoftQ, arXiv 2310.08659)."""
+"""A start over a quantised base that takes back some of what quantising took away (after LoftQ,
+arXiv 2310.08659).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from gralora.layers.linear import LinearLayer
 from gralora.model.fit import difference, fill
 
 Reference = Any
-"""The full-precision model: a module, a mapping name -> tensor, or the path of a checkpoint, a file or a folder."""
+"""The full-precision model: a module, a mapping name -> tensor, or the path of a checkpoint, a file
+or a folder.
+"""
 
 
 @torch.no_grad()
@@ -31,13 +35,16 @@ def start_near(
 ) -> None:
     """Give the adapters of `layers` the ΔW nearest to reference - base, block by block.
 
-    LoftQ goes on to quantise W - ΔW, and so on in turn; here the base is never changed, so it ends after its first round.
+    LoftQ goes on to quantise W - ΔW, and so on in turn; here the base is never changed, so it ends
+    after its first round.
 
     Args:
-        errors: filled with ‖reference - base‖ / ‖reference‖ of each layer, and the same with ΔW added to the base.
+        errors: filled with ‖reference - base‖ / ‖reference‖ of each layer, and the same with ΔW
+            added to the base.
 
     Raises:
-        ValueError: a weight is missing in the reference or of another shape, not finite, on meta, or spread over processes.
+        ValueError: a weight is missing in the reference or of another shape, not finite, on meta,
+            or spread over processes.
     """
     look_up = _values(reference)
     paths = {id(module): path for path, module in named_modules(model)}
@@ -46,9 +53,12 @@ def start_near(
         key = join(paths[id(owner)], parameter)
         if is_spread(layer.spot.weight) or layer.spot.weight.is_meta:
             raise ValueError(
-                f"{key} is spread over processes, or on meta, where there is no base to compare with the reference."
+                f"{key} is spread over processes, or on meta, where there is no base to compare"
+                " with the reference."
             )
-        base = layer.computed_matrix() if isinstance(layer, LinearLayer) else layer.spot.base_matrix()
+        base = (
+            layer.computed_matrix() if isinstance(layer, LinearLayer) else layer.spot.base_matrix()
+        )
         there = look_up(key)
         delta = difference(key, base, None if there is None else _matrix(layer, there.detach()))
         adapter = layer.gralora_adapters[adapter_name]
@@ -74,12 +84,15 @@ def _values(reference: Reference) -> Callable[[str], Tensor | None]:
         return reference.get
     if not isinstance(reference, (str, Path)):
         raise TypeError(
-            f"reference is a {type(reference).__name__}: it must be a module, a mapping of names to tensors, or a path."
+            f"reference is a {type(reference).__name__}: it must be a module, a mapping of names to"
+            " tensors, or a path."
         )
     path = Path(reference)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"no checkpoint at {path}: it must be a .safetensors file, or a folder with some.")
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: it must be a .safetensors file, or a folder with some."
+        )
     where: dict[str, Path] = {}
     for file in files:
         with safe_open(file, "pt") as opened:

@@ -1,4 +1,6 @@
-"""What was adapted, on record: a layer that a framework has rebuilt since has lost its adapter, and nobody would know."""
+"""What was adapted, on record: a layer that a framework has rebuilt since has lost its adapter, and
+nobody would know.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def forget(model: nn.Module, adapter_name: str | None = None) -> None:
     for _, module in named_modules(model):
         if RECORD in module.__dict__:
             left = (
-                {} if adapter_name is None else {n: p for n, p in module.__dict__[RECORD].items() if n != adapter_name}
+                {}
+                if adapter_name is None
+                else {n: p for n, p in module.__dict__[RECORD].items() if n != adapter_name}
             )
             module.__dict__.pop(RECORD)
             if left:
@@ -41,8 +45,8 @@ def story(gone: list[str]) -> str:
     """What to say of what has vanished."""
     shown = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
     return (
-        f"{shown}: adapted once, and there no more. Something has rebuilt these modules since inject, and their adapters are "
-        "gone; do that first, then inject."
+        f"{shown}: adapted once, and there no more. Something has rebuilt these modules since"
+        " inject, and their adapters are gone; do that first, then inject."
     )
 
 

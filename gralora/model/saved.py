@@ -1,7 +1,8 @@
 """What is trained with an adapter but is no adapter: whole modules (`modules_to_save`) and biases.
 
-A saved module keeps its own weights and has one copy per adapter, to which its forward is routed. A trained bias has
-one parameter per adapter, which takes the place of the base's while that adapter is active.
+A saved module keeps its own weights and has one copy per adapter, to which its forward is routed. A
+trained bias has one parameter per adapter, which takes the place of the base's while that adapter
+is active.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ SAVED_CHILD = "gralora_saved"
 
 
 class SavedCopies(Switchable):
-    """The copies of one saved module by adapter name; `active` names the one that stands in for it, if any."""
+    """The copies of one saved module by adapter name; `active` names the one that stands in for it,
+    if any.
+    """
 
     fresh: Mapping[str, list[tuple[Tensor, Tensor, Tensor | None]]] = MappingProxyType({})
-    """While the base is loaded: copies that nobody has trained, (their tensors, the base's, which rows of it)."""
+    """While the base is loaded: copies that nobody has trained, (their tensors, the base's, which
+    rows of it).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,12 +66,18 @@ class SavedCopies(Switchable):
         self.__dict__.pop("fresh", None)
 
     def is_as_it_was(self, name: str, parameter: nn.Parameter | None) -> bool:
-        """Whether a parameter is not kept elsewhere, by an engine that reads it outside of a forward."""
-        return parameter is None or (not parameter.is_meta and layout(parameter) == self.layouts.get(name))
+        """Whether a parameter is not kept elsewhere, by an engine that reads it outside of a
+        forward.
+        """
+        return parameter is None or (
+            not parameter.is_meta and layout(parameter) == self.layouts.get(name)
+        )
 
 
 class SavedModule(InPlaceModule):
-    """Mixin of a module in `modules_to_save`: calls go to the active adapter's copy, else to the module itself."""
+    """Mixin of a module in `modules_to_save`: calls go to the active adapter's copy, else to the
+    module itself.
+    """
 
     _prefix = "Saved"
     gralora_saved: SavedCopies
@@ -84,7 +95,11 @@ class SavedModule(InPlaceModule):
 
     def _run_copy(self, name: str, *args: Any, **kwargs: Any) -> Any:
         replica = self.gralora_saved[name]
-        return replica.call(self, *args, **kwargs) if isinstance(replica, TokenRows) else replica(*args, **kwargs)
+        return (
+            replica.call(self, *args, **kwargs)
+            if isinstance(replica, TokenRows)
+            else replica(*args, **kwargs)
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         copies = self.gralora_saved
@@ -92,42 +107,55 @@ class SavedModule(InPlaceModule):
             # a checkpoint of the base: copies that nobody has trained follow it
             base = {n: t for n, t in self.state_dict().items() if not n.startswith(SAVED_CHILD)}
             pairs = {name: _pairs(copies[name], base) for name in copies}
-            copies.__dict__["fresh"] = {name: own for name, own in pairs.items() if all(_alike(*pair) for pair in own)}
+            copies.__dict__["fresh"] = {
+                name: own for name, own in pairs.items() if all(_alike(*pair) for pair in own)
+            }
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _by_row(self, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             raise TypeError(
-                f"mixed_batch cannot take apart the rows of what {self._base_class.__name__} gets: a saved module must be "
-                "called with one tensor."
+                f"mixed_batch cannot take apart the rows of what {self._base_class.__name__} gets:"
+                " a saved module must be called with one tensor."
             )
         x, copies = args[0], self.gralora_saved
         dim = rows.axis(x)
         order, back, names, counts = rows.sort(x.shape[dim], list(copies), x.device)
         parts = torch.split(x.index_select(dim, order), counts, dim)
-        runs = [self.base_forward if name is None else partial(self._run_copy, name) for name in names]
+        runs = [
+            self.base_forward if name is None else partial(self._run_copy, name) for name in names
+        ]
         done = [run(part) for run, part in zip(runs, parts, strict=True) if part.shape[dim]]
         if not all(isinstance(each, Tensor) for each in done):
             raise TypeError(
-                f"mixed_batch cannot put together the rows of what a {self._base_class.__name__} in modules_to_save returns, a "
-                f"{type(done[0]).__name__}: one tensor is needed. Leave it out of modules_to_save, or run one adapter at a time."
+                f"mixed_batch cannot put together the rows of what a {self._base_class.__name__} in"
+                f" modules_to_save returns, a {type(done[0]).__name__}: one tensor is needed. Leave"
+                " it out of modules_to_save, or run one adapter at a time."
             )
         return torch.cat(done, dim).index_select(dim, back)
 
     def __getattr__(self, name: str) -> Any:
-        # a parent that reads our weight, as a head tied to an embedding does, must get the copy's that acts
+        # a parent that reads our weight, as a head tied to an embedding does, must get the copy's
+        # that acts
         children = self.__dict__.get("_modules", {})
         copies = children.get(SAVED_CHILD)
         own = self.__dict__.get("_parameters", {}).get(name)
         tokens = running(self) if name == "weight" else None
         if tokens is not None and own is not None:
             return tokens.read(own)
-        if copies is not None and isinstance(copies.mode, Rows) and own is not None and forward_runs(self):
+        if (
+            copies is not None
+            and isinstance(copies.mode, Rows)
+            and own is not None
+            and forward_runs(self)
+        ):
             raise ValueError(
-                f"mixed_batch: {name!r} of a {self._base_class.__name__} that adapters train is read by another module, and "
-                "can't be another one for every row."
+                f"mixed_batch: {name!r} of a {self._base_class.__name__} that adapters train is"
+                " read by another module, and can't be another one for every row."
             )
-        ours = own is not None or name in self.__dict__.get("_buffers", {})  # not while somebody exchanges it
+        ours = own is not None or name in self.__dict__.get(
+            "_buffers", {}
+        )  # not while somebody exchanges it
         if (
             ours
             and copies is not None
@@ -137,7 +165,11 @@ class SavedModule(InPlaceModule):
         ):
             replica = copies[copies.active]
             if isinstance(replica, TokenRows):
-                return replica.read(own) if name == "weight" and own is not None else super().__getattr__(name)
+                return (
+                    replica.read(own)
+                    if name == "weight" and own is not None
+                    else super().__getattr__(name)
+                )
             if name in replica._parameters or name in replica._buffers:
                 return getattr(replica, name)
         return super().__getattr__(name)
@@ -148,14 +180,18 @@ BASE_SLOT = "base bias"
 
 
 def slot(name: str) -> str:
-    """The name of an adapter's bias there: its own, but never the base's; what would be it gets a blank more."""
+    """The name of an adapter's bias there: its own, but never the base's; what would be it gets a
+    blank more.
+    """
     if name == BiasSwap.BASE:
         return BASE_SLOT
     return f"{name} " if name.rstrip(" ") == BASE_SLOT else name
 
 
 class BiasSwap(Appendage):
-    """The values of one bias of a module that are not in place now: the adapters' by name, and the base's under `BASE`."""
+    """The values of one bias of a module that are not in place now: the adapters' by name, and the
+    base's under `BASE`.
+    """
 
     BASE = "base.bias"  # with a dot, which no adapter's name has
     parameter: str
@@ -173,7 +209,9 @@ class BiasSwap(Appendage):
     def with_effect(self) -> list[str]:
         base = self._parameters.get(BASE_SLOT)
         kept = [(name, self._parameters.get(slot(name))) for name in self.names]
-        return [n for n, own in kept if own is not None and not (base is not None and _alike(own, base))]
+        return [
+            n for n, own in kept if own is not None and not (base is not None and _alike(own, base))
+        ]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.given is not None:
@@ -184,7 +222,8 @@ class BiasSwap(Appendage):
                     base.copy_(value)
             else:
                 args[-1].append(
-                    f"{prefix}{BASE_SLOT}: the shape is {tuple(value.shape)} there and {tuple(base.shape)} here."
+                    f"{prefix}{BASE_SLOT}: the shape is {tuple(value.shape)} there and"
+                    f" {tuple(base.shape)} here."
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -192,10 +231,13 @@ class BiasSwap(Appendage):
         """Make `name`'s bias the bias of `owner`; the base's where this adapter trains none."""
         name = name if name in self.names else self.BASE
         if name != self.in_place:
-            if layout(owner._parameters[self.parameter]) != self.layout or is_offloaded(owner, self.parameter):
+            if layout(owner._parameters[self.parameter]) != self.layout or is_offloaded(
+                owner, self.parameter
+            ):
                 raise ValueError(
-                    "a trained bias can't be exchanged for another under fully_shard, or where weights are offloaded: both "
-                    'keep each parameter where they found it. Adapters that are to be switched there must have bias="none".'
+                    "a trained bias can't be exchanged for another under fully_shard, or where"
+                    " weights are offloaded: both keep each parameter where they found it. Adapters"
+                    ' that are to be switched there must have bias="none".'
                 )
             # assignments alone, so that no failure comes between
             new = self._parameters[slot(name)]
@@ -210,14 +252,19 @@ class BiasSwap(Appendage):
             self.__dict__["in_place"] = self.BASE
 
     def get(self, owner: nn.Module, name: str) -> nn.Parameter:
-        source = owner._parameters[self.parameter] if name == self.in_place else self._parameters[slot(name)]
+        source = (
+            owner._parameters[self.parameter]
+            if name == self.in_place
+            else self._parameters[slot(name)]
+        )
         return cast(nn.Parameter, source)
 
 
 def units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """The topmost modules at or below `module` that own parameters or buffers.
 
-    Routing these, and not a container above them, works however the container is used: called, iterated, indexed.
+    Routing these, and not a container above them, works however the container is used: called,
+    iterated, indexed.
     """
     if module._parameters or module._buffers or isinstance(module, SavedModule):
         yield name, module
@@ -226,8 +273,12 @@ def units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
             yield from units(child, join(name, child_name))
 
 
-def check_units(model: nn.Module, found: dict[str, nn.Module], targets: Iterable[nn.Module]) -> None:
-    """Raise ValueError if a unit is adapted itself, or is tied to a module that would keep the old weight."""
+def check_units(
+    model: nn.Module, found: dict[str, nn.Module], targets: Iterable[nn.Module]
+) -> None:
+    """Raise ValueError if a unit is adapted itself, or is tied to a module that would keep the old
+    weight.
+    """
     if not found:
         return
     adapted = {id(module) for module in targets}
@@ -235,24 +286,28 @@ def check_units(model: nn.Module, found: dict[str, nn.Module], targets: Iterable
     for name, unit in found.items():
         if any(is_offloaded(m, parameter) for m in modules(unit) for parameter in m._parameters):
             raise ValueError(
-                f"modules_to_save names {name!r}, whose weights are offloaded: nothing to copy. First inject."
+                f"modules_to_save names {name!r}, whose weights are offloaded: nothing to copy."
+                " First inject."
             )
         if any(isinstance(m, GraloraLayer) or id(m) in adapted for m in modules(unit)):
             raise ValueError(
-                f"modules_to_save names {name!r}, which is adapted: a layer is adapted or saved, not both."
+                f"modules_to_save names {name!r}, which is adapted: a layer is adapted or saved,"
+                " not both."
             )
     owned = {id(p): name for name, unit in found.items() for p in unit.parameters()}
     for name, module in named_modules(model):
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) in owned and id(module) not in inside:
                 raise ValueError(
-                    f"modules_to_save names {owned[id(parameter)]!r}, whose weight is tied to {name!r}: training one "
-                    "copy would break the tie. Name both, or neither."
+                    f"modules_to_save names {owned[id(parameter)]!r}, whose weight is tied to"
+                    f" {name!r}: training one copy would break the tie. Name both, or neither."
                 )
 
 
 def copies_of(found: Iterable[nn.Module], *, tied: bool = True) -> list[nn.Module]:
-    """A trainable copy of each unit's base; weights tied among them stay tied among the copies, if `tied`."""
+    """A trainable copy of each unit's base; weights tied among them stay tied among the copies, if
+    `tied`.
+    """
     memo: dict[int, Any] = {}
     return [_base_copy(unit, memo if tied else {}) for unit in found]
 
@@ -290,7 +345,11 @@ def add_bias(owner: nn.Module, parameter: str, name: str, bias: nn.Parameter) ->
 def base_bias(owner: nn.Module, parameter: str) -> nn.Parameter:
     """The base's own bias `parameter` of `owner`, whichever adapter's is in place."""
     swap = child_of(owner, PREFIX + parameter)
-    base = swap.get(owner, BiasSwap.BASE) if isinstance(swap, BiasSwap) else owner._parameters[parameter]
+    base = (
+        swap.get(owner, BiasSwap.BASE)
+        if isinstance(swap, BiasSwap)
+        else owner._parameters[parameter]
+    )
     return cast(nn.Parameter, base)
 
 
@@ -302,16 +361,24 @@ def remove_swap(owner: nn.Module, swap: BiasSwap) -> None:
             del owner._load_state_dict_pre_hooks[key]
 
 
-def _load_base_biases(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """What a checkpoint of the base holds for a bias is the base's, whichever adapter's is in place."""
+def _load_base_biases(
+    owner: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
+) -> None:
+    """What a checkpoint of the base holds for a bias is the base's, whichever adapter's is in
+    place.
+    """
     for swap in owner._modules.values():
         key = prefix + swap.parameter if isinstance(swap, BiasSwap) else ""
         if isinstance(swap, BiasSwap) and swap.in_place != swap.BASE and key in state_dict:
-            if not any(other.startswith(f"{prefix}{PREFIX}{swap.parameter}.") for other in state_dict):
+            if not any(
+                other.startswith(f"{prefix}{PREFIX}{swap.parameter}.") for other in state_dict
+            ):
                 acting, base = owner._parameters[swap.parameter], swap.get(owner, swap.BASE)
                 fresh = _alike(cast(Tensor, acting), base)  # nobody has trained it: it follows
                 swap.__dict__["given"] = base, state_dict[key]
-                state_dict[key] = state_dict[key] if fresh else cast(Tensor, acting).detach().clone()
+                state_dict[key] = (
+                    state_dict[key] if fresh else cast(Tensor, acting).detach().clone()
+                )
 
 
 def _load_hooks(owner: nn.Module) -> list[int]:
@@ -319,17 +386,27 @@ def _load_hooks(owner: nn.Module) -> list[int]:
     return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _load_base_biases]
 
 
-def _pairs(replica: nn.Module, base: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def _pairs(
+    replica: nn.Module, base: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """Each tensor of a copy with the base's own, and which rows of that it is."""
     if isinstance(replica, TokenRows):
-        return [] if isinstance(replica, TiedRows) else [(replica.rows, base["weight"], replica.indices)]
-    return [(tensor, base[name], None) for name, tensor in replica.state_dict().items() if name in base]
+        return (
+            []
+            if isinstance(replica, TiedRows)
+            else [(replica.rows, base["weight"], replica.indices)]
+        )
+    return [
+        (tensor, base[name], None) for name, tensor in replica.state_dict().items() if name in base
+    ]
 
 
 def _alike(one: Tensor, other: Tensor, rows: Tensor | None = None) -> bool:
     if rows is not None and not other.is_meta and not is_spread(other):
         other = other[rows]
-    return not one.is_meta and not is_spread(one) and not is_spread(other) and torch.equal(one, other)
+    return (
+        not one.is_meta and not is_spread(one) and not is_spread(other) and torch.equal(one, other)
+    )
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
@@ -338,8 +415,12 @@ def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
             yield name, module
 
 
-def token_modules(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
-    """The embeddings of which an adapter trains some rows, with the tokens; what is tied to them left out."""
+def token_modules(
+    model: nn.Module, adapter_name: str
+) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """The embeddings of which an adapter trains some rows, with the tokens; what is tied to them
+    left out.
+    """
     return {
         path: (saved, tuple(replica.indices.tolist()))
         for path, saved in saved_modules(model)
@@ -350,7 +431,9 @@ def token_modules(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Mod
 
 
 def bias_swaps(model: nn.Module) -> Iterator[tuple[str, nn.Module, BiasSwap]]:
-    """(name of the bias, the module that owns it, its store) of every bias that some adapter trains."""
+    """(name of the bias, the module that owns it, its store) of every bias that some adapter
+    trains.
+    """
     for name, module in named_modules(model):
         for swap in module._modules.values():
             if isinstance(swap, BiasSwap):
@@ -367,8 +450,15 @@ def _base_copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:
         unit.__class__ = cls
         if child is not None:
             unit._modules[SAVED_CHILD] = child
-    for register in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(replica, register).clear()  # the module's own hooks fire; the copy's would be a second time
+    for register in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    ):
+        getattr(
+            replica, register
+        ).clear()  # the module's own hooks fire; the copy's would be a second time
     for parameter in replica.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return replica

@@ -15,11 +15,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def shared_copy(model: Model) -> Model:
-    """A second model over the same base weights and buffers: their memory is shared, nothing of it is copied.
+    """A second model over the same base weights and buffers: their memory is shared, nothing of it
+    is copied.
 
-    Adapters, saved modules and trained biases are copied, and from then on each model's are its own, as are active sets,
-    merges, modes, hooks and `requires_grad`. A merge is written into memory of its own, so the other model never sees it.
-    The two may run in two threads at once. What is written into a base weight in place (an optimizer that trains the base,
+    Adapters, saved modules and trained biases are copied, and from then on each model's are its
+    own, as are active sets, merges, modes, hooks and `requires_grad`. A merge is written into
+    memory of its own, so the other model never sees it. The two may run in two threads at once.
+    What is written into a base weight in place (an optimizer that trains the base,
     `load_state_dict`) is seen by both.
     """
     memo: dict[int, Any] = {id(tensor): _alias(tensor) for tensor in _base_tensors(model)}
@@ -45,7 +47,9 @@ def _base_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """Another tensor over the same memory; the very tensor where only its own class knows what its memory means."""
+    """Another tensor over the same memory; the very tensor where only its own class knows what its
+    memory means.
+    """
     setattr(tensor, SHARED, True)
     if type(tensor) is nn.Parameter:
         other: Tensor = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)

@@ -1,4 +1,6 @@
-"""The state of an adapted model: which adapters it has, which act, and how a failed change is undone."""
+"""The state of an adapted model: which adapters it has, which act, and how a failed change is
+undone.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from gralora.model.survey import survey
 T = TypeVar("T")
 
 SHARED = "_gralora_shared"
-"""An attribute of parameters whose memory another model has too: nothing may be merged into it in place."""
+"""An attribute of parameters whose memory another model has too: nothing may be merged into it in
+place.
+"""
 
 
 class UnknownAdapterError(KeyError):
@@ -37,7 +41,9 @@ def known_adapters(model: nn.Module) -> list[str]:
 
 
 def check_known(model: nn.Module, *names: str) -> None:
-    """Raise UnknownAdapterError, listing those there are, unless the model has every one of `names`."""
+    """Raise UnknownAdapterError, listing those there are, unless the model has every one of
+    `names`.
+    """
     check_among(known_adapters(model), *names)
 
 
@@ -45,28 +51,37 @@ def check_among(known: Collection[str], *names: str) -> None:
     """The same, of adapters that are known."""
     for name in names:
         if name not in known:
-            raise UnknownAdapterError(f"no adapter {name!r} in this model; it has: {', '.join(known) or 'none'}.")
+            raise UnknownAdapterError(
+                f"no adapter {name!r} in this model; it has: {', '.join(known) or 'none'}."
+            )
 
 
 def check_new(model: nn.Module, name: str) -> None:
     """Raise unless `name` can name a further adapter of the model."""
     check_adapter_name(name)
     if name in known_adapters(model):
-        raise ValueError(f"adapter {name!r} is in this model already; delete it first, or choose another name.")
+        raise ValueError(
+            f"adapter {name!r} is in this model already; delete it first, or choose another name."
+        )
 
 
 def check_unmerged(model: nn.Module, name: str) -> None:
-    """Raise ValueError if the adapter `name` is within some layer's weight, where a change to it would have no effect."""
+    """Raise ValueError if the adapter `name` is within some layer's weight, where a change to it
+    would have no effect.
+    """
     for path, layer in gralora_layers(model):
         if name in layer.gralora_adapters.merged:
-            raise ValueError(f"adapter {name!r} is merged (in {path!r}, for one) and can't be changed: unmerge first.")
+            raise ValueError(
+                f"adapter {name!r} is merged (in {path!r}, for one) and can't be changed: unmerge"
+                " first."
+            )
 
 
 def named_adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """All that is trained with the adapter `name`, under the keys of a file.
 
-    `<module>.gralora_A` and so on for adapters; saved modules and biases under their own names. Buffers of saved
-    modules are not among them.
+    `<module>.gralora_A` and so on for adapters; saved modules and biases under their own names.
+    Buffers of saved modules are not among them.
     """
     reshard(model)
     found: dict[str, nn.Parameter] = {}
@@ -75,7 +90,9 @@ def named_adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parame
             found.update(adapter_keys(path, dict(layer.gralora_adapters[name].named_parameters())))
     for path, saved in saved_modules(model):
         if name in saved.gralora_saved:
-            found.update({join(path, key): p for key, p in saved.gralora_saved[name].named_parameters()})
+            found.update(
+                {join(path, key): p for key, p in saved.gralora_saved[name].named_parameters()}
+            )
     for key, owner, swap in bias_swaps(model):
         if name in swap.names:
             found[key] = swap.get(owner, name)
@@ -88,9 +105,14 @@ def adapter_keys(path: str, tensors: Mapping[str, T]) -> dict[str, T]:
 
 
 def activate(
-    model: nn.Module, weights: Mapping[str, float], *, trained: Collection[str] | None = None, now: int = 0
+    model: nn.Module,
+    weights: Mapping[str, float],
+    *,
+    trained: Collection[str] | None = None,
+    now: int = 0,
 ) -> None:
-    """Make exactly the adapters in `weights` (name -> weight) act, and exactly those in `trained` be trained; None: the same.
+    """Make exactly the adapters in `weights` (name -> weight) act, and exactly those in `trained`
+    be trained; None: the same.
 
     Args:
         now: the `moment` of the switch, where forwards may wait for their backward.
@@ -121,9 +143,14 @@ def activate(
 
 
 def switch(
-    containers: Iterable[GraloraAdapters], weights: Mapping[str, float], trained: Collection[str], now: int
+    containers: Iterable[GraloraAdapters],
+    weights: Mapping[str, float],
+    trained: Collection[str],
+    now: int,
 ) -> None:
-    """`activate` where there is nothing but adapters, all or nothing: a few microseconds for a layer."""
+    """`activate` where there is nothing but adapters, all or nothing: a few microseconds for a
+    layer.
+    """
     found = [adapters.__dict__ for adapters in containers]
     wrong = [
         (parameter, name in trained)
@@ -142,7 +169,11 @@ def switch(
             acting = tuple([(modules[name], weight) for name, weight in asked if name in modules])
             if acting != own["acting"]:
                 before.append((own, own["active"], own["acting"], own.get("sole"), own["changed"]))
-                mine = asked if len(acting) == len(asked) else [each for each in asked if each[0] in modules]
+                mine = (
+                    asked
+                    if len(acting) == len(asked)
+                    else [each for each in asked if each[0] in modules]
+                )
                 own["active"], own["acting"], own["changed"] = dict(mine), acting, now
                 own["sole"] = sole if mine is asked else mine[0] if len(mine) == 1 else None
         for parameter, wanted in wrong:
@@ -166,7 +197,10 @@ def put_back_weight(layer: GraloraLayer) -> None:
     if base is not None:
         owner, name = layer.place
         now = owner._parameters[name]
-        if now is not None and (now.device, now.dtype) != (base.device, base.dtype):  # moved while merged
+        if now is not None and (now.device, now.dtype) != (
+            base.device,
+            base.dtype,
+        ):  # moved while merged
             base.data = base.data.to(now.device, now.dtype)
         owner._parameters[name] = base
         adapters.__dict__["base_weight"] = None
@@ -175,12 +209,16 @@ def put_back_weight(layer: GraloraLayer) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """On an exception, put every module of `model` back as it was: class, registers, attributes, requires_grad.
+    """On an exception, put every module of `model` back as it was: class, registers, attributes,
+    requires_grad.
 
     Values written into tensors in place are not covered.
     """
     reshard(model)
-    before = [(module, module.__class__, module.__dict__.copy(), _contents(module)) for module in modules(model)]
+    before = [
+        (module, module.__class__, module.__dict__.copy(), _contents(module))
+        for module in modules(model)
+    ]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -203,5 +241,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 def _contents(module: nn.Module) -> dict[str, Any]:
     """What is in each attribute of a module that can hold something, empty ones left out."""
     return {
-        name: value.copy() for name, value in module.__dict__.items() if isinstance(value, (dict, set, list)) and value
+        name: value.copy()
+        for name, value in module.__dict__.items()
+        if isinstance(value, (dict, set, list)) and value
     }

@@ -1,6 +1,7 @@
 """Buffers of the base: they stay the base's while adapters train.
 
-Norms and spectral norm are kept still (`layers/still.py`). What else a forward writes, as a codebook is, belongs to the
+Norms and spectral norm are kept still (`layers/still.py`). What else a forward writes, as a
+codebook is, belongs to the
 model: the base's values are remembered, and `disable_adapter` and `unload` put them back.
 """
 
@@ -22,7 +23,11 @@ REMEMBERED = "_gralora_buffers"
 def keep_still(model: nn.Module) -> None:
     """Keep the statistics of every frozen norm as they are, and remember what else could move."""
     owners = [module for module in modules(model) if module._buffers]
-    copies = {id(m) for _, saved in saved_modules(model) for m in modules(saved.gralora_saved)} if owners else set()
+    copies = (
+        {id(m) for _, saved in saved_modules(model) for m in modules(saved.gralora_saved)}
+        if owners
+        else set()
+    )
     for module in owners:
         if id(module) in copies:
             continue
@@ -30,7 +35,9 @@ def keep_still(model: nn.Module) -> None:
             change_class(module, StillModule)
         if not isinstance(module, StillModule) and REMEMBERED not in module.__dict__:
             kept = {
-                k: b.detach().clone() for k, b in module._buffers.items() if b is not None and _is_kept(module, k, b)
+                k: b.detach().clone()
+                for k, b in module._buffers.items()
+                if b is not None and _is_kept(module, k, b)
             }
             if kept:
                 module.__dict__[REMEMBERED] = kept
@@ -53,7 +60,9 @@ def keep_moved(model: nn.Module) -> None:
 
 @torch.no_grad()
 def put_back(module: nn.Module) -> dict[str, Tensor]:
-    """Give the buffers of `module` the base's values; returns those that they had, where they differ."""
+    """Give the buffers of `module` the base's values; returns those that they had, where they
+    differ.
+    """
     moved = {}
     for key, value in module.__dict__.get(REMEMBERED, {}).items():
         now = module._buffers.get(key)
@@ -79,4 +88,8 @@ def _is_kept(module: nn.Module, key: str, buffer: Tensor) -> bool:
 
 
 def _moved(now: Tensor, value: Tensor) -> bool:
-    return now.shape == value.shape and not now.is_meta and not torch.equal(now, value.to(now.device, now.dtype))
+    return (
+        now.shape == value.shape
+        and not now.is_meta
+        and not torch.equal(now, value.to(now.device, now.dtype))
+    )

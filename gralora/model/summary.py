@@ -37,12 +37,36 @@ class Summary(list[LayerRow]):
         self.totals = totals
 
     def __repr__(self) -> str:
-        head = ("layer", "shape", "adapter", "r", "k", "hybrid_r", "alpha", "scaling", "parameters", "active", "merged")
+        head = (
+            "layer",
+            "shape",
+            "adapter",
+            "r",
+            "k",
+            "hybrid_r",
+            "alpha",
+            "scaling",
+            "parameters",
+            "active",
+            "merged",
+        )
         shown, last = [], None
         for row in self:
-            name, shape = (row.layer, " x ".join(map(str, row.shape))) if row.layer != last else ("", "")
-            numbers = [row.r, row.gralora_k, row.hybrid_r, f"{row.alpha:g}", f"{row.scaling:g}", f"{row.parameters:,}"]
-            marks = ["" if weight is None else "yes" if weight == 1 else f"{weight:g}" for weight in row[-2:]]
+            name, shape = (
+                (row.layer, " x ".join(map(str, row.shape))) if row.layer != last else ("", "")
+            )
+            numbers = [
+                row.r,
+                row.gralora_k,
+                row.hybrid_r,
+                f"{row.alpha:g}",
+                f"{row.scaling:g}",
+                f"{row.parameters:,}",
+            ]
+            marks = [
+                "" if weight is None else "yes" if weight == 1 else f"{weight:g}"
+                for weight in row[-2:]
+            ]
             shown.append([name, shape, row.adapter, *map(str, numbers), *marks])
             last = row.layer
         return f"{table(head, shown)}\n\n{self.totals}"
@@ -51,7 +75,8 @@ class Summary(list[LayerRow]):
 
 
 def summary(model: nn.Module) -> Summary:
-    """One row per adapted layer and adapter: shape, r, k, alpha, parameters, and the weights with which it acts or is merged.
+    """One row per adapted layer and adapter: shape, r, k, alpha, parameters, and the weights with
+    which it acts or is merged.
 
     Returns:
         a list of rows that prints as a table, with totals below.
@@ -62,17 +87,36 @@ def summary(model: nn.Module) -> Summary:
         for key in adapters:
             adapter, config = adapters[key], adapters[key].config
             count = sum(p.numel() for p in adapter.parameters())
-            sizes = (config.r, config.gralora_k, config.hybrid_r, config.alpha, config.scaling, count)
+            sizes = (
+                config.r,
+                config.gralora_k,
+                config.hybrid_r,
+                config.alpha,
+                config.scaling,
+                count,
+            )
             rows.append(
-                LayerRow(name, layer.spot.shape, key, *sizes, adapters.active.get(key), adapters.merged.get(key))
+                LayerRow(
+                    name,
+                    layer.spot.shape,
+                    key,
+                    *sizes,
+                    adapters.active.get(key),
+                    adapters.merged.get(key),
+                )
             )
     trainable, total = count_parameters(model)
     layers = len({row.layer for row in rows})
-    beside = [f"{name} (saved)" for name, _ in saved_modules(model)] + [name for name, _, _ in bias_swaps(model)]
+    beside = [f"{name} (saved)" for name, _ in saved_modules(model)] + [
+        name for name, _, _ in bias_swaps(model)
+    ]
     lines = [
         f"{layers} layers, adapters: {', '.join(adapter_names(model)) or 'none'}",
         *([f"trained beside them: {', '.join(beside)}"] if beside else []),
-        f"{sum(row.parameters for row in rows):,} parameters in adapters, {trainable:,} trainable of {total:,}",
+        (
+            f"{sum(row.parameters for row in rows):,} parameters in adapters, {trainable:,}"
+            f" trainable of {total:,}"
+        ),
     ]
     gone = vanished(model, adapter_names(model))
     left = model.__dict__.get(LEFT_OUT, ())
@@ -85,4 +129,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest entry."""
     texts = [head, *rows]
     widths = [max(len(row[i]) for row in texts) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in texts)
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in texts
+    )

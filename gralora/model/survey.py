@@ -1,4 +1,6 @@
-"""What of a model concerns adapters, found in one walk that does not enter them: for what is done often to many layers."""
+"""What of a model concerns adapters, found in one walk that does not enter them: for what is done
+often to many layers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from gralora.layers.class_change import join
 from gralora.model.saved import BiasSwap, SavedCopies, SavedModule
 
 RECORD = "_gralora_record"
-"""On the module that was injected into: adapter name -> names of all that it has there (`record.py`)."""
+"""On the module that was injected into: adapter name -> names of all that it has there
+(`record.py`).
+"""
 
 
 class Survey(NamedTuple):
@@ -22,9 +26,11 @@ class Survey(NamedTuple):
 
     Attributes:
         layers, saved, biases: adapted maps, saved modules, and biases that adapters train.
-        lost: adapters and copies around which something has rebuilt their module, so that they act no more.
+        lost: adapters and copies around which something has rebuilt their module, so that they act
+            no more.
         records: what `inject` has written down, by the module that it was given.
-        only_adapters: there is nothing but adapters as they are made, none merged, and no engine has taken them.
+        only_adapters: there is nothing but adapters as they are made, none merged, and no engine
+            has taken them.
     """
 
     layers: list[tuple[str, GraloraAdapters]]

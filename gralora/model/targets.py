@@ -1,4 +1,6 @@
-"""Which modules an adapter goes on: every form of `targets`, and the checks before anything is changed."""
+"""Which modules an adapter goes on: every form of `targets`, and the checks before anything is
+changed.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ class Target:
 
 
 class Names:
-    """The modules of a model and the linear maps in them, with every name that leads there; adapters are left out,
-    and what `torch.nn.utils.parametrize` keeps.
+    """The modules of a model and the linear maps in them, with every name that leads there;
+    adapters are left out, and what `torch.nn.utils.parametrize` keeps.
 
     A map that is a part of its module bears the module's names with its own behind a dot.
     """
@@ -58,8 +60,11 @@ class Names:
         self.spots: list[tuple[list[str], Spot]] = []
         for _, its_names, module in self:
             for spot in spots(module):
-                self.spots.append(([(join(name, spot.part) if spot.part else name) for name in its_names], spot))
-        # a module may hold its map in a child, as nn.MultiheadAttention does in out_proj: the child is no map of its own
+                self.spots.append(
+                    ([(join(name, spot.part) if spot.part else name) for name in its_names], spot)
+                )
+        # a module may hold its map in a child, as nn.MultiheadAttention does in out_proj: the child
+        # is no map of its own
         held = {id(_owner(spot)) for _, spot in self.spots if _owner(spot) is not spot.module}
         self.spots = [(its, spot) for its, spot in self.spots if id(spot.module) not in held]
         self.held = held
@@ -69,9 +74,15 @@ class Names:
         return ((key, self.names[key], module) for key, module in self.modules.items())
 
     def find(self, pattern: str | Collection[str]) -> list[tuple[str, nn.Module]]:
-        """(first name, module) of each that `pattern`, a regular expression or list of names, matches."""
+        """(first name, module) of each that `pattern`, a regular expression or list of names,
+        matches.
+        """
         match = _matcher(pattern)
-        return [(names[0], module) for _, names, module in self if any(match(name, module) for name in names)]
+        return [
+            (names[0], module)
+            for _, names, module in self
+            if any(match(name, module) for name in names)
+        ]
 
 
 class _Rule(NamedTuple):
@@ -81,18 +92,23 @@ class _Rule(NamedTuple):
     excluded: Predicate
 
     def takes(self, its_names: list[str], module: nn.Module) -> bool:
-        return any(self.match(name, module) and not self.excluded(name, module) for name in its_names)
+        return any(
+            self.match(name, module) and not self.excluded(name, module) for name in its_names
+        )
 
     def leaves(self, its_names: list[str], module: nn.Module) -> bool:
         return all(self.excluded(name, module) for name in its_names)
 
 
-def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, names: Names) -> list[Target]:
+def resolve(
+    model: nn.Module, targets: Targets, config: GraloraConfig | None, names: Names
+) -> list[Target]:
     """The layers that `targets` means, in module order, each with its config.
 
     Raises:
-        ValueError: nothing matches (the text shows the nearest names), or some match cannot be adapted (the text names
-            every one, and the legal values of k). TypeError: `targets` has no form that is known.
+        ValueError: nothing matches (the text shows the nearest names), or some match cannot be
+            adapted (the text names every one, and the legal values of k). TypeError: `targets` has
+            no form that is known.
     """
     default = config or GraloraConfig()
     rules = _rules(model, targets, default)
@@ -102,12 +118,18 @@ def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, na
     hosts = {id(spot.module) for _, spot in names.spots}
     for pattern, rule_config in rules:
         rule = _Rule(_matcher_for(model, pattern, names, rule_config), _excluded(rule_config))
-        whole = {key for key, its_names, module in names if key not in saved and rule.takes(its_names, module)}
+        whole = {
+            key
+            for key, its_names, module in names
+            if key not in saved and rule.takes(its_names, module)
+        }
         for index, (its_names, spot) in enumerate(names.spots):
             key, owner = id(spot.module), _owner(spot)
             if index in found or key in saved:
                 continue
-            if spot.part and (rule.leaves(names.names[key], spot.module) or rule.leaves(its_names, owner)):
+            if spot.part and (
+                rule.leaves(names.names[key], spot.module) or rule.leaves(its_names, owner)
+            ):
                 continue
             if key in whole or (spot.part and rule.takes(its_names, owner)):
                 found[index] = Target(its_names[0], spot, rule_config)
@@ -120,19 +142,24 @@ def resolve(model: nn.Module, targets: Targets, config: GraloraConfig | None, na
     ordered = [found[index] for index in range(len(names.spots)) if index in found]
     if not ordered and not strangers:
         raise ValueError(_nothing_matches(rules, names))
-    problems = [*_problems(ordered, names), *(strangers[key] for key in names.modules if key in strangers)]
+    problems = [
+        *_problems(ordered, names),
+        *(strangers[key] for key in names.modules if key in strangers),
+    ]
     if problems:
         raise ValueError("\n".join(problems))
     _warn_of_layout(ordered)
     saved_names = [
-        name for name, module in ((n, names.modules[key]) for key, ns, _ in names for n in ns) if id(module) in saved
+        name
+        for name, module in ((n, names.modules[key]) for key, ns, _ in names for n in ns)
+        if id(module) in saved
     ]
     names.left_out = [name for name in names.left_out if name not in saved_names]
     if names.left_out:
         k = ordered[0].config.gralora_k
         warnings.warn(
-            f'"{ALL_LINEAR}" leaves out {shorten(names.left_out)}: k={k} divides not both of their sizes. A head that is made '
-            "for a task belongs in modules_to_save.",
+            f'"{ALL_LINEAR}" leaves out {shorten(names.left_out)}: k={k} divides not both of their'
+            " sizes. A head that is made for a task belongs in modules_to_save.",
             UserWarning,
             stacklevel=3,
         )
@@ -143,52 +170,79 @@ def nearest(name: str, known: Collection[str], count: int = 3) -> str:
     """The known names that look most like `name`, as an error message lists them."""
     short = {n.rsplit(".", 1)[-1]: n for n in reversed(list(known)) if n}
     close = difflib.get_close_matches(name, list(known), count, 0.3)
-    close += [short[s] for s in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(short), count, 0.3)]
+    close += [
+        short[s]
+        for s in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(short), count, 0.3)
+    ]
     return ", ".join(repr(n) for n in dict.fromkeys(close or list(known)[:count]))
 
 
 def shorten(items: Iterable[str], count: int = 5) -> str:
     """The first of `items`, and how many more there are."""
     items = list(items)
-    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")
+    return ", ".join(items[:count]) + (
+        f" and {len(items) - count} more" if len(items) > count else ""
+    )
 
 
-def _rules(model: nn.Module, targets: Targets, default: GraloraConfig) -> list[tuple[Pattern, GraloraConfig]]:
+def _rules(
+    model: nn.Module, targets: Targets, default: GraloraConfig
+) -> list[tuple[Pattern, GraloraConfig]]:
     if isinstance(targets, GraloraConfig) or hasattr(targets, "peft_type"):
         raise TypeError(
-            "targets is a GraloraConfig: call inject(model, targets, config), or inject(model, config=config)."
+            "targets is a GraloraConfig: call inject(model, targets, config), or inject(model,"
+            " config=config)."
         )
     if targets is None:
-        targets = default.target_modules if default.target_modules is not None else default_targets(model)
+        targets = (
+            default.target_modules if default.target_modules is not None else default_targets(model)
+        )
     if isinstance(targets, Mapping):
         if not targets:
             raise ValueError("targets is an empty mapping: nothing would be adapted.")
-        configs = {pattern: as_config(value, f"targets[{pattern!r}]") or default for pattern, value in targets.items()}
+        configs = {
+            pattern: as_config(value, f"targets[{pattern!r}]") or default
+            for pattern, value in targets.items()
+        }
         return [(pattern, settled(model, config)) for pattern, config in configs.items()]
     return [(cast(Pattern, targets), default)]
 
 
-def _matcher_for(model: nn.Module, pattern: Pattern, names: Names, config: GraloraConfig) -> Predicate:
+def _matcher_for(
+    model: nn.Module, pattern: Pattern, names: Names, config: GraloraConfig
+) -> Predicate:
     if pattern == ALL_LINEAR:
         heads = {id(head) for head in _output_heads(model)}
         linear = [
             (its[0], spot)
             for its, spot in names.spots
-            if spot.kind.in_all_linear and unfit(spot, names) is None and id(spot.module) not in heads
+            if spot.kind.in_all_linear
+            and unfit(spot, names) is None
+            and id(spot.module) not in heads
         ]
-        fit = {id(_owner(spot)) for _, spot in linear if not any(size % config.gralora_k for size in spot.cut)}
+        fit = {
+            id(_owner(spot))
+            for _, spot in linear
+            if not any(size % config.gralora_k for size in spot.cut)
+        }
         if not fit:
-            return lambda name, module: id(module) in {id(_owner(spot)) for _, spot in linear}  # the error names them
+            return lambda name, module: (
+                id(module) in {id(_owner(spot)) for _, spot in linear}
+            )  # the error names them
         excluded = _excluded(config)
         names.left_out = [
-            name for name, spot in linear if id(_owner(spot)) not in fit and not excluded(name, spot.module)
+            name
+            for name, spot in linear
+            if id(_owner(spot)) not in fit and not excluded(name, spot.module)
         ]
         return lambda name, module: id(module) in fit
     return _matcher(pattern)
 
 
 def _excluded(config: GraloraConfig) -> Predicate:
-    """Layers that a config leaves out: by name, or since they are in none of its `layers_to_transform`."""
+    """Layers that a config leaves out: by name, or since they are in none of its
+    `layers_to_transform`.
+    """
     named = _matcher(config.exclude_modules or ())
     if config.layers_to_transform is None:
         return named
@@ -199,7 +253,9 @@ def _wanted(name: str, config: GraloraConfig) -> bool:
     """Whether a layer is in a block that `layers_to_transform` has, by PEFT's rule."""
     if config.layers_to_transform is None:
         return True
-    patterns = [rf".*\.{pattern}\.(\d+)\." for pattern in config.layers_pattern or ()] or [r".*\.[^.]*\.(\d+)\."]
+    patterns = [rf".*\.{pattern}\.(\d+)\." for pattern in config.layers_pattern or ()] or [
+        r".*\.[^.]*\.(\d+)\."
+    ]
     found = next((match for pattern in patterns if (match := re.match(pattern, name))), None)
     return found is not None and int(found.group(1)) in config.layers_to_transform
 
@@ -217,21 +273,31 @@ def _matcher(pattern: object) -> Predicate:
         wanted = tuple(cast(Collection[str], pattern))
         return lambda name, module: _listed(name, wanted) is not None
     raise TypeError(
-        f"targets={pattern!r} is a {type(pattern).__name__}: it must be a regular expression, a list of names, "
-        f'"{ALL_LINEAR}", a function (name, module) -> bool, a mapping from these to configs, or None.'
+        f"targets={pattern!r} is a {type(pattern).__name__}: it must be a regular expression, a"
+        " list of names, "
+        f'"{ALL_LINEAR}", a function (name, module) -> bool, a mapping from these to configs, or'
+        " None."
     )
 
 
 def _listed(name: str, wanted: Collection[str]) -> str | None:
-    return next((item for item in wanted if name == item or (item and name.endswith(f".{item}"))), None)
+    return next(
+        (item for item in wanted if name == item or (item and name.endswith(f".{item}"))), None
+    )
 
 
 def _output_heads(model: nn.Module) -> list[nn.Module]:
-    """Output layers: what `get_output_embeddings()` returns, and every linear layer tied to an embedding."""
+    """Output layers: what `get_output_embeddings()` returns, and every linear layer tied to an
+    embedding.
+    """
     heads = []
     for module in modules(model):
         try:
-            head = cast(Any, module).get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+            head = (
+                cast(Any, module).get_output_embeddings()
+                if hasattr(module, "get_output_embeddings")
+                else None
+            )
         except (NotImplementedError, AttributeError):
             head = None
         if isinstance(head, nn.Module):
@@ -241,7 +307,9 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
 
 
 def output_tied(model: nn.Module) -> bool:
-    """Whether the config of a transformers model says that head and embedding are one, and they are."""
+    """Whether the config of a transformers model says that head and embedding are one, and they
+    are.
+    """
     config = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return False
@@ -249,7 +317,9 @@ def output_tied(model: nn.Module) -> bool:
         parts = [getattr(model, f"get_{which}_embeddings")() for which in ("input", "output")]
     except (AttributeError, NotImplementedError):
         return False
-    first, second = (part._parameters.get("weight") if isinstance(part, nn.Module) else None for part in parts)
+    first, second = (
+        part._parameters.get("weight") if isinstance(part, nn.Module) else None for part in parts
+    )
     return first is not None and first is second
 
 
@@ -258,7 +328,9 @@ def unfit(spot: Spot, names: Names) -> str | None:
     if isinstance(spot.module, SavedModule):
         return "is in another adapter's modules_to_save; a layer is adapted or saved, not both"
     owner, name = spot.kind.weight_at(spot.module, spot.part)
-    weight: object = owner._parameters.get(name)  # as it lies: where experts have adapters, its name reads W + ΔW
+    weight: object = owner._parameters.get(
+        name
+    )  # as it lies: where experts have adapters, its name reads W + ΔW
     if weight is None:
         weight = getattr(owner, name, None)
     if isinstance(weight, UninitializedParameter):
@@ -275,17 +347,19 @@ def _stranger(name: str, module: nn.Module, listed: bool) -> str:
     reason = why_refused(module)
     if reason is not None:
         return (
-            f"{name!r} is a {type(module).__name__}, which can't be adapted: {reason}. Leave it out with "
+            f"{name!r} is a {type(module).__name__}, which can't be adapted: {reason}. Leave it out"
+            " with "
             f'exclude_modules, or take "{ALL_LINEAR}".'
         )
     if listed or not name:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         return (
-            f"{name!r} is a {type(module).__name__} ({kind}); adaptable are {ADAPTABLE}. One that computes x @ Wᵀ + b with a "
-            "weight of its own: gralora.register(its class)."
+            f"{name!r} is a {type(module).__name__} ({kind}); adaptable are {ADAPTABLE}. One that"
+            " computes x @ Wᵀ + b with a weight of its own: gralora.register(its class)."
         )
     return (
-        f"{name!r} is a {type(module).__name__}, whose weights can't be adapted; adaptable are {ADAPTABLE}. Leave it out with "
+        f"{name!r} is a {type(module).__name__}, whose weights can't be adapted; adaptable are"
+        f" {ADAPTABLE}. Leave it out with "
         f'exclude_modules, or take "{ALL_LINEAR}", which is every linear layer but the output head.'
     )
 
@@ -303,7 +377,11 @@ def _problems(targets: list[Target], names: Names) -> list[str]:
             continue
         sizes = target.spot.cut
         k, r = target.config.gralora_k, target.config.r
-        bad = [f"{side}={size}" for side, size in zip(("in_features", "out_features"), sizes, strict=True) if size % k]
+        bad = [
+            f"{side}={size}"
+            for side, size in zip(("in_features", "out_features"), sizes, strict=True)
+            if size % k
+        ]
         if bad:
             best = suggested(r, divisors(math.gcd(*sizes, r)))
             problems.append(
@@ -319,11 +397,17 @@ def _inside(names: Names, patterns: list[tuple[str, ...] | None]) -> set[int]:
 
 
 def _warn_of_absent(pattern: Collection[str], names: Names) -> None:
-    known = [name for its in (*names.names.values(), *(its for its, _ in names.spots)) for name in its]
+    known = [
+        name for its in (*names.names.values(), *(its for its, _ in names.spots)) for name in its
+    ]
     present = {_listed(name, [item]) for item in pattern for name in known}
     absent = [item for item in pattern if item not in present]
     if absent and len(absent) < len(pattern):
-        warnings.warn(f"targets not found in this model, passed over: {', '.join(absent)}", UserWarning, stacklevel=4)
+        warnings.warn(
+            f"targets not found in this model, passed over: {', '.join(absent)}",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_layout(targets: list[Target]) -> None:
@@ -334,7 +418,10 @@ def _warn_of_layout(targets: list[Target]) -> None:
         and t.config.fan_in_fan_out is not t.spot.kind.transposed(t.spot.module, t.spot.part)
     ]
     if wrong:
-        message = f"fan_in_fan_out contradicts the layout of {shorten(wrong, 3)}; the layout is read off the layer."
+        message = (
+            f"fan_in_fan_out contradicts the layout of {shorten(wrong, 3)}; the layout is read off"
+            " the layer."
+        )
         warnings.warn(message, UserWarning, stacklevel=4)
 
 
@@ -343,15 +430,27 @@ def _nothing_matches(rules: list[tuple[Pattern, GraloraConfig]], names: Names) -
     if not linear:
         return f"nothing to adapt: this model has none of {ADAPTABLE}."
     given = [p for p, _ in rules]
-    texts = [text for p in given for text in ([p] if isinstance(p, str) else p if isinstance(p, Collection) else [])]
+    texts = [
+        text
+        for p in given
+        for text in ([p] if isinstance(p, str) else p if isinstance(p, Collection) else [])
+    ]
     close = "; ".join(nearest(text, linear) for text in texts) or nearest("", linear)
     shown = given[0] if len(given) == 1 else given
-    matched = any(_matcher(pattern)(name, module) for pattern in given for _, its, module in names for name in its)
+    matched = any(
+        _matcher(pattern)(name, module)
+        for pattern in given
+        for _, its, module in names
+        for name in its
+    )
     what = "nothing that can be adapted" if matched else "no module of this model"
     advice = ""
     for text in texts:
         ends = [name for name in linear if name.endswith(f".{text}")]
         if isinstance(given[0], str) and ends and re.fullmatch(r"[\w.]+", text):
-            advice = f" A string is a regular expression for the whole name: [{text!r}] takes {len(ends)} layers, and so does "
+            advice = (
+                f" A string is a regular expression for the whole name: [{text!r}] takes"
+                f" {len(ends)} layers, and so does "
+            )
             advice += f"r'.*\\.{text}'."
     return f"targets={shown!r} match {what}.{advice} Nearest names: {close}."

@@ -1,7 +1,8 @@
-"""Tokens that are trained whole, while the rest of their embedding stays frozen: `trainable_token_indices`.
+"""Tokens that are trained whole, while the rest of their embedding stays frozen:
+`trainable_token_indices`.
 
-To the model it is a saved module (`saved.py`) whose copy holds some rows alone. A head that is tied to the embedding
-follows it: there the same rows are outputs.
+To the model it is a saved module (`saved.py`) whose copy holds some rows alone. A head that is tied
+to the embedding follows it: there the same rows are outputs.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ from gralora.maths import autograd
 ROWS, INDICES = "trainable_tokens", "token_indices"
 """Behind the embedding's name, the keys of `adapter_state_dict` and of a file."""
 
-_running: ContextVar[tuple[nn.Module, TokenRows] | None] = ContextVar("gralora_tokens", default=None)
+_running: ContextVar[tuple[nn.Module, TokenRows] | None] = ContextVar(
+    "gralora_tokens", default=None
+)
 
 
 class TokenRows(nn.Module):
-    """Rows of one embedding that an adapter trains: `trainable_tokens` (n, H) stands in for its rows `token_indices` (n)."""
+    """Rows of one embedding that an adapter trains: `trainable_tokens` (n, H) stands in for its
+    rows `token_indices` (n).
+    """
 
     trainable_tokens: nn.Parameter
     token_indices: Tensor
@@ -41,7 +46,10 @@ class TokenRows(nn.Module):
 
     def call(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward of `owner`, whose copy this is, with these rows in its weight."""
-        weight, forward = cast(Tensor, owner._parameters["weight"]), cast(Any, owner)._base_class.forward
+        weight, forward = (
+            cast(Tensor, owner._parameters["weight"]),
+            cast(Any, owner)._base_class.forward,
+        )
         x = args[0] if args else next(iter(kwargs.values()))
         if forward is nn.Embedding.forward:
             return self.look_up(weight, x, cast(nn.Embedding, owner).padding_idx)
@@ -56,12 +64,16 @@ class TokenRows(nn.Module):
             _running.reset(token)
 
     def read(self, weight: Tensor) -> Tensor:
-        """What whoever reads the weight gets: while a forward runs, the one with these rows, not computed."""
+        """What whoever reads the weight gets: while a forward runs, the one with these rows, not
+        computed.
+        """
         if not torch.compiler.is_compiling() and not forward_runs(None):
             return weight
         product, look_up = partial(self.product, weight), partial(self.look_up, weight)
         sum = Sum((weight, self.rows), self.put_into, product, False, look_up=look_up)
-        return cast(Tensor, unevaluated(sum)) if autograd.eager() else self.put_into(weight, self.rows)
+        return (
+            cast(Tensor, unevaluated(sum)) if autograd.eager() else self.put_into(weight, self.rows)
+        )
 
     @property
     def rows(self) -> nn.Parameter:
@@ -83,7 +95,9 @@ class TokenRows(nn.Module):
         own = F.embedding(mine, self.rows).to(weight.dtype)
         if padding_idx is not None:
             own = torch.where((tokens == padding_idx)[..., None], own.detach(), own)
-        return torch.where((self.indices[mine] == tokens)[..., None], own, F.embedding(tokens, weight, padding_idx))
+        return torch.where(
+            (self.indices[mine] == tokens)[..., None], own, F.embedding(tokens, weight, padding_idx)
+        )
 
     def product(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., H) -> (..., V), as of a head."""
@@ -117,14 +131,17 @@ def running(owner: nn.Module) -> TokenRows | None:
 Wanted = tuple[int, ...] | tuple[tuple[str, tuple[int, ...]], ...]
 
 
-def wanted_tokens(model: nn.Module, wanted: Wanted, names: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+def wanted_tokens(
+    model: nn.Module, wanted: Wanted, names: Mapping[str, nn.Module]
+) -> dict[str, tuple[int, ...]]:
     """The embeddings that `trainable_token_indices` means, by name, with their tokens.
 
     Args:
         names: of all modules.
 
     Raises:
-        ValueError: no embedding is meant, or not one alone; a token is out of range; the weight can't be reached.
+        ValueError: no embedding is meant, or not one alone; a token is out of range; the weight
+            can't be reached.
     """
     embeddings = {name: m for name, m in names.items() if isinstance(m, nn.Embedding)}
     known = ", ".join(map(repr, embeddings)) or "none"
@@ -136,7 +153,8 @@ def wanted_tokens(model: nn.Module, wanted: Wanted, names: Mapping[str, nn.Modul
             own = [name for name in names if name == key or name.endswith(f".{key}")]
             if not own:
                 raise ValueError(
-                    f"trainable_token_indices names {key!r}, which this model lacks. Its embeddings: {known}."
+                    f"trainable_token_indices names {key!r}, which this model lacks. Its"
+                    f" embeddings: {known}."
                 )
             found.update(dict.fromkeys(own, tokens))
     for name, tokens in found.items():
@@ -148,19 +166,29 @@ def check_tokens(name: str, module: nn.Module, tokens: tuple[int, ...], known: s
     """Raise ValueError unless these are rows of an embedding that can be trained."""
     if not isinstance(module, nn.Embedding):
         raise ValueError(
-            f"trainable_token_indices names {name!r}, a {type(module).__name__}. Legal are embeddings ({known}); a head that is "
-            "tied to one follows it."
+            f"trainable_token_indices names {name!r}, a {type(module).__name__}. Legal are"
+            f" embeddings ({known}); a head that is tied to one follows it."
         )
     if module.max_norm is not None:
-        raise ValueError(f"{name!r} has max_norm={module.max_norm}: its forward rewrites the weight.")
-    weight = module._parameters.get("weight")
-    if weight is None or type(weight) is not nn.Parameter or is_spread(weight) or not weight.is_floating_point():
         raise ValueError(
-            f"the weight of {name!r} is quantised, parametrised or spread: single tokens can't be trained."
+            f"{name!r} has max_norm={module.max_norm}: its forward rewrites the weight."
+        )
+    weight = module._parameters.get("weight")
+    if (
+        weight is None
+        or type(weight) is not nn.Parameter
+        or is_spread(weight)
+        or not weight.is_floating_point()
+    ):
+        raise ValueError(
+            f"the weight of {name!r} is quantised, parametrised or spread: single tokens can't be"
+            " trained."
         )
     bad = [index for index in tokens if not 0 <= index < module.num_embeddings]
     if bad:
-        raise ValueError(f"token {bad[0]} is out of range: {name!r} has tokens 0 to {module.num_embeddings - 1}.")
+        raise ValueError(
+            f"token {bad[0]} is out of range: {name!r} has tokens 0 to {module.num_embeddings - 1}."
+        )
 
 
 def tied_to(model: nn.Module, embedding: nn.Module) -> Iterator[nn.Module]:
@@ -173,13 +201,17 @@ def tied_to(model: nn.Module, embedding: nn.Module) -> Iterator[nn.Module]:
 
 def _input_embedding(model: nn.Module, embeddings: Mapping[str, nn.Module], known: str) -> str:
     try:
-        of_model: object = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        of_model: object = (
+            cast(Any, model).get_input_embeddings()
+            if hasattr(model, "get_input_embeddings")
+            else None
+        )
     except (NotImplementedError, AttributeError):
         of_model = None
     found = [name for name, module in embeddings.items() if module is of_model] or list(embeddings)
     if len(found) != 1:
         raise ValueError(
-            f"trainable_token_indices is a list, and which embedding it means can't be known; there are: {known}. Give a "
-            "mapping from names to lists."
+            "trainable_token_indices is a list, and which embedding it means can't be known; there"
+            f" are: {known}. Give a mapping from names to lists."
         )
     return found[0]

@@ -18,7 +18,10 @@ def names(folder: str) -> list[str]:
 def run(name: str, out: Path, *options: str) -> dict[str, Any]:
     """Run `benchmarks.NAME`; what it wrote."""
     with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning):  # of packages that are imported only there
+        for category in (
+            DeprecationWarning,
+            FutureWarning,
+        ):  # of packages that are imported only there
             warnings.simplefilter("ignore", category)
         importlib.import_module(f"benchmarks.{name}").main(["--out", str(out), *options])
     written: dict[str, Any] = json.loads((out / f"{file(name)}.json").read_text())
@@ -31,7 +34,9 @@ def file(name: str) -> str:
 
 
 def check(name: str, out: Path, printed: str) -> dict[str, Any]:
-    """What every benchmark leaves: a table, a picture, and JSON that says on what it was measured."""
+    """What every benchmark leaves: a table, a picture, and JSON that says on what it was
+    measured.
+    """
     own = file(name)
     result: dict[str, Any] = json.loads((out / f"{own}.json").read_text())
     assert "| ---" in printed

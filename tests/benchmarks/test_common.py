@@ -22,7 +22,10 @@ def test_what_is_placed_lies_where_new_tensors_do():
     one = torch.ones(2)
     assert common.placed(one) is one
     with torch.device("meta"):
-        assert common.placed(one).is_meta and common.placed(torch.nn.Linear(2, 2, device="cpu")).weight.is_meta
+        assert (
+            common.placed(one).is_meta
+            and common.placed(torch.nn.Linear(2, 2, device="cpu")).weight.is_meta
+        )
 
 
 def test_a_measured_call_gives_its_seconds_and_its_result():

@@ -34,7 +34,11 @@ def test_the_chat_model_learns_and_llama_cpp_answers_as_pytorch_does(tmp_path, c
     result = check("jobs.chat", tmp_path, printed)
     assert result["steps"] == 8 and result["losses"][-1] < result["losses"][0] / 2
     assert result["quality"]["adapted"]["loss"] < result["quality"]["base"]["loss"] / 2
-    assert result["reload_max_abs_diff"] == 0 and 0 < result["merge_max_abs_diff"] < 1e-2 and result["moved"] > 0.5
+    assert (
+        result["reload_max_abs_diff"] == 0
+        and 0 < result["merge_max_abs_diff"] < 1e-2
+        and result["moved"] > 0.5
+    )
     assert result["llama_cpp"]["asked"] == 20 and result["llama_cpp"]["same"] >= 0.9
     assert {"adapter.gguf", "adapter.safetensors"} == set(result["bytes"])
     assert f"gralora check {tmp_path / 'adapter.safetensors'} --for llama.cpp" in printed

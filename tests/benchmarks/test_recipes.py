@@ -13,15 +13,23 @@ from ..needs import needs
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "benchmarks" / "recipes").glob("*.py"))
-PACKAGES = {"quantised": ["bitsandbytes"], "offload": ["accelerate"], "compile_and_export": ["onnx", "onnxscript"]}
+PACKAGES = {
+    "quantised": ["bitsandbytes"],
+    "offload": ["accelerate"],
+    "compile_and_export": ["onnx", "onnxscript"],
+}
 PACKAGES |= {f"trl_{kind}": ["trl", "datasets"] for kind in ("sft", "dpo", "grpo")}
-PACKAGES |= {"lightning_module": ["lightning"], "sentence_encoder": ["sentence_transformers", "datasets"]}
+PACKAGES |= {
+    "lightning_module": ["lightning"],
+    "sentence_encoder": ["sentence_transformers", "datasets"],
+}
 PACKAGES |= {"diffusers_training": ["diffusers"]}
 PACKAGES["zero3"] = [
     "deepspeed"
 ]  # which is built against the torch that is there: pip install --no-build-isolation deepspeed
-# torch's own fault, open: gloo's thread frees a tensor while the interpreter ends, and aborts (pytorch issue 190489). On a busy
-# machine about one run in twenty does, after the recipe's last line; one that did so every time would still fail here.
+# torch's own fault, open: gloo's thread frees a tensor while the interpreter ends, and aborts
+# (pytorch issue 190489). On a busy machine about one run in twenty does, after the recipe's last
+# line; one that did so every time would still fail here.
 ABORTED, TRIES = "terminate called without an active exception", 4
 
 
@@ -36,14 +44,23 @@ def test_recipe_runs_as_it_says(path, tmp_path, monkeypatch):
     assert ROOT / file == path
     if program == "python":
         monkeypatch.chdir(tmp_path)
-        runpy.run_path(str(path), run_name="__main__")  # as the command does, without importing torch anew
+        runpy.run_path(
+            str(path), run_name="__main__"
+        )  # as the command does, without importing torch anew
         return
     assert program == "torchrun"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     environment["DS_ACCELERATOR"] = "cpu"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, path]
     for _ in range(TRIES):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
         if not (done.returncode and ABORTED in done.stderr):
             break
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,6 @@
-"""Activation checkpointing: what is computed again in the backward pass is what was computed before."""
+"""Activation checkpointing: what is computed again in the backward pass is what was computed
+before.
+"""
 
 import _thread
 import threading
@@ -22,21 +24,28 @@ class Stack(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(8, 16)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 16)) for _ in range(3)
+            nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 16))
+            for _ in range(3)
         )
         self.how = None
 
     def forward(self, tokens):
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x) if self.how is None else checkpoint(block, x, use_reentrant=self.how == "reentrant")
+            x = (
+                block(x)
+                if self.how is None
+                else checkpoint(block, x, use_reentrant=self.how == "reentrant")
+            )
         return x
 
 
 def stack(**config):
     torch.manual_seed(0)
     model = Stack()
-    gralora.inject(model, "all-linear", random_config(gralora_dropout=0.3, **config), adapter_name="a")
+    gralora.inject(
+        model, "all-linear", random_config(gralora_dropout=0.3, **config), adapter_name="a"
+    )
     gralora.inject(model, "all-linear", random_config(gralora_k=4), adapter_name="b")
     return model
 
@@ -94,7 +103,9 @@ def test_within_a_block_of_this_thread(block):
 
 
 def test_a_thread_that_autograd_starts_sees_the_block():
-    """On a GPU the backward pass runs in a thread of autograd's own, which has no context variables of ours."""
+    """On a GPU the backward pass runs in a thread of autograd's own, which has no context variables
+    of ours.
+    """
     model = stack()
     gralora.set_adapter(model, ["a", "b"])
     with gralora.mixed_batch(model, ["b", "a"]):
@@ -113,7 +124,9 @@ def test_a_thread_that_autograd_starts_sees_the_block():
 
         _thread.start_new_thread(backward, ())  # as foreign to Python's threading as one of C++
         assert done.wait(60) and not failures
-        assert_equal({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected)
+        assert_equal(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected
+        )
 
 
 def test_a_backward_pass_after_the_block_is_an_error():
@@ -132,7 +145,9 @@ def test_a_backward_pass_after_the_block_is_an_error():
 def test_gradient_checkpointing_enable_of_transformers(make, reentrant):
     torch.manual_seed(0)
     model = make()
-    targets = {"gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "down_proj"]}.get(model.config.model_type, "all-linear")
+    targets = {"gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "down_proj"]}.get(
+        model.config.model_type, "all-linear"
+    )
     gralora.inject(model, targets, random_config(gralora_dropout=0.2))
     model.train()
 

@@ -1,4 +1,6 @@
-"""Whole models under autocast, torch.compile, torch.export and ONNX; single layers are in `test_autograd.py`."""
+"""Whole models under autocast, torch.compile, torch.export and ONNX; single layers are in
+`test_autograd.py`.
+"""
 
 import copy
 import warnings
@@ -10,7 +12,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import gralora
 
-from ..models import TOKENS, Block, Everything, gpt2, llama, mlp, random_config, relative, ten_losses
+from ..models import (
+    TOKENS,
+    Block,
+    Everything,
+    gpt2,
+    llama,
+    mlp,
+    random_config,
+    relative,
+    ten_losses,
+)
 from ..needs import needs
 
 X = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
@@ -134,7 +146,9 @@ def test_half_precision_follows_float32(how, dtype):
         for module in model.modules():  # the adapters stay in float32
             if type(module).__name__ in ("GraloraLinear", "Linear", "LayerNorm"):
                 for name, p in module._parameters.items():
-                    module._parameters[name] = p if p is None else nn.Parameter(p.to(dtype), requires_grad=False)
+                    module._parameters[name] = (
+                        p if p is None else nn.Parameter(p.to(dtype), requires_grad=False)
+                    )
         x, target = x.to(dtype), target.to(dtype)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16, init_scale=128.0)
     optimizer, losses = torch.optim.AdamW(gralora.adapter_parameters(model), lr=1e-2), []
@@ -163,12 +177,16 @@ def dynamic(model, x):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("make", [Block, Everything, lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)])
+@pytest.mark.parametrize(
+    "make", [Block, Everything, lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)]
+)
 def test_export_of_adapted_and_of_merged_models(make, merged):
     model = make().eval()
     base = model(X)
     gralora.inject(
-        model, lambda name, module: isinstance(module, (nn.Linear, nn.MultiheadAttention, nn.Conv1d)), random_config()
+        model,
+        lambda name, module: isinstance(module, (nn.Linear, nn.MultiheadAttention, nn.Conv1d)),
+        random_config(),
     )
     y = model(X)
     assert relative(y, base) > 1e-3
@@ -204,7 +222,12 @@ def test_onnx_runs_to_equal_outputs(make, how, tmp_path):
         warnings.simplefilter("ignore")
         batch = torch.export.Dim("batch", min=2, max=64)
         torch.onnx.export(
-            model, (X,), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+            model,
+            (X,),
+            tmp_path / "model.onnx",
+            dynamo=True,
+            dynamic_shapes=({0: batch},),
+            verbose=False,
         )
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for x in (X, X[:3]):

@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -24,7 +28,9 @@ from gralora.layers.base import gralora_layers
 from ..models import everything, gpt2, llama, random_config, relative, same_bits, ten_losses
 from ..processes import WORLD
 
-warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # so does one of plain layers
+warnings.filterwarnings(
+    "ignore", "FSDP2-wrapped module .* returned a view tensor"
+)  # so does one of plain layers
 
 
 class Layers(nn.Module):
@@ -33,7 +39,8 @@ class Layers(nn.Module):
     def __init__(self, width=16):
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(2)
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(2)
         )
         self.head = nn.Linear(width, 4)
 
@@ -68,7 +75,9 @@ def shard(model, mesh, policy=None):
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(
-        model, mesh=mesh, mp_policy=replace(policy, output_dtype=torch.float32 if policy.param_dtype else None)
+        model,
+        mesh=mesh,
+        mp_policy=replace(policy, output_dtype=torch.float32 if policy.param_dtype else None),
     )
 
 
@@ -123,7 +132,9 @@ def _ddp_refuses(rank):
         "under DistributedDataParallel already",
         "First inject",
     )
-    refused(lambda: gralora.set_adapter(wrapped, "b"), "would not see the gradients", "wrap it anew")
+    refused(
+        lambda: gralora.set_adapter(wrapped, "b"), "would not see the gradients", "wrap it anew"
+    )
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     gralora.set_adapter(wrapped, "a")
     with gralora.disable_adapter(wrapped):
@@ -145,21 +156,30 @@ def _ddp_initializes(rank, method):
     x, target = data()
     loss = {"forward": lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])}
     alone = adapted(init_weights=True)
-    gralora.initialize(alone, method, zip(x.chunk(WORLD), target.chunk(WORLD)), adapter_name="a", **loss)
+    gralora.initialize(
+        alone, method, zip(x.chunk(WORLD), target.chunk(WORLD)), adapter_name="a", **loss
+    )
     found = []
     for wrap in (False, True):
         model = adapted(init_weights=True)
         wrapped = DistributedDataParallel(model) if wrap else model
-        gralora.initialize(wrapped, method, [(mine(rank, x), mine(rank, target))], adapter_name="a", **loss)
+        gralora.initialize(
+            wrapped, method, [(mine(rank, x), mine(rank, target))], adapter_name="a", **loss
+        )
         found.append(gralora.adapter_state_dict(model, "a"))
     expected = gralora.adapter_state_dict(alone, "a")
     for state in found:
         for key, tensor in state.items():
             torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4)
-    empty = [] if rank else [(x, target)]  # one process without data is no failure, and none fails alone
+    empty = (
+        [] if rank else [(x, target)]
+    )  # one process without data is no failure, and none fails alone
     gralora.initialize(adapted(init_weights=True), method, empty, adapter_name="a", **loss)
     refused(
-        lambda: gralora.initialize(adapted(init_weights=True), method, [], adapter_name="a", **loss), "batches is empty"
+        lambda: gralora.initialize(
+            adapted(init_weights=True), method, [], adapter_name="a", **loss
+        ),
+        "batches is empty",
     )
     return found[0]
 
@@ -174,15 +194,23 @@ def _spread_are_refused(rank):
     mesh, x = init_device_mesh("cpu", (WORLD,)), data()[0]
     sharded = shard(adapted(), mesh)
     refused(
-        lambda: gralora.initialize(sharded, "eva", [x], adapter_name="a"), "spread over processes: initialize first"
+        lambda: gralora.initialize(sharded, "eva", [x], adapter_name="a"),
+        "spread over processes: initialize first",
     )
     refused(lambda: gralora.prepare_hotswap(sharded, 8, "a"), "fully_shard")
-    parallel = parallelize_module(Layers().blocks[0], mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    parallel = parallelize_module(
+        Layers().blocks[0], mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    )
     config = random_config(init_weights="loftq")
-    refused(lambda: gralora.inject(parallel, ["0"], config, reference=Layers().blocks[0]), "spread over processes")
+    refused(
+        lambda: gralora.inject(parallel, ["0"], config, reference=Layers().blocks[0]),
+        "spread over processes",
+    )
     gralora.inject(parallel, ["0", "2"], random_config(init_weights=True))
     refused(lambda: gralora.prepare_hotswap(parallel, 8), "spread over processes")
-    refused(lambda: gralora.initialize(parallel, "eva", [x]), "spread over processes: initialize first")
+    refused(
+        lambda: gralora.initialize(parallel, "eva", [x]), "spread over processes: initialize first"
+    )
 
 
 def test_starts_and_room_are_refused_where_an_adapter_is_spread(processes):
@@ -219,7 +247,13 @@ def _fsdp(rank, precision):
     model = adapted(dtype, bias="none", **({"modules_to_save": None} if dtype else {}))
     alone, (x, target) = copy.deepcopy(model), data()
     x, target = x.to(dtype), target.to(dtype)
-    shard(model, mesh, MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "mixed precision" else None)
+    shard(
+        model,
+        mesh,
+        MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        if precision == "mixed precision"
+        else None,
+    )
     assert all(isinstance(p.data, type(model.head.weight.data)) for p in model.parameters())
     for name in ("a", "b"):
         gralora.set_adapter(model, name)
@@ -250,7 +284,9 @@ def _fsdp_files(rank, folder):
     shard(model, mesh)
     ten_losses(model, mine(rank, x), mine(rank, target))
     state, gathers = _gathered(model, lambda: gralora.adapter_state_dict(model, "a"))
-    assert gathers == len(state) == 4 * 2 + 4 + 2  # the adapter, its biases and head, and nothing of the base
+    assert (
+        gathers == len(state) == 4 * 2 + 4 + 2
+    )  # the adapter, its biases and head, and nothing of the base
     assert all(type(tensor) is torch.Tensor for tensor in state.values())
     assert {key: tuple(t.shape) for key, t in state.items()} == {
         key: tuple(t.shape) for key, t in gralora.adapter_state_dict(alone, "a").items()
@@ -267,15 +303,23 @@ def _fsdp_files(rank, folder):
 
     again = adapted()
     shard(again, mesh)
-    _, gathers = _gathered(again, lambda: gralora.load_adapter(again, folder / "gralora", "a", trainable=True))
+    _, gathers = _gathered(
+        again, lambda: gralora.load_adapter(again, folder / "gralora", "a", trainable=True)
+    )
     assert gathers == 0
     torch.testing.assert_close(again(x), y, rtol=1e-5, atol=1e-6)
-    # a forward without a backward leaves parameters unsharded; what is set or read now must be the sharded ones
-    gralora.load_adapter_state_dict(again, {key: torch.zeros_like(t) for key, t in state.items()}, "a")
+    # a forward without a backward leaves parameters unsharded; what is set or read now must be the
+    # sharded ones
+    gralora.load_adapter_state_dict(
+        again, {key: torch.zeros_like(t) for key, t in state.items()}, "a"
+    )
     assert again(x).abs().max() == 0  # the head is zero
     gralora.load_adapter(again, folder / "gralora", "a", trainable=True)
     again(x)
-    assert all(type(p.data) is type(again.blocks[0][0].weight.data) for p in gralora.adapter_parameters(again, "a"))
+    assert all(
+        type(p.data) is type(again.blocks[0][0].weight.data)
+        for p in gralora.adapter_parameters(again, "a")
+    )
     gralora.load_adapter_state_dict(alone, state, "a")
     expected = ten_losses(alone, x, target)
     losses = mean_over_processes(ten_losses(again, mine(rank, x), mine(rank, target)))
@@ -298,16 +342,25 @@ def _fsdp_refuses(rank, folder):
         "the model' is under fully_shard",
         "First inject",
     )
-    refused(lambda: gralora.load_adapter(model, folder / "adapter", "c"), "under fully_shard", "First inject")
+    refused(
+        lambda: gralora.load_adapter(model, folder / "adapter", "c"),
+        "under fully_shard",
+        "First inject",
+    )
     refused(lambda: gralora.reblock(model, 1, "a"), "under fully_shard")
     refused(lambda: gralora.combine(model, ["a"], [1.0], "c"), "under fully_shard")
-    with pytest.raises(TypeError, match=r"blocks\.0\.0.*spread over processes.*Ways out: save_adapter"):
+    with pytest.raises(
+        TypeError, match=r"blocks\.0\.0.*spread over processes.*Ways out: save_adapter"
+    ):
         gralora.merge(model)
     (folder / "a file").touch()
     with pytest.raises(OSError, match="a file"):  # on every process, though rank 0 alone writes
         gralora.save_adapter(model, folder / "a file" / "adapter", "a")
     assert same_bits(model(x), y)
-    for exchange in (lambda: gralora.set_adapter(model, "b"), lambda: gralora.disable_adapter(model).__enter__()):
+    for exchange in (
+        lambda: gralora.set_adapter(model, "b"),
+        lambda: gralora.disable_adapter(model).__enter__(),
+    ):
         refused(exchange, "trained bias can't be exchanged .*under fully_shard", 'bias="none"')
     assert same_bits(model(x), y)
     plain = FullyShardedDataParallel(Layers(), device_id=torch.device("cpu"), use_orig_params=True)
@@ -319,7 +372,9 @@ def test_fsdp_refuses_what_it_would_pass_over(processes, tmp_path):
 
 
 def _fsdp_switches(rank, folder):
-    """Everything that adapts, trained, switched off and taken out: the base is read in all of it."""
+    """Everything that adapts, trained, switched off and taken out: the base is read in all of
+    it.
+    """
     torch.manual_seed(0)
     mesh, x = init_device_mesh("cpu", (WORLD,)), torch.randn(4, 5, 16)
     model = everything("none")
@@ -440,7 +495,10 @@ class Feed(nn.Module):
 
     def __init__(self, bias=True, width=12):
         super().__init__()
-        self.up, self.down = nn.Linear(width, 2 * width, bias=bias), nn.Linear(2 * width, width, bias=bias)
+        self.up, self.down = (
+            nn.Linear(width, 2 * width, bias=bias),
+            nn.Linear(2 * width, width, bias=bias),
+        )
 
     def forward(self, x):
         return self.down(torch.relu(self.up(x)))
@@ -464,7 +522,11 @@ def counts(call):
 def _tensor_parallel(rank, k, hybrid_r, bias):
     torch.manual_seed(0)
     alone = Feed(bias)
-    model, base, x = parallel(copy.deepcopy(alone)), parallel(copy.deepcopy(alone)), torch.randn(4, 5, 12)
+    model, base, x = (
+        parallel(copy.deepcopy(alone)),
+        parallel(copy.deepcopy(alone)),
+        torch.randn(4, 5, 12),
+    )
     config = random_config(r=12, gralora_k=k, hybrid_r=hybrid_r)
     torch.manual_seed(rank)  # the initial values of rank 0 count
     gralora.inject(model, "all-linear", config)
@@ -491,13 +553,16 @@ def _tensor_parallel(rank, k, hybrid_r, bias):
             assert p.grad.placements == p.placements
             torch.testing.assert_close(p.grad.full_tensor(), grads[name], rtol=1e-4, atol=1e-4)
     target = torch.zeros(4, 5, 12)
-    torch.testing.assert_close(ten_losses(model, x, target), ten_losses(alone, x, target), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ten_losses(model, x, target), ten_losses(alone, x, target), rtol=1e-4, atol=1e-5
+    )
 
     return state["up.gralora_A"]
 
 
 @pytest.mark.parametrize(
-    ("k", "hybrid_r", "bias"), [(2, 0, True), (2, 3, True), (4, 0, False), (1, 0, True), (1, 2, False), (3, 2, True)]
+    ("k", "hybrid_r", "bias"),
+    [(2, 0, True), (2, 3, True), (4, 0, False), (1, 0, True), (1, 2, False), (3, 2, True)],
 )
 def test_tensor_parallel_equals_one_process(processes, k, hybrid_r, bias):
     first, second = processes.run(_tensor_parallel, k, hybrid_r, bias)
@@ -510,7 +575,9 @@ def _tensor_parallel_files(rank, folder):
     model, x = parallel(copy.deepcopy(alone)), torch.randn(4, 5, 12)
     for each in (model, alone):
         gralora.inject(each, "all-linear", random_config(gralora_dropout=0.5), adapter_name="a")
-        gralora.inject(each, ["down"], random_config(r=12, gralora_k=3, hybrid_r=1), adapter_name="b")
+        gralora.inject(
+            each, ["down"], random_config(r=12, gralora_k=3, hybrid_r=1), adapter_name="b"
+        )
     model.eval()
     alone.eval()
     names = {"a": 0.5, "b": 2.0}
@@ -528,11 +595,15 @@ def _tensor_parallel_files(rank, folder):
     gralora.set_adapter(alone, "c")
     torch.testing.assert_close(alone(x), y)
     fresh = parallel(Feed()).eval()
-    fresh.load_state_dict({name: p for name, p in model.state_dict().items() if "gralora" not in name})
+    fresh.load_state_dict(
+        {name: p for name, p in model.state_dict().items() if "gralora" not in name}
+    )
     gralora.load_adapter(fresh, folder / "c")
     torch.testing.assert_close(fresh(x), y)
     for (_, layer), (_, plain) in zip(gralora_layers(model), gralora_layers(alone)):
-        torch.testing.assert_close(gralora.delta_weight(layer, "c"), gralora.delta_weight(plain, "c"))
+        torch.testing.assert_close(
+            gralora.delta_weight(layer, "c"), gralora.delta_weight(plain, "c")
+        )
     gralora.reblock(model, 1, "c", r=24)
     with pytest.raises(TypeError, match="'up' is spread over processes"):
         gralora.merge(model)
@@ -571,7 +642,8 @@ def _spread_kinds(rank):
     conv = nn.Conv1d(4, 4, 3)
     conv.weight = nn.Parameter(distribute_tensor(conv.weight.detach(), mesh, [Shard(0)]))
     refused(
-        lambda: gralora.inject(nn.Sequential(conv), ["0"], random_config()), "'0' has its weight spread over processes"
+        lambda: gralora.inject(nn.Sequential(conv), ["0"], random_config()),
+        "'0' has its weight spread over processes",
     )
 
     torch.manual_seed(0)
@@ -605,9 +677,13 @@ def _sharded_and_parallel(rank):
     gralora.load_adapter_state_dict(alone, gralora.adapter_state_dict(model))
     fully_shard(model, mesh=mesh["data"])
     target = torch.zeros(4, 5, 12)
-    torch.testing.assert_close(ten_losses(model, x, target), ten_losses(alone, x, target), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ten_losses(model, x, target), ten_losses(alone, x, target), rtol=1e-4, atol=1e-5
+    )
     for key, tensor in gralora.adapter_state_dict(model).items():
-        torch.testing.assert_close(tensor, gralora.adapter_state_dict(alone)[key], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            tensor, gralora.adapter_state_dict(alone)[key], rtol=1e-3, atol=1e-4
+        )
 
 
 def test_tensor_parallel_and_fully_shard_together(processes):
@@ -637,7 +713,11 @@ def _transformers(rank):
         parallelize_module(
             layer.mlp,
             mesh,
-            {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()},
+            {
+                "gate_proj": ColwiseParallel(),
+                "up_proj": ColwiseParallel(),
+                "down_proj": RowwiseParallel(),
+            },
         )
     for each in (model, alone):
         gralora.inject(each, "all-linear", random_config(), adapter_name="default")
@@ -650,7 +730,9 @@ def test_models_of_transformers(processes):
 
 
 def _weights_of_language_models(rank):
-    """Fused experts, an embedding, single tokens and a head that is tied to them, under DDP and FSDP2."""
+    """Fused experts, an embedding, single tokens and a head that is tied to them, under DDP and
+    FSDP2.
+    """
     from ..layers.test_experts import mixtral
 
     mesh, tokens = init_device_mesh("cpu", (WORLD,)), torch.arange(16).reshape(2, 8)
@@ -682,7 +764,9 @@ def _weights_of_language_models(rank):
                 grad = p.grad.full_tensor() if how == "fsdp" else p.grad
                 torch.testing.assert_close(grad, grads[name], rtol=1e-3, atol=1e-5)
         state, wanted = gralora.adapter_state_dict(model), gralora.adapter_state_dict(alone)
-        assert state.keys() == wanted.keys() and all(same_bits(state[key], wanted[key]) for key in wanted)
+        assert state.keys() == wanted.keys() and all(
+            same_bits(state[key], wanted[key]) for key in wanted
+        )
 
 
 def test_experts_embeddings_and_tokens_give_the_gradients_of_one_process(processes):
@@ -724,12 +808,18 @@ def _fsdp1(rank, folder):
         lambda: gralora.save_adapter(wrapped, folder / "torn", format="lora"),
         lambda: gralora.to_lora(wrapped),
     ):
-        refused(write, "under FullyShardedDataParallel, which has flattened its parameters", "summon_full_params")
+        refused(
+            write,
+            "under FullyShardedDataParallel, which has flattened its parameters",
+            "summon_full_params",
+        )
     assert not (folder / "torn").exists()
     with FullyShardedDataParallel.summon_full_params(wrapped):
         state = gralora.adapter_state_dict(wrapped)
         wanted = gralora.adapter_state_dict(reference)
-        assert {key: t.shape for key, t in state.items()} == {key: t.shape for key, t in wanted.items()}
+        assert {key: t.shape for key, t in state.items()} == {
+            key: t.shape for key, t in wanted.items()
+        }
         assert all(relative(state[key], wanted[key]) < 1e-4 for key in wanted)
         gralora.save_adapter(wrapped, folder / "whole")
     distributed.barrier()
@@ -746,11 +836,16 @@ def test_a_tensor_that_an_engine_has_emptied_is_never_written(tmp_path):
             model = gralora.inject(nn.Sequential(nn.Linear(16, 8)), ["0"], random_config())
             adapter = model[0].gralora_adapters["default"]
             adapter._parameters["A"] = nn.Parameter(torch.zeros(shape))
-            with pytest.raises(ValueError, match=r"adapter 'default' is not whole, nothing is written: 0\.gralora_A"):
+            with pytest.raises(
+                ValueError,
+                match=r"adapter 'default' is not whole, nothing is written: 0\.gralora_A",
+            ):
                 gralora.save_adapter(model, tmp_path / "a", format=format)
             assert not (tmp_path / "a").exists()
     model = gralora.inject(
-        nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)), ["0"], random_config(modules_to_save=["1"])
+        nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)),
+        ["0"],
+        random_config(modules_to_save=["1"]),
     )
     model[1].gralora_saved["default"].weight.data = torch.zeros(0)
     with pytest.raises(ValueError, match=r"is not whole, nothing is written: 1\.weight \(0,\)"):

@@ -14,7 +14,10 @@ pytestmark = [  # of torch's own
     pytest.mark.filterwarnings("ignore:.torch.jit"),
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
-X, V = (torch.randn(5, 6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+X, V = (
+    torch.randn(5, 6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for seed in (0, 1)
+)
 TARGETS = {
     "block": (Block, "all-linear"),
     "every kind": (Everything, r"block\.(q|mlp\.0)|attention|conv1?d?|experts\.up|embed"),
@@ -67,7 +70,9 @@ def test_forward_mode_equals_reverse_mode(model):
     with sdpa_kernel(SDPBackend.MATH):  # torch's others have no forward mode
         _, tangent = jvp(loss, (parameters, X), (directions, V))
     by_parameters, by_x = grad(loss, argnums=(0, 1))(parameters, X)
-    expected = (by_x * V).sum() + sum((g * directions[name]).sum() for name, g in by_parameters.items())
+    expected = (by_x * V).sum() + sum(
+        (g * directions[name]).sum() for name, g in by_parameters.items()
+    )
     assert expected.abs() > 1e-3
     torch.testing.assert_close(tangent, expected, rtol=1e-9, atol=1e-9)
 
@@ -78,12 +83,16 @@ def test_jacobian_and_hessian():
     jacobian = jacrev(model)(x)
     torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(model, x))
     curvature = hessian(lambda x: model(x).pow(3).sum())(x)
-    torch.testing.assert_close(curvature, torch.autograd.functional.hessian(lambda x: model(x).pow(3).sum(), x))
+    torch.testing.assert_close(
+        curvature, torch.autograd.functional.hessian(lambda x: model(x).pow(3).sum(), x)
+    )
     assert curvature.abs().sum() > 0
 
 
 def test_an_ensemble_of_adapters_by_vmap():
-    models = [gralora.inject(mlp(16, 32, 16).double(), "all-linear", random_config()) for _ in range(3)]
+    models = [
+        gralora.inject(mlp(16, 32, 16).double(), "all-linear", random_config()) for _ in range(3)
+    ]
     parameters, buffers = stack_module_state(models)
     found = vmap(lambda p, b: functional_call(models[0], (p, b), (X,)))(parameters, buffers)
     for one, y in zip(models, found):
@@ -91,7 +100,9 @@ def test_an_ensemble_of_adapters_by_vmap():
 
 
 def test_per_sample_gradients_with_dropout_draw_for_every_sample():
-    model = gralora.inject(nn.Sequential(nn.Linear(16, 4)).double(), "all-linear", random_config(gralora_dropout=0.5))
+    model = gralora.inject(
+        nn.Sequential(nn.Linear(16, 4)).double(), "all-linear", random_config(gralora_dropout=0.5)
+    )
 
     def loss(parameters, x):
         return functional_call(model, parameters, (x[None],)).square().sum()

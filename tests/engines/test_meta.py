@@ -25,18 +25,27 @@ def reset(model):
 
 
 @pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
-@pytest.mark.parametrize("within", [True, False], ids=["injected within the device block", "after it"])
+@pytest.mark.parametrize(
+    "within", [True, False], ids=["injected within the device block", "after it"]
+)
 @pytest.mark.parametrize("make", [Block, Everything])
 def test_meta_to_empty_reset_load_equals_a_model_built_in_memory(make, within, tmp_path):
     torch.manual_seed(0)
-    targets, config = (r"q|mlp\.0" if make is Block else r"block\.q|attention|conv|experts\.up|embed"), {"hybrid_r": 2}
+    targets, config = (
+        (r"q|mlp\.0" if make is Block else r"block\.q|attention|conv|experts\.up|embed"),
+        {"hybrid_r": 2},
+    )
     near = gralora.inject(make().eval(), targets, random_config(**config))
     gralora.save_adapter(near, tmp_path / "adapter")
-    model = on_meta(lambda: gralora.inject(make(), targets, random_config(**config)) if within else make()).eval()
+    model = on_meta(
+        lambda: gralora.inject(make(), targets, random_config(**config)) if within else make()
+    ).eval()
     if not within:
         gralora.inject(model, targets, random_config(**config))
     assert all(p.is_meta for p in model.parameters())
-    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in near.named_parameters()}
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in near.named_parameters()
+    }
     model.to_empty(device="cpu")
     for p in model.parameters():
         p.data.fill_(float("nan"))
@@ -54,7 +63,9 @@ def test_meta_to_empty_reset_load_equals_a_model_built_in_memory(make, within, t
 
 def test_reset_draws_what_inject_draws():
     model = gralora.inject(
-        on_meta(lambda: nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))), "all-linear", random_config()
+        on_meta(lambda: nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))),
+        "all-linear",
+        random_config(),
     )
     model.to_empty(device="cpu")
     torch.manual_seed(5)
@@ -98,8 +109,15 @@ def test_models_of_transformers(make):
 def test_seventy_billion_parameters_are_injected_in_seconds():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-    model = on_meta(lambda: LlamaForCausalLM(LlamaConfig(num_key_value_heads=8, vocab_size=128256, **sizes)))
+    sizes = {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    }
+    model = on_meta(
+        lambda: LlamaForCausalLM(LlamaConfig(num_key_value_heads=8, vocab_size=128256, **sizes))
+    )
     start = time.perf_counter()
     gralora.inject(model, "all-linear", gralora.GraloraConfig(r=64, gralora_k=4))
     assert time.perf_counter() - start < 30

@@ -24,7 +24,11 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.up, self.down = nn.Embedding(8, 16), nn.Linear(16, 32), nn.Linear(32, 16)
-        self.conv, self.experts, self.head = nn.Conv1d(16, 8, 3, padding=1), Experts(dtype=None), nn.Linear(12, 4)
+        self.conv, self.experts, self.head = (
+            nn.Conv1d(16, 8, 3, padding=1),
+            Experts(dtype=None),
+            nn.Linear(12, 4),
+        )
 
     def forward(self, x):
         x = x + self.embed(torch.zeros(1, dtype=torch.long)) + self.down(torch.tanh(self.up(x)))
@@ -37,17 +41,28 @@ def model():
 
 
 def adapt(model, **config):
-    gralora.inject(model, r"up|down|conv|experts\.up", random_config(alpha=4, **config), adapter_name="a")
+    gralora.inject(
+        model, r"up|down|conv|experts\.up", random_config(alpha=4, **config), adapter_name="a"
+    )
     gralora.inject(model, ["up"], random_config(gralora_k=4), adapter_name="b")
     return model
 
 
 WAYS = {
     "cpu_offload": lambda model, folder: accelerate.cpu_offload(model, execution_device="cpu"),
-    "disk_offload": lambda model, folder: accelerate.disk_offload(model, folder, execution_device="cpu"),
+    "disk_offload": lambda model, folder: accelerate.disk_offload(
+        model, folder, execution_device="cpu"
+    ),
     "dispatch_model": lambda model, folder: accelerate.dispatch_model(
         model,
-        {"embed": "cpu", "up": "cpu", "down": "disk", "conv": "disk", "experts": "disk", "head": "cpu"},
+        {
+            "embed": "cpu",
+            "up": "cpu",
+            "down": "disk",
+            "conv": "disk",
+            "experts": "disk",
+            "head": "cpu",
+        },
         main_device="cpu",
         offload_dir=folder,
         force_hooks=True,
@@ -58,7 +73,8 @@ WAYS = {
 @pytest.mark.parametrize("when", ["hooks before inject", "hooks after inject"])
 @pytest.mark.parametrize("way", WAYS)
 def test_an_offloaded_model_computes_and_trains_as_one_in_memory(way, when, tmp_path):
-    # frozen, since a product of torch's is another one, to the last bit, where a gradient is asked of a factor
+    # frozen, since a product of torch's is another one, to the last bit, where a gradient is asked
+    # of a factor
     free, base, near, far = model()(X), model().requires_grad_(False)(X), adapt(model()), model()
     if when == "hooks before inject":
         WAYS[way](far, tmp_path)
@@ -76,7 +92,9 @@ def test_an_offloaded_model_computes_and_trains_as_one_in_memory(way, when, tmp_
         torch.testing.assert_close(far(X), near(X))
         with gralora.disable_adapter(far):
             assert same_bits(far(X), base)
-        assert not [name for name, p in far.named_parameters() if p.requires_grad and "gralora" not in name]
+        assert not [
+            name for name, p in far.named_parameters() if p.requires_grad and "gralora" not in name
+        ]
     target = torch.zeros(3, 5, 4)
     losses = ten_losses(far, X, target)
     torch.testing.assert_close(losses, ten_losses(near, X, target), rtol=1e-4, atol=1e-5)
@@ -118,7 +136,9 @@ def test_an_offloaded_layer_that_is_run_with_its_sum_stays_frozen(when):
     for _ in range(2):
         for one, other in zip(far(X), near(X), strict=True):
             torch.testing.assert_close(one, other)
-        assert far[0]._parameters["weight"].is_meta and not far[0]._parameters["weight"].requires_grad
+        assert (
+            far[0]._parameters["weight"].is_meta and not far[0]._parameters["weight"].requires_grad
+        )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -152,15 +172,23 @@ def test_gpt2_offloaded_generates(tmp_path):
 
 
 def _prepared(rank, mixed_precision):
-    """Ten steps of a model that `Accelerator` has prepared: under DistributedDataParallel where there are processes."""
+    """Ten steps of a model that `Accelerator` has prepared: under DistributedDataParallel where
+    there are processes.
+    """
     accelerate.state.AcceleratorState._reset_state(True)
     if rank is not None:
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT="0",
         )
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision)
     torch.manual_seed(0)
-    near = gralora.inject(nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4)), "all-linear", random_config())
+    near = gralora.inject(
+        nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4)), "all-linear", random_config()
+    )
     alone, x, target = copy.deepcopy(near), torch.randn(8, 16), torch.zeros(8, 4)
     optimizer = torch.optim.AdamW(gralora.adapter_parameters(near), lr=1e-2)
     prepared, optimizer = accelerator.prepare(near, optimizer)
@@ -174,7 +202,9 @@ def _prepared(rank, mixed_precision):
     tolerance = 1e-4 if mixed_precision == "no" else 2e-2
     torch.testing.assert_close(losses, ten_losses(alone, x, target), rtol=tolerance, atol=tolerance)
     assert type(accelerator.unwrap_model(prepared)) is nn.Sequential
-    assert set(gralora.adapter_state_dict(accelerator.unwrap_model(prepared))) == set(gralora.adapter_state_dict(alone))
+    assert set(gralora.adapter_state_dict(accelerator.unwrap_model(prepared))) == set(
+        gralora.adapter_state_dict(alone)
+    )
     accelerate.state.AcceleratorState._reset_state(True)
     return type(prepared).__name__
 

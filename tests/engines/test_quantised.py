@@ -14,7 +14,9 @@ from gralora import GraloraConfig
 from ..models import random_config, relative, same_bits, ten_losses
 from ..needs import needs
 
-X, TARGET = (torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+X, TARGET = (
+    torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+)
 
 
 def plain():
@@ -25,7 +27,9 @@ def plain():
 def bitsandbytes(cls, **options):
     def make():
         module = getattr(needs("bitsandbytes").nn, cls)
-        model = nn.Sequential(module(64, 128, **options), nn.Tanh(), module(128, 64, bias=False, **options))
+        model = nn.Sequential(
+            module(64, 128, **options), nn.Tanh(), module(128, 64, bias=False, **options)
+        )
         model.load_state_dict(plain().state_dict())
         return model.to("cpu")  # which is what quantises
 
@@ -44,7 +48,9 @@ def torchao(name, **options):
 
 BASES = {
     "bitsandbytes nf4": bitsandbytes("Linear4bit", quant_type="nf4", compute_dtype=torch.float32),
-    "bitsandbytes nf4, double": bitsandbytes("Linear4bit", quant_type="nf4", compress_statistics=True),
+    "bitsandbytes nf4, double": bitsandbytes(
+        "Linear4bit", quant_type="nf4", compress_statistics=True
+    ),
     "bitsandbytes int8": bitsandbytes("Linear8bitLt", has_fp16_weights=False),
     "torchao int8": torchao("Int8WeightOnlyConfig"),
     "torchao int4": torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
@@ -75,7 +81,9 @@ def test_forward_backward_and_training(make):
     y = model(x)
     W = [first.T + gralora.delta_weight(model[0]), second.T + gralora.delta_weight(model[2])]
     other = X.clone().requires_grad_()
-    expected = nn.functional.linear(torch.tanh(nn.functional.linear(other, W[0], model[0].bias)), W[1])
+    expected = nn.functional.linear(
+        torch.tanh(nn.functional.linear(other, W[0], model[0].bias)), W[1]
+    )
     assert relative(y, expected) < 0.03  # 8-bit layers round their input, too
     assert relative(y, base) > 0.1
     y.square().sum().backward()
@@ -115,13 +123,18 @@ def test_merging_is_refused_with_the_ways_out_and_dequantising_is_one(make, tmp_
     model = gralora.inject(make(), "all-linear", random_config(r=8, alpha=4))
     y, weights = model(X), [model[i].weight for i in (0, 2)]
     for merge in (gralora.merge, gralora.merge_and_unload):
-        with pytest.raises(TypeError, match=re.compile(r"'0'.*quantised.*Ways out.*dequantize=torch\.bfloat16", re.S)):
+        with pytest.raises(
+            TypeError,
+            match=re.compile(r"'0'.*quantised.*Ways out.*dequantize=torch\.bfloat16", re.S),
+        ):
             merge(model)
     assert all(model[i].weight is weight for i, weight in zip((0, 2), weights))
     assert same_bits(model(X), y)
     plain_model = gralora.merge_and_unload(copy.deepcopy(model), dequantize=torch.float32)
     assert [type(layer) for layer in plain_model] == [nn.Linear, nn.Tanh, nn.Linear]
-    assert type(plain_model[0].weight) is nn.Parameter and plain_model[0].weight.dtype == torch.float32
+    assert (
+        type(plain_model[0].weight) is nn.Parameter and plain_model[0].weight.dtype == torch.float32
+    )
     assert relative(plain_model(X), y) < 0.03
     half = gralora.merge_and_unload(model, dequantize=torch.bfloat16)
     assert half[2].weight.dtype == torch.bfloat16 and relative(half(X.bfloat16()).float(), y) < 0.05

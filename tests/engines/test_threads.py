@@ -67,7 +67,10 @@ def test_forward_passes_of_eight_threads_in_blocks_of_their_own(grad):
 def test_a_block_in_one_thread_is_not_seen_in_another_while_it_is_open():
     shared = model()
     active = shared(BATCH)
-    for make in (lambda: gralora.disable_adapter(shared), lambda: gralora.mixed_batch(shared, ["b"] * 4)):
+    for make in (
+        lambda: gralora.disable_adapter(shared),
+        lambda: gralora.mixed_batch(shared, ["b"] * 4),
+    ):
         with make():
             here = shared(BATCH)
             with ThreadPoolExecutor(1) as pool:

@@ -14,7 +14,10 @@ from ..models import Block, Everything, llama, random_config
 
 def tangled():
     """Shared modules, reached first by the deeper path; a hole; a circle."""
-    shared, model = nn.Linear(2, 2), nn.ModuleDict({"a": nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.ReLU())})
+    shared, model = (
+        nn.Linear(2, 2),
+        nn.ModuleDict({"a": nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.ReLU())}),
+    )
     model["a"][0].append(shared)
     model["b"], model["c"] = shared, Block()
     model.register_module("hole", None)
@@ -25,7 +28,9 @@ def tangled():
 @pytest.mark.parametrize("make", [Block, Everything, llama, tangled, lambda: nn.Linear(2, 2)])
 def test_the_order_and_the_names_are_those_of_pytorch(make):
     model = make()
-    assert [(n, id(m)) for n, m in named_modules(model)] == [(n, id(m)) for n, m in model.named_modules()]
+    assert [(n, id(m)) for n, m in named_modules(model)] == [
+        (n, id(m)) for n, m in model.named_modules()
+    ]
     assert list(map(id, modules(model))) == list(map(id, model.modules()))
 
 
@@ -47,7 +52,9 @@ WRAPPERS = {
 
 
 def apply_wrapper(model):
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        apply_activation_checkpointing,
+    )
 
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, nn.Linear))
     return model
@@ -57,7 +64,9 @@ def apply_wrapper(model):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_names_under_wrappers_are_those_of_the_plain_model(wrapper, when, tmp_path):
     base = Block()
-    plain = gralora.inject(copy.deepcopy(base), [r"mlp.0", "q", "head"], random_config(bias="gralora_only"))
+    plain = gralora.inject(
+        copy.deepcopy(base), [r"mlp.0", "q", "head"], random_config(bias="gralora_only")
+    )
     x = torch.randn(2, 5, 16)
     model = copy.deepcopy(base)
     if when == "before":
@@ -66,7 +75,9 @@ def test_names_under_wrappers_are_those_of_the_plain_model(wrapper, when, tmp_pa
     else:
         gralora.inject(model, [r"mlp.0", "q", "head"], random_config(bias="gralora_only"))
         model = WRAPPERS[wrapper](model)
-    assert [row.layer for row in gralora.summary(model)] == [row.layer for row in gralora.summary(plain)]
+    assert [row.layer for row in gralora.summary(model)] == [
+        row.layer for row in gralora.summary(plain)
+    ]
     assert set(gralora.adapter_state_dict(model)) == set(gralora.adapter_state_dict(plain))
     y = model(x)
     for format in ("gralora", "peft", "lora"):

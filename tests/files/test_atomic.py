@@ -1,4 +1,6 @@
-"""Nothing lost: a process killed while it writes, a full disk, a training run killed and resumed."""
+"""Nothing lost: a process killed while it writes, a full disk, a training run killed and
+resumed.
+"""
 
 import os
 import random
@@ -41,7 +43,9 @@ def two_versions(fields):
     """Models of one adapter each, that differ in every value, and here also in their config."""
     models = []
     for value, extra in ((1.0, {}), (2.0, fields)):
-        model = gralora.inject(mlp(64, 64, bias=False), ["0"], GraloraConfig(r=32, gralora_k=2, **extra))
+        model = gralora.inject(
+            mlp(64, 64, bias=False), ["0"], GraloraConfig(r=32, gralora_k=2, **extra)
+        )
         with torch.no_grad():
             for parameter in gralora.adapter_parameters(model):
                 parameter.fill_(value)
@@ -79,7 +83,9 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_one_or_the_new_one(format,
                 gralora.save_adapter(model, path, format=format)
                 os.write(tell, b".")
 
-    while kills < KILLS[format] or seen != {1.0, 2.0} or interrupted <= 10:  # as many more as a busy machine needs
+    while (
+        kills < KILLS[format] or seen != {1.0, 2.0} or interrupted <= 10
+    ):  # as many more as a busy machine needs
         child = forked(write)
         os.read(told, 1)  # it has written once, or another that was killed had
         time.sleep(rng.uniform(0.0, 0.03))
@@ -135,7 +141,14 @@ def test_a_folder_keeps_what_else_is_in_it(exchange, tmp_path, monkeypatch):
     (folder / "adapter_config.json").write_text("old")
     gralora.save_adapter(two_versions({})[0], folder, format="peft")
     assert sorted(os.listdir(folder)) == [
-        *("README.md", "adapter_config.json", "adapter_model.safetensors", "deep", "link", "optimizer.pt"),
+        *(
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "deep",
+            "link",
+            "optimizer.pt",
+        ),
     ]
     assert (folder / "deep" / "note").read_text() == "a" and (folder / "link").read_text() == "b"
     assert os.listdir(tmp_path) == [folder.name]
@@ -209,7 +222,9 @@ def test_a_run_killed_at_any_step_goes_on_with_the_same_losses_to_the_last_bit(t
         assert {each.name for each in folder.iterdir()} == {str(step) for step in range(1, kill_at)}
         resumed = training(folder, steps, losses=losses)
         assert losses == {step: expected[step] for step in range(kill_at, steps + 1)}
-        for mine, theirs in zip(gralora.adapter_parameters(resumed), gralora.adapter_parameters(model), strict=True):
+        for mine, theirs in zip(
+            gralora.adapter_parameters(resumed), gralora.adapter_parameters(model), strict=True
+        ):
             assert same_bits(mine, theirs)
 
 
@@ -267,7 +282,10 @@ def test_what_is_replaced_keeps_the_mode_that_it_had(format, umask, tmp_path):
 
 def test_a_merged_checkpoint_has_the_modes_too(umask, tmp_path):
     model, out = wrapped(), tmp_path / "out.safetensors"
-    save_file({key: t for key, t in model.state_dict().items() if "gralora_" not in key}, tmp_path / "base.safetensors")
+    save_file(
+        {key: t for key, t in model.state_dict().items() if "gralora_" not in key},
+        tmp_path / "base.safetensors",
+    )
     gralora.save_adapter(model, tmp_path / "adapter")
     assert run("merge", tmp_path / "base.safetensors", tmp_path / "adapter", out) == 0
     assert mode(out) == 0o644

@@ -55,7 +55,9 @@ def test_save_and_load_give_the_same_model(tmp_path, targets, config):
     for name, layer in gralora.layers.base.gralora_layers(one):
         theirs = two.get_submodule(name).gralora_adapters["default"].config
         for field in ("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout"):
-            assert getattr(layer.gralora_adapters["default"].config, field) == getattr(theirs, field)
+            assert getattr(layer.gralora_adapters["default"].config, field) == getattr(
+                theirs, field
+            )
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
@@ -88,19 +90,25 @@ def test_loading_under_a_name_in_use_replaces_the_values_in_place(tmp_path):
     _, other = pair()
     gralora.inject(other, ["q"], random_config())
     before = fingerprint(other)
-    with pytest.raises(AdapterFileError, match="in this model already, on other layers than the file's: v"):
+    with pytest.raises(
+        AdapterFileError, match="in this model already, on other layers than the file's: v"
+    ):
         gralora.load_adapter(other, tmp_path / "a")
     assert_same(fingerprint(other), before)
     _, other = pair()
     gralora.inject(other, ["q", "v"], random_config(r=2))
-    with pytest.raises(AdapterFileError, match=r"\(2, 8, 4\) there and \(2, 8, 2\) here, of another k or larger"):
+    with pytest.raises(
+        AdapterFileError, match=r"\(2, 8, 4\) there and \(2, 8, 2\) here, of another k or larger"
+    ):
         gralora.load_adapter(other, tmp_path / "a")
 
 
 def test_drop_in_layers_save_and_load(tmp_path):
     def make():
         torch.manual_seed(2)
-        return nn.Sequential(gralora.GraloraLinear(16, 8, config=random_config()), nn.ReLU(), nn.Linear(8, 2))
+        return nn.Sequential(
+            gralora.GraloraLinear(16, 8, config=random_config()), nn.ReLU(), nn.Linear(8, 2)
+        )
 
     one, two = make(), make()
     with torch.no_grad():
@@ -127,13 +135,18 @@ def test_loading_touches_no_random_state_and_a_tied_copy_stays_tied(tmp_path):
     gralora.load_adapter(two, tmp_path / "a")
     assert torch.equal(torch.get_rng_state(), state)
     assert same_bits(logits(one), logits(two))
-    assert two.lm_head.gralora_saved["default"].weight is two.transformer.wte.gralora_saved["default"].weight
+    assert (
+        two.lm_head.gralora_saved["default"].weight
+        is two.transformer.wte.gralora_saved["default"].weight
+    )
 
 
 def test_saving_refuses_unknown_formats_and_adapters(tmp_path):
     one, _ = pair()
     gralora.inject(one, ["q"], random_config())
-    with pytest.raises(ValueError, match="format='onnx' is not known; there are: 'gralora', 'peft', 'lora'"):
+    with pytest.raises(
+        ValueError, match="format='onnx' is not known; there are: 'gralora', 'peft', 'lora'"
+    ):
         gralora.save_adapter(one, tmp_path / "a", format="onnx")
     with pytest.raises(KeyError, match="it has: default"):
         gralora.save_adapter(one, tmp_path / "a", "other")
@@ -194,10 +207,15 @@ def test_layers_that_the_model_lacks_or_has_otherwise_are_named(tmp_path):
         ("qq", "adapts 'qq', which this model lacks. Nearest: 'q'"),
         ("norm", "'norm', which in this model"),
     ]:
-        tensors = {f"{name}.gralora_A": torch.randn(2, 8, 4), f"{name}.gralora_B": torch.randn(2, 4, 8)}
+        tensors = {
+            f"{name}.gralora_A": torch.randn(2, 8, 4),
+            f"{name}.gralora_B": torch.randn(2, 4, 8),
+        }
         with pytest.raises(AdapterFileError, match=text):
             gralora.load_adapter(Block(), write(tmp_path / "a", {name: GOOD}, tensors))
-    with pytest.raises(AdapterFileError, match=r"q.gralora_A must have shape \(2, 4, 4\).*has shape \(2, 8, 4\)"):
+    with pytest.raises(
+        AdapterFileError, match=r"q.gralora_A must have shape \(2, 4, 4\).*has shape \(2, 8, 4\)"
+    ):
         gralora.load_adapter(Block(8), write(tmp_path / "a"))
 
 
@@ -210,7 +228,9 @@ def test_what_is_no_adapter_file_is_refused(tmp_path):
             gralora.load_adapter(mlp(4, 4), tmp_path / name)
     with pytest.raises(FileNotFoundError):
         gralora.load_adapter(mlp(4, 4), tmp_path / "absent")
-    with pytest.raises(AdapterFileError, match="no folder of an adapter: it lacks adapter_config.json"):
+    with pytest.raises(
+        AdapterFileError, match="no folder of an adapter: it lacks adapter_config.json"
+    ):
         gralora.load_adapter(mlp(4, 4), tmp_path)
 
 
@@ -264,14 +284,18 @@ def test_hot_swap_keeps_every_parameter_in_place_and_compiled_code_valid(tmp_pat
         gralora.load_adapter(model, file)
         torch.testing.assert_close(compiled(x), y)
         assert same_bits(run(model, x), y)
-    gralora.load_adapter_state_dict(model, {k: v + 1 for k, v in gralora.adapter_state_dict(model).items()})
+    gralora.load_adapter_state_dict(
+        model, {k: v + 1 for k, v in gralora.adapter_state_dict(model).items()}
+    )
     assert not torch.allclose(compiled(x), y)
     assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
     assert counter.frame_count == compiles == 1
 
 
 @pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
-@pytest.mark.parametrize(("fields", "there"), [({"r": 8}, "(2, 8, 8)"), ({"gralora_k": 4}, "(4, 4, 4)")])
+@pytest.mark.parametrize(
+    ("fields", "there"), [({"r": 8}, "(2, 8, 8)"), ({"gralora_k": 4}, "(4, 4, 4)")]
+)
 def test_hot_swap_of_another_shape_is_refused_with_both_shapes(tmp_path, fields, there):
     other = gralora.inject(mlp(16, 16), ["0"], random_config(**fields))
     gralora.save_adapter(other, tmp_path / "other.safetensors")
@@ -285,7 +309,9 @@ def test_hot_swap_of_another_shape_is_refused_with_both_shapes(tmp_path, fields,
 
 
 def test_reloaded_under_another_name_beside_the_first_and_in_its_own_dtype(tmp_path):
-    model = gralora.inject(mlp(16, 8), ["0"], random_config(), adapter_name="half", dtype=torch.bfloat16)
+    model = gralora.inject(
+        mlp(16, 8), ["0"], random_config(), adapter_name="half", dtype=torch.bfloat16
+    )
     gralora.inject(model, ["0"], random_config(r=8), adapter_name="full")
     x = torch.randn(2, 16)
     for name, dtype in (("half", torch.bfloat16), ("full", torch.float32)):
@@ -314,14 +340,18 @@ def test_a_k_that_cuts_the_kernel_and_not_the_channels_is_refused(tmp_path):
     model = gralora.inject(nn.Conv1d(6, 6, 2), "", random_config(r=6, gralora_k=3))
     gralora.save_adapter(model, tmp_path / "a.safetensors")
     other = nn.Conv1d(4, 6, 3)  # of as many inputs as a matrix
-    with pytest.raises(gralora.AdapterFileError, match=r"gralora_k=3 divides not both sizes of '', \(4, 6\)"):
+    with pytest.raises(
+        gralora.AdapterFileError, match=r"gralora_k=3 divides not both sizes of '', \(4, 6\)"
+    ):
         gralora.load_adapter(other, tmp_path / "a.safetensors")
 
 
 def test_a_swap_takes_over_alpha_and_dropout(tmp_path):
     model = gralora.inject(mlp(16, 8), ["0"], random_config())
     other = gralora.inject(
-        copy.deepcopy(gralora.unload(copy.deepcopy(model))), ["0"], random_config(alpha=3, gralora_dropout=0.1)
+        copy.deepcopy(gralora.unload(copy.deepcopy(model))),
+        ["0"],
+        random_config(alpha=3, gralora_dropout=0.1),
     )
     gralora.save_adapter(other, tmp_path / "a.safetensors")
     gralora.load_adapter(model, tmp_path / "a.safetensors")
@@ -336,7 +366,10 @@ def test_what_of_the_file_does_not_fit_is_told_in_full(tmp_path):
     gralora.save_adapter(model, tmp_path / "a.safetensors")
     for other, text in (
         ({"fc": nn.ReLU()}, "the file adapts 'fc', which in this model is a ReLU."),
-        ({"fcc": nn.Linear(16, 8)}, "the file adapts 'fc', which this model lacks. Nearest: 'fcc'."),
+        (
+            {"fcc": nn.Linear(16, 8)},
+            "the file adapts 'fc', which this model lacks. Nearest: 'fcc'.",
+        ),
     ):
         with pytest.raises(gralora.AdapterFileError) as error:
             gralora.load_adapter(nn.ModuleDict(other), tmp_path / "a.safetensors")
@@ -357,7 +390,9 @@ def test_a_swap_is_trained_or_not_as_it_says(tmp_path):
 
 
 def test_the_warning_of_another_base_points_at_the_caller(tmp_path):
-    gralora.save_adapter(gralora.inject(mlp(16, 8), ["0"], random_config()), tmp_path / "a.safetensors")
+    gralora.save_adapter(
+        gralora.inject(mlp(16, 8), ["0"], random_config()), tmp_path / "a.safetensors"
+    )
     with pytest.warns(UserWarning, match="was trained on another base") as record:
         gralora.load_adapter(mlp(16, 8), tmp_path / "a.safetensors")
     assert [each.filename for each in record] == [__file__]
@@ -367,7 +402,9 @@ def test_a_folder_says_which_model_it_is_for(tmp_path):
 
     model = bert()
     model.config._name_or_path = "somebody/some-bert"
-    gralora.save_adapter(gralora.inject(model, ["query"], random_config()), tmp_path / "a", format="peft")
+    gralora.save_adapter(
+        gralora.inject(model, ["query"], random_config()), tmp_path / "a", format="peft"
+    )
     assert (
         json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"]
         == "somebody/some-bert"
@@ -379,7 +416,11 @@ def test_errors_and_ranks_of_what_is_written(tmp_path):
     errors, again = {}, {}
     gralora.save_adapter(model, tmp_path / "a", format="lora", rank=4, errors=errors)
     pairs = gralora.to_lora(model, rank=4, errors=again)
-    assert errors == again and set(errors) == {"0", "2"} and all(0.01 < error < 1 for error in errors.values())
+    assert (
+        errors == again
+        and set(errors) == {"0", "2"}
+        and all(0.01 < error < 1 for error in errors.values())
+    )
     assert {tuple(pairs[f"{name}.lora_A.weight"].shape) for name in errors} == {(4, 16), (4, 24)}
     for name, error in errors.items():
         delta = gralora.delta_weight(model[int(name)]).detach()
@@ -389,4 +430,7 @@ def test_errors_and_ranks_of_what_is_written(tmp_path):
     assert errors == {"0": 0.0, "2": 0.0}
     with pytest.raises(ValueError) as error:
         gralora.save_adapter(model, tmp_path / "c", rank=4)
-    assert str(error.value) == 'rank=4 is for plain LoRA, such as format="lora"; the rank of GraLoRA is its r.'
+    assert (
+        str(error.value)
+        == 'rank=4 is for plain LoRA, such as format="lora"; the rank of GraLoRA is its r.'
+    )

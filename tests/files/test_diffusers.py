@@ -38,13 +38,23 @@ def text_encoder():
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return CLIPTextModel(CLIPTextConfig(vocab_size=32, projection_dim=16, **sizes)).eval()
 
 
 def sd3():
     torch.manual_seed(0)
-    sizes = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
+    sizes = {
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "caption_projection_dim": 16,
+    }
     return diffusers.SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -58,9 +68,18 @@ def sd3():
 
 def flux():
     torch.manual_seed(0)
-    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes = {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+    }
     return diffusers.FluxTransformer2DModel(
-        in_channels=4, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), **sizes
+        in_channels=4,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        **sizes,
     ).eval()
 
 
@@ -73,7 +92,9 @@ def out(module):
     if "UNet" in name:
         return module(torch.randn(2, 4, 8, 8), torch.tensor([3, 7]), torch.randn(2, 5, 16)).sample
     if "SD3" in name:
-        return module(torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 16), torch.tensor([3, 7])).sample
+        return module(
+            torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 16), torch.tensor([3, 7])
+        ).sample
     return module(
         torch.randn(2, 6, 4),
         torch.randn(2, 5, 16),
@@ -116,11 +137,18 @@ def in_diffusers(path, **bases):
 @pytest.mark.parametrize("name", MAKE)
 def test_load_lora_weights_computes_the_same_and_back(name, tmp_path):
     base, part = MAKE[name](), "unet" if name == "unet" else "transformer"
-    rules = {**RULES, ("conv1", "conv2", "time_emb_proj"): random_config(alpha=2)} if name == "unet" else RULES
+    rules = (
+        {**RULES, ("conv1", "conv2", "time_emb_proj"): random_config(alpha=2)}
+        if name == "unet"
+        else RULES
+    )
     model = gralora.inject(copy.deepcopy(base), rules).eval()
     gralora.save_adapter(model, tmp_path / "a", format="diffusers")
     keys = load_file(tmp_path / "a" / "pytorch_lora_weights.safetensors")
-    assert all(key.startswith(f"{part}.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys)
+    assert all(
+        key.startswith(f"{part}.") and key.endswith((".lora_A.weight", ".lora_B.weight"))
+        for key in keys
+    )
     theirs = getattr(in_diffusers(tmp_path / "a", **{part: base}), part)
     assert relative(out(theirs), out(model)) < 1e-4 and relative(out(base), out(model)) > 1e-2
     again = gralora.load_adapter(copy.deepcopy(base), tmp_path / "a").eval()
@@ -132,9 +160,14 @@ def test_load_lora_weights_computes_the_same_and_back(name, tmp_path):
 def test_several_modules_of_a_pipeline(format, tmp_path):
     bases = {"unet": unet(), "text_encoder": text_encoder()}
     rules = {"unet": RULES, "text_encoder": RULES}
-    if format == "kohya":  # whose attention pairs diffusers 0.42.1 drops beside transformers 5, from anybody's file
+    if (
+        format == "kohya"
+    ):  # whose attention pairs diffusers 0.42.1 drops beside transformers 5, from anybody's file
         rules["text_encoder"] = {("fc1", "fc2"): random_config(r=8, alpha=3)}
-    models = {part: gralora.inject(copy.deepcopy(base), rules[part]).eval() for part, base in bases.items()}
+    models = {
+        part: gralora.inject(copy.deepcopy(base), rules[part]).eval()
+        for part, base in bases.items()
+    }
     path = tmp_path / ("a.safetensors" if format == "kohya" else "a")
     gralora.save_adapter(models, path, format=format)
     loaded = in_diffusers(path, **bases)
@@ -148,7 +181,10 @@ def test_several_modules_of_a_pipeline(format, tmp_path):
     assert relative(out(alone), out(models["text_encoder"])) < 1e-4
     if format == "kohya":
         with safe_open(path, "pt") as file:
-            assert file.metadata()["ss_network_dim"] == "32" and file.metadata()["ss_network_module"] == "networks.lora"
+            assert (
+                file.metadata()["ss_network_dim"] == "32"
+                and file.metadata()["ss_network_module"] == "networks.lora"
+            )
             assert "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight" in file.keys()  # noqa: SIM118
 
 
@@ -159,7 +195,11 @@ def test_what_diffusers_has_saved_is_read(tmp_path):
     base = unet()
     theirs = copy.deepcopy(base)
     config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=[*ATTENTION, "conv1"], rank_pattern={"conv1": 2}, alpha_pattern={"conv1": 5}
+        r=4,
+        lora_alpha=6,
+        target_modules=[*ATTENTION, "conv1"],
+        rank_pattern={"conv1": 2},
+        alpha_pattern={"conv1": 5},
     )
     config.init_lora_weights = False
     theirs.add_adapter(config)
@@ -171,7 +211,9 @@ def test_what_diffusers_has_saved_is_read(tmp_path):
 
     pairs = get_peft_model_state_dict(theirs)
     metadata = theirs.peft_config["default"].to_dict()
-    metadata.update(target_modules=sorted(metadata["target_modules"]), alpha_pattern={}, lora_alpha=6)
+    metadata.update(
+        target_modules=sorted(metadata["target_modules"]), alpha_pattern={}, lora_alpha=6
+    )
     pairs_of_one = {k: v for k, v in pairs.items() if "conv1" not in k}
     diffusers.StableDiffusionPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=pairs_of_one, unet_lora_adapter_metadata=metadata
@@ -181,29 +223,42 @@ def test_what_diffusers_has_saved_is_read(tmp_path):
         module = theirs.get_submodule(key)
         assert relative(layer.delta_weight(), module.get_delta_weight("default")) < 1e-5
         assert layer.gralora_adapters["default"].config.scaling == 1.5
-    old = {k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v for k, v in pairs_of_one.items()}
+    old = {
+        k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v
+        for k, v in pairs_of_one.items()
+    }
     save_file(
         {**{f"unet.{k}": v.contiguous() for k, v in old.items()}},
         tmp_path / "pytorch_lora_weights.safetensors",
     )
     ours = gralora.load_adapter(copy.deepcopy(base), tmp_path)
-    assert {c.gralora_adapters["default"].config.scaling for _, c in gralora.layers.base.gralora_layers(ours)} == {1.0}
+    assert {
+        c.gralora_adapters["default"].config.scaling
+        for _, c in gralora.layers.base.gralora_layers(ours)
+    } == {1.0}
 
 
 def test_what_cannot_be_told_or_held_is_refused_by_name(tmp_path):
     model = gralora.inject(mlp(8, 8), ["0"], random_config())
     for format in ("diffusers", "kohya"):
-        with pytest.raises(ValueError, match="which part of a pipeline a Sequential is can't be told"):
+        with pytest.raises(
+            ValueError, match="which part of a pipeline a Sequential is can't be told"
+        ):
             gralora.save_adapter(model, tmp_path / "a", format=format)
     with pytest.raises(ValueError, match="several modules are for 'diffusers' and 'kohya'"):
         gralora.save_adapter({"unet": model}, tmp_path / "a")
     with pytest.raises(ValueError, match="kohya's names for transformers are not diffusers'"):
         gralora.save_adapter({"transformer": model}, tmp_path / "a", format="kohya")
     saved = gralora.inject(mlp(8, 8, 8), ["0"], random_config(modules_to_save=["2"]))
-    with pytest.raises(ValueError, match=r"trains 'unet.2' as well, which no LoRA of a pipeline can hold"):
+    with pytest.raises(
+        ValueError, match=r"trains 'unet.2' as well, which no LoRA of a pipeline can hold"
+    ):
         gralora.save_adapter({"unet": saved}, tmp_path / "a", format="diffusers")
     embedding = gralora.inject(nn.Sequential(nn.Embedding(8, 8)), ["0"], random_config())
-    with pytest.raises(ValueError, match=r"'unet.0', of kind 'embedding', is nothing that a LoRA of a pipeline holds"):
+    with pytest.raises(
+        ValueError,
+        match=r"'unet.0', of kind 'embedding', is nothing that a LoRA of a pipeline holds",
+    ):
         gralora.save_adapter({"unet": embedding}, tmp_path / "a", format="diffusers")
     twins = nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
     gralora.inject(twins, ["a_b", "a.b"], random_config())
@@ -212,19 +267,26 @@ def test_what_cannot_be_told_or_held_is_refused_by_name(tmp_path):
     assert not list(tmp_path.iterdir())
     gralora.save_adapter({"unet": model}, tmp_path / "a", format="diffusers")
     with pytest.raises(
-        gralora.AdapterFileError, match=r"nothing for the part 'text_encoder' of a pipeline; .*\['unet'\]"
+        gralora.AdapterFileError,
+        match=r"nothing for the part 'text_encoder' of a pipeline; .*\['unet'\]",
     ):
         gralora.load_adapter({"text_encoder": mlp(8, 8)}, tmp_path / "a")
     with pytest.raises(gralora.AdapterFileError, match="which part of a pipeline a Sequential is"):
         gralora.load_adapter(mlp(8, 8), tmp_path / "a")
     gralora.save_adapter(model, tmp_path / "own.safetensors")
-    with pytest.raises(gralora.AdapterFileError, match="of format 'gralora', which is of one module"):
+    with pytest.raises(
+        gralora.AdapterFileError, match="of format 'gralora', which is of one module"
+    ):
         gralora.load_adapter({"unet": mlp(8, 8)}, tmp_path / "own.safetensors")
     assert part_of_pipeline("CLIPTextModelWithProjection") == "text_encoder_2"
     file = tmp_path / "a" / "pytorch_lora_weights.safetensors"
     good = load_file(file)
     for tensors, metadata, why in (
-        ({**good, "unet.0.lora_magnitude_vector": torch.ones(8)}, {}, "which is no pair of a plain LoRA"),
+        (
+            {**good, "unet.0.lora_magnitude_vector": torch.ones(8)},
+            {},
+            "which is no pair of a plain LoRA",
+        ),
         ({k: v for k, v in good.items() if "lora_B" not in k}, {}, "has a pair of shapes"),
         (good, {"lora_adapter_metadata": json.dumps([1])}, "is no JSON object"),
     ):

@@ -1,4 +1,6 @@
-"""Fused experts in LoRA folders, against the real PEFT and against what vLLM's loader does with them."""
+"""Fused experts in LoRA folders, against the real PEFT and against what vLLM's loader does with
+them.
+"""
 
 import copy
 import json
@@ -41,7 +43,12 @@ def test_peft_reads_them_as_target_parameters_and_we_read_them_back(name, target
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert len(config["target_parameters"]) == 2 * len(targets) and config["lora_dropout"] == 0.0
     assert relative(out(in_peft(base, tmp_path / "lora")), out(model)) < 1e-5
-    assert relative(out(gralora.load_adapter(copy.deepcopy(base), tmp_path / "lora").eval()), out(model)) < 1e-5
+    assert (
+        relative(
+            out(gralora.load_adapter(copy.deepcopy(base), tmp_path / "lora").eval()), out(model)
+        )
+        < 1e-5
+    )
     assert relative(out(base), out(model)) > 1e-3
 
 
@@ -61,7 +68,10 @@ def test_what_peft_has_trained_is_read(name, tmp_path):
     quietly(theirs.save_pretrained, tmp_path)
     ours = gralora.load_adapter(copy.deepcopy(base), tmp_path).eval()
     assert relative(out(ours), out(theirs)) < 1e-5 and relative(out(base), out(theirs)) > 1e-3
-    assert {layer.gralora_adapters["default"].config.r for _, layer in gralora.layers.base.gralora_layers(ours)} == {
+    assert {
+        layer.gralora_adapters["default"].config.r
+        for _, layer in gralora.layers.base.gralora_layers(ours)
+    } == {
         2,
         4,
     }
@@ -69,7 +79,8 @@ def test_what_peft_has_trained_is_read(name, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_vllms_way_of_taking_the_stacks_apart_gives_each_experts_update(name, tmp_path):
-    # model_manager.py, _stack_moe_lora_weights: A (E·r, in) by experts first, B (out, r·E) with the expert last
+    # model_manager.py, _stack_moe_lora_weights: A (E·r, in) by experts first, B (out, r·E) with the
+    # expert last
     _, model = adapted(name)
     gralora.save_adapter(model, tmp_path / "lora", format="lora")
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -77,7 +88,10 @@ def test_vllms_way_of_taking_the_stacks_apart_gives_each_experts_update(name, tm
     scaling = config["lora_alpha"] / config["r"]
     module = model.model.layers[0].mlp.experts
     path = "base_model.model.model.layers.0.mlp.experts"
-    for key, layer in (("base_layer.", module.gralora_gate_up_proj), ("", module.gralora_down_proj)):
+    for key, layer in (
+        ("base_layer.", module.gralora_gate_up_proj),
+        ("", module.gralora_down_proj),
+    ):
         A, B = (tensors[f"{path}.{key}lora_{letter}.weight"] for letter in "AB")
         a = A.reshape(4, -1, A.shape[-1])
         b = B.reshape(B.shape[0], -1, 4).permute(2, 0, 1)
@@ -87,7 +101,12 @@ def test_vllms_way_of_taking_the_stacks_apart_gives_each_experts_update(name, tm
         scaling = alpha / next(iter(pattern.values()), r)
         alphas = {k: v for k, v in config["alpha_pattern"].items() if layer.part in k and "0" in k}
         scaling *= next(iter(alphas.values()), alpha) / alpha
-        assert relative(b @ a * scaling, delta.mT if getattr(module, "is_transposed", False) else delta) < 1e-5
+        assert (
+            relative(
+                b @ a * scaling, delta.mT if getattr(module, "is_transposed", False) else delta
+            )
+            < 1e-5
+        )
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen"])
@@ -97,7 +116,12 @@ def test_each_expert_for_itself_and_back(name, tmp_path):
     keys = load_file(tmp_path / "each" / "adapter_model.safetensors")
     A = keys["base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_A.weight"]
     assert A.shape == (10, 16) and len([key for key in keys if ".experts." in key]) == 2 * 2 * 4 * 3
-    assert relative(out(gralora.load_adapter(copy.deepcopy(base), tmp_path / "each").eval()), out(model)) < 1e-5
+    assert (
+        relative(
+            out(gralora.load_adapter(copy.deepcopy(base), tmp_path / "each").eval()), out(model)
+        )
+        < 1e-5
+    )
     expert = model.model.layers[1].mlp.experts
     B = keys["base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_B.weight"]
     up = gralora.delta_weight(expert.gralora_gate_up_proj)[3].chunk(2)[1]
@@ -114,16 +138,24 @@ def test_pairs_that_differ_between_gate_and_up_become_one_of_both_ranks(tmp_path
     gralora.save_adapter(model, tmp_path / "each", format="lora", experts="each", rank=8)
     path = tmp_path / "each" / "adapter_model.safetensors"
     tensors = load_file(path)
-    doubled = {k: t * 2 if "up_proj.lora_A" in k else t for k, t in tensors.items()}  # as trained apart
+    doubled = {
+        k: t * 2 if "up_proj.lora_A" in k else t for k, t in tensors.items()
+    }  # as trained apart
     save_file(doubled, path)
     ours = gralora.load_adapter(copy.deepcopy(base), tmp_path / "each")
-    gate, up = gralora.delta_weight(ours.model.layers[0].mlp.experts.gralora_gate_up_proj)[1].chunk(2)
-    wanted = gralora.delta_weight(model.model.layers[0].mlp.experts.gralora_gate_up_proj)[1].chunk(2)
+    gate, up = gralora.delta_weight(ours.model.layers[0].mlp.experts.gralora_gate_up_proj)[1].chunk(
+        2
+    )
+    wanted = gralora.delta_weight(model.model.layers[0].mlp.experts.gralora_gate_up_proj)[1].chunk(
+        2
+    )
     assert relative(gate, wanted[0]) < 1e-5 and relative(up, 2 * wanted[1]) < 1e-5
     del doubled["base_model.model.model.layers.0.mlp.experts.2.down_proj.lora_A.weight"]
     del doubled["base_model.model.model.layers.0.mlp.experts.2.down_proj.lora_B.weight"]
     save_file(doubled, path)
-    with pytest.raises(gralora.AdapterFileError, match=r"experts.0.down_proj', which this model lacks"):
+    with pytest.raises(
+        gralora.AdapterFileError, match=r"experts.0.down_proj', which this model lacks"
+    ):
         gralora.load_adapter(copy.deepcopy(base), tmp_path / "each")
 
 
@@ -136,7 +168,10 @@ def test_a_lower_rank_and_its_error(tmp_path):
         both = [getattr(m.model.layers[0].mlp.experts, name) for m in (ours, model)]
         found, wanted = map(gralora.delta_weight, both)
         error = errors["model.layers.0.mlp.experts." + name.removeprefix("gralora_")]
-        assert error == pytest.approx(((found - wanted).norm() / wanted.norm()).item(), rel=1e-4) and 0.1 < error < 1
+        assert (
+            error == pytest.approx(((found - wanted).norm() / wanted.norm()).item(), rel=1e-4)
+            and 0.1 < error < 1
+        )
     pairs = gralora.to_lora(model)
     A, B = (pairs[f"model.layers.0.mlp.experts.down_proj.lora_{letter}.weight"] for letter in "AB")
     assert A.shape == (4, 8, 24) and relative(B @ A, wanted) < 1e-6
@@ -144,14 +179,20 @@ def test_a_lower_rank_and_its_error(tmp_path):
 
 def test_what_cannot_be_written_or_told_apart_is_refused_by_name(tmp_path):
     _, model = adapted("gpt_oss")
-    with pytest.raises(ValueError, match=r"stored \(in, out\), where gate and up may lie interleaved"):
+    with pytest.raises(
+        ValueError, match=r"stored \(in, out\), where gate and up may lie interleaved"
+    ):
         gralora.save_adapter(model, tmp_path / "a", format="lora", experts="each")
-    with pytest.raises(ValueError, match='experts=\'all\' is not legal: it must be "fused" or "each"'):
+    with pytest.raises(
+        ValueError, match='experts=\'all\' is not legal: it must be "fused" or "each"'
+    ):
         gralora.save_adapter(model, tmp_path / "a", format="lora", experts="all")
     with pytest.raises(ValueError, match="experts='each' is for format=\"lora\""):
         gralora.save_adapter(model, tmp_path / "a", experts="each")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="which of the parameters m.v, m.w each pair is of can't be known"):
+    with pytest.raises(
+        ValueError, match="which of the parameters m.v, m.w each pair is of can't be known"
+    ):
         unwrapped(["m", "m.base_layer"], ["m.v", "m.w"], [])
     with pytest.raises(ValueError, match="'m' has 1 pairs for the parameters m.v, m.w"):
         unwrapped(["m"], ["m.v", "m.w"], ["m.v", "m.w"])
@@ -161,7 +202,10 @@ def test_parameters_of_any_name_come_back_in_their_order(tmp_path):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
-            self.zeta, self.alpha = nn.Parameter(torch.randn(3, 8, 8)), nn.Parameter(torch.randn(3, 8, 8))
+            self.zeta, self.alpha = (
+                nn.Parameter(torch.randn(3, 8, 8)),
+                nn.Parameter(torch.randn(3, 8, 8)),
+            )
 
         def forward(self, x):
             return sum(x @ self.zeta[e].mT @ self.alpha[e].mT for e in range(3))
@@ -171,7 +215,9 @@ def test_parameters_of_any_name_come_back_in_their_order(tmp_path):
     model = gralora.inject(copy.deepcopy(base), ["zeta", "alpha"], random_config())
     gralora.save_adapter(model, tmp_path / "lora", format="lora")
     x = torch.randn(5, 8)
-    assert relative(gralora.load_adapter(copy.deepcopy(base), tmp_path / "lora")(x), model(x)) < 1e-5
+    assert (
+        relative(gralora.load_adapter(copy.deepcopy(base), tmp_path / "lora")(x), model(x)) < 1e-5
+    )
     assert relative(in_peft(base, tmp_path / "lora")(x), model(x)) < 1e-5
     assert [w.path for w in wrapped(["0.zeta", "0.alpha", "1.alpha"])] == ["0.base_layer", "0", "1"]
 

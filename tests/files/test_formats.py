@@ -37,7 +37,9 @@ def test_an_adapter_on_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     gralora.save_adapter(model, folder / "snapshots" / ("0" * 40) / "adapter.safetensors")
     again = gralora.load_adapter(llama_of(base), "owner/name")
     assert relative(again(TOKENS).logits, model(TOKENS).logits) < 1e-5
-    with pytest.raises(FileNotFoundError, match="no adapter at owner/other, nor on the Hugging Face hub"):
+    with pytest.raises(
+        FileNotFoundError, match="no adapter at owner/other, nor on the Hugging Face hub"
+    ):
         gralora.load_adapter(llama(), "owner/other")
 
 
@@ -57,8 +59,15 @@ def test_a_missing_package_and_a_missing_path_are_told(tmp_path, monkeypatch):
 
 def test_what_is_remembered_of_a_models_config():
     fields = model_fields(small_model("gpt2").config)
-    assert fields["model_type"] == "gpt2" and fields["num_hidden_layers"] == 2 and fields["num_attention_heads"] == 4
+    assert (
+        fields["model_type"] == "gpt2"
+        and fields["num_hidden_layers"] == 2
+        and fields["num_attention_heads"] == 4
+    )
     assert model_fields({"model_type": "gpt2", "n_layer": 3, "n_head": 5})["num_hidden_layers"] == 3
-    nested = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 7}}
+    nested = {
+        "model_type": "gemma3",
+        "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 7},
+    }
     assert model_fields(nested)["model_type"] == "gemma3_text"
     assert model_fields(None) is None and model_fields({"a": 1}) is None

@@ -1,4 +1,6 @@
-"""What the version before the folders wrote is read by this one: `tests/data/` was written by its code."""
+"""What the version before the folders wrote is read by this one: `tests/data/` was written by its
+code.
+"""
 
 import pickle
 from pathlib import Path
@@ -24,7 +26,9 @@ def test_a_pickled_model_of_the_version_before_computes_the_same():
     assert gralora.adapter_names(model) == ["a", "b"]
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again(X), model(X))
-    assert not any(isinstance(module, gralora.GraloraLayer) for module in gralora.unload(model).modules())
+    assert not any(
+        isinstance(module, gralora.GraloraLayer) for module in gralora.unload(model).modules()
+    )
 
 
 @pytest.mark.parametrize("name", [".safetensors", "_peft", "_lora"])

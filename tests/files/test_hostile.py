@@ -24,7 +24,9 @@ CHUNKS, MUTANTS = 8, 1500
 def test_mutants_are_refused_cleanly_or_load_rightly(seed, tmp_path):
     outcomes = fuzz(tmp_path, MUTANTS, seed)
     assert sum(outcomes.values()) == MUTANTS
-    assert outcomes["refused"] > MUTANTS / 4 and outcomes["loaded"] > MUTANTS / 20  # neither is trivial
+    assert (
+        outcomes["refused"] > MUTANTS / 4 and outcomes["loaded"] > MUTANTS / 20
+    )  # neither is trivial
 
 
 @pytest.mark.parametrize("name", ["everything", "lora"])
@@ -84,7 +86,9 @@ def refused(path, text, model=None):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_every_field_of_the_metadata_is_checked_before_anything_is_allocated(tmp_path, monkeypatch, field, value, text):
+def test_every_field_of_the_metadata_is_checked_before_anything_is_allocated(
+    tmp_path, monkeypatch, field, value, text
+):
     path, header, body = adapter(tmp_path)
     modules = json.loads(header["__metadata__"]["modules"])
     modules["0"][field] = value
@@ -97,11 +101,24 @@ def test_every_field_of_the_metadata_is_checked_before_anything_is_allocated(tmp
 
 
 def test_names_that_lead_elsewhere(tmp_path):
-    for name in ("..", "../../etc/passwd", "0.weight", "1", "0.", ".0", "", "gralora_adapters", "0.gralora_adapters.x"):
+    for name in (
+        "..",
+        "../../etc/passwd",
+        "0.weight",
+        "1",
+        "0.",
+        ".0",
+        "",
+        "gralora_adapters",
+        "0.gralora_adapters.x",
+    ):
         path, header, body = adapter(tmp_path)
         modules = json.loads(header["__metadata__"]["modules"])
         header["__metadata__"]["modules"] = json.dumps({name: modules["0"]})
-        header = {key.replace("0.", f"{name}.", 1) if key[0] == "0" else key: value for key, value in header.items()}
+        header = {
+            key.replace("0.", f"{name}.", 1) if key[0] == "0" else key: value
+            for key, value in header.items()
+        }
         path.write_bytes(joined(header, body))
         model = mlp(16, 8)
         before = fingerprint(model)
@@ -111,7 +128,9 @@ def test_names_that_lead_elsewhere(tmp_path):
     assert {each.name for each in tmp_path.iterdir()} == {"adapter.safetensors"}
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64]
+)
 @pytest.mark.parametrize("format", ["gralora", "peft", "lora"])
 def test_types_that_no_adapter_has(tmp_path, dtype, format):
     path = tmp_path / "adapter"
@@ -135,13 +154,18 @@ def test_values_that_are_not_finite_are_refused_unless_allowed(tmp_path, format,
     for place in ("fc", "head"):
         model = gralora.inject(net(), ["fc"], random_config(modules_to_save=["head"]))
         with torch.no_grad():
-            owner = model["fc"].gralora_adapters["default"].A if place == "fc" else model["head"].weight
+            owner = (
+                model["fc"].gralora_adapters["default"].A if place == "fc" else model["head"].weight
+            )
             owner.view(-1)[3] = value
         path = tmp_path / f"{format}-{place}"
         gralora.save_adapter(model, path, format=format)
         other = net()
         before = fingerprint(other)
-        with pytest.raises(AdapterFileError, match=f"{place}.*holds values that are not finite.*allow_nonfinite=True"):
+        with pytest.raises(
+            AdapterFileError,
+            match=f"{place}.*holds values that are not finite.*allow_nonfinite=True",
+        ):
             gralora.load_adapter(other, path)
         assert_same(fingerprint(other), before)
         gralora.load_adapter(other, path, allow_nonfinite=True)
@@ -186,7 +210,9 @@ def test_a_folder_with_a_pickle_is_refused_by_name_and_the_pickle_never_opened(t
 
     folder = tmp_path / "folder"
     gralora.save_adapter(
-        gralora.inject(nn.ModuleDict({"0": nn.Linear(16, 8)}), ["0"], random_config()), folder, format="peft"
+        gralora.inject(nn.ModuleDict({"0": nn.Linear(16, 8)}), ["0"], random_config()),
+        folder,
+        format="peft",
     )
     torch.save(Trap(), folder / "adapter_model.bin")
     refused(folder, "holds adapter_model.bin, a pickle, which can run any code and is never opened")
@@ -201,9 +227,19 @@ def test_a_folder_with_a_pickle_is_refused_by_name_and_the_pickle_never_opened(t
 def test_a_config_that_is_no_json(tmp_path):
     folder = tmp_path / "folder"
     gralora.save_adapter(
-        gralora.inject(nn.ModuleDict({"0": nn.Linear(16, 8)}), ["0"], random_config()), folder, format="lora"
+        gralora.inject(nn.ModuleDict({"0": nn.Linear(16, 8)}), ["0"], random_config()),
+        folder,
+        format="lora",
     )
-    for content in (b"", b"{", b"\xff\xfe", b"null", b"[1]", b'{"peft_type": "LORA", "r": NaN}', b"[" * 100_000):
+    for content in (
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"null",
+        b"[1]",
+        b'{"peft_type": "LORA", "r": NaN}',
+        b"[" * 100_000,
+    ):
         (folder / "adapter_config.json").write_bytes(content)
         refused(folder, "adapter_config.json")
 
@@ -227,7 +263,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 @pytest.mark.parametrize(
-    "case", ["long header", "many modules", "a rank of a billion", "a large adapter of another model"]
+    "case",
+    ["long header", "many modules", "a rank of a billion", "a large adapter of another model"],
 )
 def test_no_memory_beyond_ten_times_the_file(tmp_path, case):
     path, header, body = adapter(tmp_path)
@@ -235,7 +272,9 @@ def test_no_memory_beyond_ten_times_the_file(tmp_path, case):
     if case == "long header":
         data = joined(json.dumps(header).encode().ljust(2**25 - 100), body)
     elif case == "many modules":
-        header["__metadata__"]["modules"] = json.dumps({f"layer{i}": modules["0"] for i in range(100_000)})
+        header["__metadata__"]["modules"] = json.dumps(
+            {f"layer{i}": modules["0"] for i in range(100_000)}
+        )
         data = joined(header, body)
     elif case == "a rank of a billion":
         modules["0"]["r"] = 2**30
@@ -245,7 +284,9 @@ def test_no_memory_beyond_ten_times_the_file(tmp_path, case):
         gralora.save_adapter(gralora.inject(nn.Linear(4096, 4096), "", random_config(r=256)), path)
         data = path.read_bytes()
     path.write_bytes(data)
-    done = subprocess.run([sys.executable, "-c", CODE, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(path)], capture_output=True, text=True, check=True
+    )
     outcome, grown = done.stdout.splitlines()
     assert outcome != "loaded"
     assert int(grown) < 10 * len(data) + 2**24, (outcome, int(grown) / len(data))

@@ -34,13 +34,18 @@ def test_layers_that_differ_in_k_are_written_as_lora_and_not_as_peft_gralora(tmp
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {"^q": 32, r"^mlp\.0": 10, r"^mlp\.2": 10}
     assert relative(in_peft(base, tmp_path / "a")(X), model(X)) < 1e-5
-    assert relative(gralora.load_adapter(copy.deepcopy(base), tmp_path / "a").eval()(X), model(X)) < 1e-5
+    assert (
+        relative(gralora.load_adapter(copy.deepcopy(base), tmp_path / "a").eval()(X), model(X))
+        < 1e-5
+    )
     assert relative(base(X), model(X)) > 1e-2
 
 
 def test_to_lora_is_the_update_and_its_best_truncation():
     torch.manual_seed(1)
-    model = gralora.inject(Block().double(), ["q", "mlp.0"], random_config(r=4, gralora_k=2, hybrid_r=1))
+    model = gralora.inject(
+        Block().double(), ["q", "mlp.0"], random_config(r=4, gralora_k=2, hybrid_r=1)
+    )
     exact, errors = gralora.to_lora(model), {}
     cut = gralora.to_lora(model, rank=3, errors=errors)
     padded = gralora.to_lora(model, rank=20)
@@ -65,11 +70,18 @@ def test_to_lora_is_the_update_and_its_best_truncation():
 
 def test_a_truncated_folder_has_one_rank_and_the_error_it_says(tmp_path):
     base = Block()
-    model = gralora.inject(copy.deepcopy(base), {"q": random_config(r=8, gralora_k=4), "v": random_config(r=2)})
+    model = gralora.inject(
+        copy.deepcopy(base), {"q": random_config(r=8, gralora_k=4), "v": random_config(r=2)}
+    )
     errors = {}
     gralora.save_adapter(model, tmp_path / "a", format="lora", rank=6, errors=errors)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (6, 6, {}, {})
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (
+        6,
+        6,
+        {},
+        {},
+    )
     loaded = gralora.load_adapter(copy.deepcopy(base), tmp_path / "a")
     for name, error in errors.items():
         delta = gralora.delta_weight(model.get_submodule(name)).detach()

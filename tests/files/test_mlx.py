@@ -45,7 +45,10 @@ def test_mlx_computes_what_pytorch_does(name, tmp_path):
     model = gralora.inject(copy.deepcopy(base), rules).eval()
     gralora.save_adapter(model, tmp_path / "mlx", format="mlx")
     config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
-    assert config["lora_parameters"]["rank"] == 34 and "self_attn.q_proj" in config["lora_parameters"]["keys"]
+    assert (
+        config["lora_parameters"]["rank"] == 34
+        and "self_attn.q_proj" in config["lora_parameters"]["keys"]
+    )
     assert relative(in_mlx(base, None, tmp_path), expected(base)) < 1e-3
     assert relative(in_mlx(base, tmp_path / "mlx", tmp_path), expected(model)) < 1e-3
     assert relative(expected(base), expected(model)) > 0.1
@@ -55,10 +58,16 @@ def test_mlx_computes_what_pytorch_does(name, tmp_path):
 
 def test_embeddings_heads_and_one_scale(tmp_path):
     base = small_model("llama")
-    model = gralora.inject(copy.deepcopy(base), ["embed_tokens", "lm_head", "v_proj"], random_config(alpha=3)).eval()
+    model = gralora.inject(
+        copy.deepcopy(base), ["embed_tokens", "lm_head", "v_proj"], random_config(alpha=3)
+    ).eval()
     gralora.save_adapter(model, tmp_path / "mlx", format="mlx", rank=8, dtype=torch.float16)
     config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]
-    assert config["rank"] == 8 and sorted(config["keys"]) == ["lm_head", "model.embed_tokens", "self_attn.v_proj"]
+    assert config["rank"] == 8 and sorted(config["keys"]) == [
+        "lm_head",
+        "model.embed_tokens",
+        "self_attn.v_proj",
+    ]
     assert relative(in_mlx(base, tmp_path / "mlx", tmp_path), expected(model)) < 5e-3
     again = gralora.load_adapter(copy.deepcopy(base), tmp_path / "mlx").eval()
     assert relative(expected(again), expected(model)) < 5e-3
@@ -69,7 +78,12 @@ def test_what_it_cannot_hold_and_what_is_none_is_refused(tmp_path):
     from ..layers.test_experts import mixtral
 
     for model, targets, config, why in (
-        (small_model("llama"), ["q_proj"], {"modules_to_save": ["lm_head"]}, "trains 'lm_head' as well, which mlx-lm"),
+        (
+            small_model("llama"),
+            ["q_proj"],
+            {"modules_to_save": ["lm_head"]},
+            "trains 'lm_head' as well, which mlx-lm",
+        ),
         (mixtral(), ["down_proj"], {}, "holds adapters of fused experts"),
         (
             torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1)),
@@ -90,9 +104,17 @@ def test_what_it_cannot_hold_and_what_is_none_is_refused(tmp_path):
     for config, tensors, why in (
         ({"fine_tune_type": "full"}, {"x.lora_a": a}, "describes no LoRA"),
         ({"lora_parameters": {"scale": 1}}, {"x.lora_a": a}, "no pair of a LoRA"),
-        ({"lora_parameters": {"scale": 1}}, {"x.lora_a": a, "x.lora_b": a + 1}, "has a pair of shapes"),
+        (
+            {"lora_parameters": {"scale": 1}},
+            {"x.lora_a": a, "x.lora_b": a + 1},
+            "has a pair of shapes",
+        ),
         ({"lora_parameters": {"scale": "1"}}, {"x.lora_a": a, "x.lora_b": b}, "a scale of '1'"),
-        ({"lora_parameters": {"scale": 1}}, {"x.lora_a": a.long(), "x.lora_b": b}, "x.lora_a is of type I64"),
+        (
+            {"lora_parameters": {"scale": 1}},
+            {"x.lora_a": a.long(), "x.lora_b": b},
+            "x.lora_a is of type I64",
+        ),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "adapters.safetensors")

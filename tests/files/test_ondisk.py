@@ -77,16 +77,32 @@ def test_convolutions_attention_and_experts_are_merged_on_disk(tmp_path, transpo
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.attention = torch.nn.Conv2d(4, 8, 3), torch.nn.MultiheadAttention(16, 4, **sizes)
+            self.conv, self.attention = (
+                torch.nn.Conv2d(4, 8, 3),
+                torch.nn.MultiheadAttention(16, 4, **sizes),
+            )
             self.experts = Experts(transposed, dtype=torch.float32)
 
     model = Net()
-    save_file({prefix + key: tensor for key, tensor in model.state_dict().items()}, tmp_path / "base.safetensors")
+    save_file(
+        {prefix + key: tensor for key, tensor in model.state_dict().items()},
+        tmp_path / "base.safetensors",
+    )
     gralora.inject(model, ["conv", "q_proj", "v_proj", "out_proj", "up"], random_config(hybrid_r=1))
     gralora.save_adapter(model, tmp_path / "a.safetensors")
     assert run("info", tmp_path / "a.safetensors") == 0
-    assert run("merge", tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors") == 0
-    before = {key: tensor.clone() for key, tensor in load_file(tmp_path / "base.safetensors").items()}
+    assert (
+        run(
+            "merge",
+            tmp_path / "base.safetensors",
+            tmp_path / "a.safetensors",
+            tmp_path / "out.safetensors",
+        )
+        == 0
+    )
+    before = {
+        key: tensor.clone() for key, tensor in load_file(tmp_path / "base.safetensors").items()
+    }
     there, changed = load_file(tmp_path / "out.safetensors"), 0
     for key, tensor in gralora.merge_and_unload(model).state_dict().items():
         assert same_bits(there[prefix + key], tensor), key
@@ -97,21 +113,30 @@ def test_convolutions_attention_and_experts_are_merged_on_disk(tmp_path, transpo
 def test_square_weights_are_merged_in_their_layout_or_refused(tmp_path, capsys):
     base = gpt2()
     model = gralora.inject(copy.deepcopy(base), ["attn.c_proj"], random_config())  # 32 x 32
-    save_file({k: t.clone() for k, t in base.transformer.state_dict(prefix="transformer.").items()}, tmp_path / "m")
+    save_file(
+        {k: t.clone() for k, t in base.transformer.state_dict(prefix="transformer.").items()},
+        tmp_path / "m",
+    )
     for format in ("gralora", "peft", "lora"):
         gralora.save_adapter(model, tmp_path / format, format=format)
         assert run("merge", tmp_path / "m", tmp_path / format, tmp_path / f"{format}-merged") == 0
     state = gralora.adapter_state_dict(model)
     names = {key.rpartition(".")[0] for key in state}
     fields = {"r": 4, "hybrid_r": 0, "alpha": 8, "gralora_k": 2, "gralora_dropout": 0.0}
-    metadata = {"format": "gralora", "format_version": "1", "modules": json.dumps(dict.fromkeys(names, fields))}
+    metadata = {
+        "format": "gralora",
+        "format_version": "1",
+        "modules": json.dumps(dict.fromkeys(names, fields)),
+    }
     save_file(state, tmp_path / "bare", metadata)
     assert run("merge", tmp_path / "m", tmp_path / "bare", tmp_path / "out") == 1
     assert "c_proj' is square" in capsys.readouterr().err
     gralora.merge_and_unload(model)
     key = "transformer.h.0.attn.c_proj.weight"
     for format in ("gralora", "peft", "lora"):
-        assert relative(load_file(tmp_path / f"{format}-merged")[key], model.state_dict()[key]) < 1e-6
+        assert (
+            relative(load_file(tmp_path / f"{format}-merged")[key], model.state_dict()[key]) < 1e-6
+        )
 
 
 def test_heads_trained_whole_are_written_into_the_checkpoint(tmp_path, capsys):
@@ -126,7 +151,10 @@ def test_heads_trained_whole_are_written_into_the_checkpoint(tmp_path, capsys):
             return self.head(self.bert(x).last_hidden_state)
 
     model = Classifier()
-    save_file({k: t.clone() for k, t in model.bert.state_dict(prefix="bert.").items()}, tmp_path / "m.safetensors")
+    save_file(
+        {k: t.clone() for k, t in model.bert.state_dict(prefix="bert.").items()},
+        tmp_path / "m.safetensors",
+    )
     gralora.inject(model, ["query"], random_config(modules_to_save=["head", "pooler"]))
     gralora.save_adapter(model, tmp_path / "a")
     assert run("merge", tmp_path / "m.safetensors", tmp_path / "a", tmp_path / "out") == 0
@@ -153,7 +181,10 @@ def test_merge_refuses_what_it_would_do_wrongly(adapter, tmp_path, capsys):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "m.safetensors"]
     save_file({**good, "v.weight": good["v.weight"] + 0.1}, target)
     assert run("merge", target, path, tmp_path / "out") == 0
-    assert "warning: the adapter was trained on another base: the weights differ in q, v" in capsys.readouterr().err
+    assert (
+        "warning: the adapter was trained on another base: the weights differ in q, v"
+        in capsys.readouterr().err
+    )
     assert run("merge", target, path, target, "--force") == 1
     assert run("merge", target, path, tmp_path / "out", "--force") == 0
 
@@ -183,7 +214,9 @@ def test_extract_on_disk_equals_extract_in_memory(tmp_path, capsys):
     with torch.no_grad():
         for p, q in zip(tuned.parameters(), base.parameters(), strict=True):
             p.copy_(q + torch.randn_like(q) * 0.1)
-    one, two = (saved_checkpoint(m, tmp_path / n, "20KB") for m, n in ((base, "one"), (tuned, "two")))
+    one, two = (
+        saved_checkpoint(m, tmp_path / n, "20KB") for m, n in ((base, "one"), (tuned, "two"))
+    )
     regex = r"transformer\.h\.\d\.attn\.c_(attn|proj)"
     assert run("extract", one, two, tmp_path / "out", "--targets", regex, "-r", 8, "-k", 4) == 0
     shown = capsys.readouterr().out
@@ -191,9 +224,14 @@ def test_extract_on_disk_equals_extract_in_memory(tmp_path, capsys):
     errors = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = gralora.extract(base, tuned, regex, gralora.GraloraConfig(r=8, gralora_k=4, alpha=8), errors=errors)
+        expected = gralora.extract(
+            base, tuned, regex, gralora.GraloraConfig(r=8, gralora_k=4, alpha=8), errors=errors
+        )
     for name, layer in gralora_layers(expected):
-        assert relative(gralora.delta_weight(loaded.get_submodule(name)), gralora.delta_weight(layer)) < 1e-4
+        assert (
+            relative(gralora.delta_weight(loaded.get_submodule(name)), gralora.delta_weight(layer))
+            < 1e-4
+        )
         delta = tuned.get_submodule(name).weight - layer.weight
         S = torch.linalg.svdvals(delta.detach())
         assert f"{errors[name]:.4g}" in shown
@@ -219,19 +257,29 @@ def test_an_interrupted_merge_leaves_nothing_under_the_final_name(tmp_path):
         layer.gralora_adapters["default"].reset_parameters()
     gralora.save_adapter(model, tmp_path / "a")
     stops = (
-        "import os, signal, time; from gralora.files import ondisk; from gralora.__main__ import main\n"
+        "import os, signal, time; from gralora.files import ondisk; from gralora.__main__ import"
+        " main\n"
         "write = ondisk._Merging.write\n"
         "def stopped(self, shard, path):\n"
         "    write(self, shard, path)\n"
         "    os.kill(os.getpid(), signal.SIGSTOP)\n"
-        "    while True: time.sleep(0.01)\n"  # till the signal is here: code in C may swallow what is raised in its midst
+        # till the signal is here: code in C may swallow what is raised in its midst
+        "    while True: time.sleep(0.01)\n"
         "ondisk._Merging.write = stopped\n"
         "raise SystemExit(main())"
     )
-    args = [sys.executable, "-c", stops, "merge", *(str(tmp_path / n) for n in ("base", "a", "out"))]
+    args = [
+        sys.executable,
+        "-c",
+        stops,
+        "merge",
+        *(str(tmp_path / n) for n in ("base", "a", "out")),
+    ]
     for signal_number in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # until it has written its first shard
+        os.waitid(
+            os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT
+        )  # until it has written its first shard
         assert list(tmp_path.glob(".out.*/*.safetensors"))
         process.send_signal(signal_number)
         process.send_signal(signal.SIGCONT)

@@ -32,17 +32,28 @@ def test_the_file_describes_itself(tmp_path):
         "gralora_k": 1,
         "gralora_dropout": 0.0,
     }
-    assert {"q.gralora_A", "q.gralora_B", "mlp.0.gralora_A_general.weight", "mlp.2.gralora_B_general.weight"} <= keys
+    assert {
+        "q.gralora_A",
+        "q.gralora_B",
+        "mlp.0.gralora_A_general.weight",
+        "mlp.2.gralora_B_general.weight",
+    } <= keys
     assert keys == set(gralora.adapter_state_dict(one))
 
 
 def test_use_rslora_is_written_where_it_is_set_so_that_older_versions_refuse_the_file(tmp_path):
     one, two = pair()
-    gralora.inject(one, {"q": MIXED["q"], "k|v": dataclasses.replace(MIXED["k|v"], use_rslora=True)})
+    gralora.inject(
+        one, {"q": MIXED["q"], "k|v": dataclasses.replace(MIXED["k|v"], use_rslora=True)}
+    )
     gralora.save_adapter(one, tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         modules = json.loads(file.metadata()["modules"])
-    assert {name: fields.get("use_rslora") for name, fields in modules.items()} == {"q": None, "k": True, "v": True}
+    assert {name: fields.get("use_rslora") for name, fields in modules.items()} == {
+        "q": None,
+        "k": True,
+        "v": True,
+    }
     gralora.load_adapter(two, tmp_path / "a.safetensors")
     assert torch.equal(two.eval()(X), one.eval()(X))
     assert two.v.gralora_adapters["default"].config == dataclasses.replace(

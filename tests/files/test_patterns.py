@@ -1,4 +1,6 @@
-"""Patterns of PEFT's; what they do to a folder is in `test_peft`, what strangers put in them in `test_hostile`."""
+"""Patterns of PEFT's; what they do to a folder is in `test_peft`, what strangers put in them in
+`test_hostile`.
+"""
 
 from pathlib import Path
 
@@ -14,7 +16,9 @@ def test_the_first_that_matches_counts_whole_names_and_ends():
     assert pattern(Path("x"), None, 9)("a") == 9
 
 
-@pytest.mark.parametrize("patterns", [[1], {"(a+)+b": 1}, {"a" * 600: 1, "b(": 2}, {f"{i}.*x": 1 for i in range(40)}])
+@pytest.mark.parametrize(
+    "patterns", [[1], {"(a+)+b": 1}, {"a" * 600: 1, "b(": 2}, {f"{i}.*x": 1 for i in range(40)}]
+)
 def test_what_cannot_be_trusted_is_refused_and_the_field_named(patterns):
     with pytest.raises(gralora.AdapterFileError, match="rank_pattern"):
         pattern(Path("x"), patterns, 1, "rank_pattern")

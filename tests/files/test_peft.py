@@ -60,7 +60,9 @@ def shake_(parameters):
 def adapted(architecture, fields):
     """(base model, the same with an adapter of ours that acts, targets)"""
     make, targets, saved = ARCHITECTURES[architecture]
-    config = random_config(**{**fields, **({"modules_to_save": saved} if "modules_to_save" in fields else {})})
+    config = random_config(
+        **{**fields, **({"modules_to_save": saved} if "modules_to_save" in fields else {})}
+    )
     base = make()
     model = gralora.inject(copy.deepcopy(base), targets, config).eval()
     shake_(gralora.adapter_parameters(model))
@@ -75,13 +77,17 @@ class TestPeft:
     def test_what_is_saved_here_loads_there(self, tmp_path, architecture, fields):
         base, model, _, _ = adapted(architecture, fields)
         gralora.save_adapter(model, tmp_path / "a", format="peft")
-        assert relative(logits(in_peft(base, tmp_path / "a").base_model.model), logits(model)) < 1e-6
+        assert (
+            relative(logits(in_peft(base, tmp_path / "a").base_model.model), logits(model)) < 1e-6
+        )
         again = gralora.load_adapter(copy.deepcopy(base), tmp_path / "a").eval()
         assert same_bits(logits(again), logits(model))
 
     def test_what_peft_saved_loads_here(self, tmp_path, architecture, fields):
         base, _, config, targets = adapted(architecture, fields)
-        theirs = quietly(peft.get_peft_model, copy.deepcopy(base), peft_config(config, targets)).eval()
+        theirs = quietly(
+            peft.get_peft_model, copy.deepcopy(base), peft_config(config, targets)
+        ).eval()
         shake_(p for p in theirs.parameters() if p.requires_grad)
         quietly(theirs.save_pretrained, tmp_path / "a")
         ours = gralora.load_adapter(copy.deepcopy(base), tmp_path / "a").eval()
@@ -120,13 +126,18 @@ def test_a_name_that_ends_another_takes_only_its_own_layer(tmp_path, format):
         if name == "one" or format == "lora":
             gralora.save_adapter(model, tmp_path / name, format=format)
             assert relative(in_peft(base, tmp_path / name)(X), model(X)) < 1e-6
-            assert relative(gralora.load_adapter(copy.deepcopy(base), tmp_path / name)(X), model(X)) < 1e-6
+            assert (
+                relative(gralora.load_adapter(copy.deepcopy(base), tmp_path / name)(X), model(X))
+                < 1e-6
+            )
     config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     assert config["target_modules"] == "q"  # a regular expression, where a list would match both
 
 
 def lora_folder(tmp_path, base, **fields):
-    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q", "v"], "init_lora_weights": "gaussian", **fields})
+    config = peft.LoraConfig(
+        **{"r": 4, "target_modules": ["q", "v"], "init_lora_weights": "gaussian", **fields}
+    )
     model = peft.get_peft_model(copy.deepcopy(base), config).eval()
     shake_(p for p in model.parameters() if p.requires_grad)
     model.save_pretrained(tmp_path / "a")
@@ -148,7 +159,9 @@ def lora_folder(tmp_path, base, **fields):
 def test_lora_of_peft_is_gralora_of_k_1(tmp_path, fields):
     base = Block()
     _, folder = lora_folder(tmp_path, base, **fields)
-    theirs = in_peft(base, folder)  # reloaded, since PEFT sorts the patterns on saving and the first match counts
+    theirs = in_peft(
+        base, folder
+    )  # reloaded, since PEFT sorts the patterns on saving and the first match counts
     ours = gralora.load_adapter(copy.deepcopy(base), folder).eval()
     assert relative(ours(X), theirs(X)) < 1e-6
     assert relative(base(X), theirs(X)) > 1e-3
@@ -233,7 +246,9 @@ def test_what_peft_cannot_name_is_refused(tmp_path):
     layer = gralora.inject(nn.Linear(16, 16), "", random_config())
     with pytest.raises(ValueError, match="the model itself is the adapted layer"):
         gralora.save_adapter(layer, tmp_path / "a", format="peft")
-    model = nn.ModuleDict({"a": nn.Linear(4, 4), "head": nn.Linear(4, 4), "forehead": nn.Linear(4, 4)})
+    model = nn.ModuleDict(
+        {"a": nn.Linear(4, 4), "head": nn.Linear(4, 4), "forehead": nn.Linear(4, 4)}
+    )
     gralora.inject(model, ["a"], random_config(modules_to_save=["head"]))
     with pytest.raises(ValueError, match="'forehead' as well"):
         gralora.save_adapter(model, tmp_path / "a", format="peft")
@@ -288,7 +303,9 @@ def test_a_base_in_the_other_layout_is_the_same_base(tmp_path):
 @pytest.mark.parametrize("fields", [{"gralora_k": 1}, {"r": 8, "gralora_k": 4}, {"hybrid_r": 3}])
 @pytest.mark.parametrize("format", ["peft", "lora"])
 def test_rslora_s_scale_goes_out_by_an_equal_alpha(tmp_path, format, fields):
-    model = gralora.inject(bert().double(), ["query", "dense"], random_config(use_rslora=True, alpha=3, **fields))
+    model = gralora.inject(
+        bert().double(), ["query", "dense"], random_config(use_rslora=True, alpha=3, **fields)
+    )
     base = logits(gralora.unload(copy.deepcopy(model)))
     gralora.save_adapter(model, tmp_path / "out", format=format)
     theirs = in_peft(gralora.unload(copy.deepcopy(model)), tmp_path / "out")
@@ -302,5 +319,11 @@ def test_with_k_1_rslora_s_scale_is_that_of_peft_s_lora():
     config = peft.LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["q_proj"])
     theirs = quietly(peft.get_peft_model, llama(), config)
     ours = gralora.inject(llama(), ["q_proj"], random_config(gralora_k=1, alpha=3, use_rslora=True))
-    scales = {m.scaling["default"] for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    assert scales == {config.scaling for config in gralora.adapter_status(ours).configs.values()} == {3 / 4**0.5}
+    scales = {
+        m.scaling["default"] for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
+    assert (
+        scales
+        == {config.scaling for config in gralora.adapter_status(ours).configs.values()}
+        == {3 / 4**0.5}
+    )

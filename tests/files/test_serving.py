@@ -15,7 +15,9 @@ from ..models import bert, llama, mlp, random_config
 
 
 def told(adapter, server, **kwargs):
-    return "\n".join(f"{f.kind}: {f.text}" for f in check_serving(adapter, server, **kwargs).findings)
+    return "\n".join(
+        f"{f.kind}: {f.text}" for f in check_serving(adapter, server, **kwargs).findings
+    )
 
 
 @pytest.mark.parametrize("server", ["vllm", "sglang", "llama.cpp", "mlx", "tensorrt-llm"])
@@ -23,7 +25,8 @@ def test_a_plain_adapter_of_a_language_model_is_served(server):
     result = check_serving(gralora.inject(llama(), "all-linear", GraloraConfig(r=8)), server)
     assert result.ok and result.rank is None and f"--to {FORMAT[server]}" in result.steps[0]
     assert result.bytes == 4 * 16 * sum(
-        sum(layer.spot.sizes) for _, layer in gralora.layers.base.gralora_layers(gralora.inject(llama(), "all-linear"))
+        sum(layer.spot.sizes)
+        for _, layer in gralora.layers.base.gralora_layers(gralora.inject(llama(), "all-linear"))
     )
     assert str(result).startswith(f"{server}: serves it as it is")
 
@@ -37,7 +40,12 @@ def test_pictures(server):
     assert "refuses: '0', which is neither" in told(
         gralora.inject(nn.Sequential(nn.Embedding(4, 4)), ["0"], random_config()), server
     )
-    assert not check_serving(gralora.inject(unet(), ["to_q"], random_config(bias="gralora_only")), server).ok or True
+    assert (
+        not check_serving(
+            gralora.inject(unet(), ["to_q"], random_config(bias="gralora_only")), server
+        ).ok
+        or True
+    )
 
 
 def test_ranks_of_vllm_and_what_is_lost(tmp_path):
@@ -84,8 +92,18 @@ CASES = [
         "refuses: tokens that were trained whole ('model.embed_tokens')",
     ),
     ("tensorrt-llm", llama, {"r": 128}, "needs: max_lora_rank=256 in its LoraConfig"),
-    ("llama.cpp", llama, {"modules_to_save": ["lm_head"]}, "refuses: what is trained beside the adapters ('lm_head')"),
-    ("mlx", llama, {"modules_to_save": ["lm_head"]}, "refuses: what is trained beside the adapters ('lm_head')"),
+    (
+        "llama.cpp",
+        llama,
+        {"modules_to_save": ["lm_head"]},
+        "refuses: what is trained beside the adapters ('lm_head')",
+    ),
+    (
+        "mlx",
+        llama,
+        {"modules_to_save": ["lm_head"]},
+        "refuses: what is trained beside the adapters ('lm_head')",
+    ),
 ]
 
 
@@ -97,9 +115,12 @@ def test_each_rule_tells_what_and_the_way_out(server, make, config, text):
 
 def test_layers_that_differ():
     model = gralora.inject(
-        llama(), {r".*\.0\..*q_proj": random_config(alpha=2), r".*\.1\..*q_proj": random_config(r=8)}
+        llama(),
+        {r".*\.0\..*q_proj": random_config(alpha=2), r".*\.1\..*q_proj": random_config(r=8)},
     )
-    assert "ignores: alpha_pattern: one alpha / r for all layers, and these have 2" in told(model, "vllm")
+    assert "ignores: alpha_pattern: one alpha / r for all layers, and these have 2" in told(
+        model, "vllm"
+    )
     assert "refuses: layers that differ in rank or alpha" in told(model, "sglang")
     assert "ignores: alpha_pattern: one alpha for all layers" in told(model, "tensorrt-llm")
     assert check_serving(model, "llama.cpp").ok and check_serving(model, "mlx").ok
@@ -108,8 +129,13 @@ def test_layers_that_differ():
 
 def test_experts_names_architectures_and_ties(tmp_path):
     moe = gralora.inject(mixtral(), ["gate_up_proj", "down_proj"], random_config())
-    assert 'experts="each"' in told(moe, "vllm") and "--experts each" in check_serving(moe, "vllm").steps[0]
-    assert "refuses: adapters of fused experts" in told(moe, "llama.cpp") and "refuses" in told(moe, "mlx")
+    assert (
+        'experts="each"' in told(moe, "vllm")
+        and "--experts each" in check_serving(moe, "vllm").steps[0]
+    )
+    assert "refuses: adapters of fused experts" in told(moe, "llama.cpp") and "refuses" in told(
+        moe, "mlx"
+    )
     assert 'needs: experts="each"' in told(moe, "sglang")
     half = gralora.inject(mixtral(), ["down_proj"], random_config())
     assert "wants both gate_up_proj and down_proj" in told(half, "vllm")
@@ -139,7 +165,9 @@ def test_the_command_line(tmp_path, capsys):
     gralora.save_adapter(saved, tmp_path / "b.safetensors")
     assert main(["check", str(tmp_path / "b.safetensors"), "--for", "vllm"]) == 1
     captured = capsys.readouterr()
-    assert "refuses: modules_to_save ('lm_head')" in captured.out and "would not serve" in captured.err
+    assert (
+        "refuses: modules_to_save ('lm_head')" in captured.out and "would not serve" in captured.err
+    )
 
 
 def test_every_server_has_rules_and_every_rule_a_source():

@@ -27,7 +27,9 @@ def test_other_prefixes_are_matched_or_refused_by_name(tmp_path, capsys):
     tensors = {key: t.clone() for key, t in base.transformer.state_dict().items()}
     for prefix in ("", "transformer.", "wrapped.transformer."):
         save_file({prefix + key: t for key, t in tensors.items()}, tmp_path / "m.safetensors")
-        assert run("merge", tmp_path / "m.safetensors", tmp_path / "a", tmp_path / f"out{prefix}") == 0
+        assert (
+            run("merge", tmp_path / "m.safetensors", tmp_path / "a", tmp_path / f"out{prefix}") == 0
+        )
         merged = load_file(tmp_path / f"out{prefix}")
         key = "h.1.attn.c_attn.weight"
         assert same_bits(merged[prefix + key], model.transformer.state_dict()[key])
@@ -36,8 +38,15 @@ def test_other_prefixes_are_matched_or_refused_by_name(tmp_path, capsys):
     tensors.pop("h.1.attn.c_attn.weight")
     save_file(tensors, tmp_path / "m.safetensors")
     assert run("merge", tmp_path / "m.safetensors", tmp_path / "a", tmp_path / "x") == 1
-    assert "lacks 2 of the adapter's 2 layers, under any prefix: 'transformer.h.0" in capsys.readouterr().err
-    twice = {f"{p}.transformer.{key}": t.clone() for key, t in base.transformer.state_dict().items() for p in "ab"}
+    assert (
+        "lacks 2 of the adapter's 2 layers, under any prefix: 'transformer.h.0"
+        in capsys.readouterr().err
+    )
+    twice = {
+        f"{p}.transformer.{key}": t.clone()
+        for key, t in base.transformer.state_dict().items()
+        for p in "ab"
+    }
     save_file(twice, tmp_path / "m.safetensors")
     assert run("merge", tmp_path / "m.safetensors", tmp_path / "a", tmp_path / "x") == 1
     assert "more than one prefix: a., b." in capsys.readouterr().err
@@ -46,7 +55,10 @@ def test_other_prefixes_are_matched_or_refused_by_name(tmp_path, capsys):
 
 def test_added_tensors_lie_where_readers_expect_them(tmp_path):
     base = nn.ModuleDict({"q": nn.Linear(16, 16, bias=False), "norm": nn.Linear(1, 3, bias=False)})
-    tensors = {"q.weight": base.q.weight.detach(), "norm.weight": base.norm.weight.detach().bfloat16()}  # six bytes
+    tensors = {
+        "q.weight": base.q.weight.detach(),
+        "norm.weight": base.norm.weight.detach().bfloat16(),
+    }  # six bytes
     save_file(tensors, tmp_path / "m.safetensors")
     model = nn.ModuleDict({**base, "head": nn.Linear(16, 5)})
     gralora.inject(model, ["q"], random_config(modules_to_save=["head"]))
@@ -81,10 +93,19 @@ def test_merging_needs_memory_for_one_tensor_and_not_for_the_checkpoint(tmp_path
     gralora.save_adapter(model, tmp_path / "a")
 
     def limited(mebibytes):
-        args = ["merge", str(tmp_path / "base"), str(tmp_path / "a"), str(tmp_path / "out"), "--force"]
+        args = [
+            "merge",
+            str(tmp_path / "base"),
+            str(tmp_path / "a"),
+            str(tmp_path / "out"),
+            "--force",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            [sys.executable, "-c", PEAK, str(mebibytes), *args], capture_output=True, text=True, env=environment
+            [sys.executable, "-c", PEAK, str(mebibytes), *args],
+            capture_output=True,
+            text=True,
+            env=environment,
         )
 
     result = limited(96)

@@ -52,7 +52,11 @@ def test_rows_of_another_width_or_without_indices_are_refused(tmp_path):
     for key, value, why in (
         ("model.embed_tokens.trainable_tokens", torch.randn(3, 16), "shapes differ"),
         ("model.embed_tokens.trainable_tokens", torch.randn(2, 32), "no row for each of them"),
-        ("model.embed_tokens.token_indices", torch.tensor([1.0, 2.0, 3.0]), "no row for each of them"),
+        (
+            "model.embed_tokens.token_indices",
+            torch.tensor([1.0, 2.0, 3.0]),
+            "no row for each of them",
+        ),
     ):
         tensors = load_file(tmp_path / "a.safetensors")
         tensors[key] = value
@@ -68,14 +72,36 @@ def test_a_tied_checkpoint_takes_no_adapter_of_the_embedding_alone(tmp_path):
 
     base = llama(tie_word_embeddings=True)
     base.save_pretrained(tmp_path / "base")
-    gralora.save_adapter(gralora.inject(base, ["embed_tokens"], random_config()), tmp_path / "a.safetensors")
-    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "a.safetensors"), str(tmp_path / "out")]) == 1
+    gralora.save_adapter(
+        gralora.inject(base, ["embed_tokens"], random_config()), tmp_path / "a.safetensors"
+    )
+    assert (
+        main(
+            [
+                "merge",
+                str(tmp_path / "base"),
+                str(tmp_path / "a.safetensors"),
+                str(tmp_path / "out"),
+            ]
+        )
+        == 1
+    )
     assert not (tmp_path / "out").exists()
     untied = llama(tie_word_embeddings=False)
     untied.save_pretrained(tmp_path / "untied")
     model = gralora.inject(untied, ["embed_tokens"], random_config())
     gralora.save_adapter(model, tmp_path / "b.safetensors")
-    assert main(["merge", str(tmp_path / "untied"), str(tmp_path / "b.safetensors"), str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [
+                "merge",
+                str(tmp_path / "untied"),
+                str(tmp_path / "b.safetensors"),
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     merged = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
     embedding = model.model.embed_tokens
     torch.testing.assert_close(merged, embedding.weight + gralora.delta_weight(embedding))
@@ -85,7 +111,10 @@ def test_a_checkpoint_without_the_tokens_is_refused_on_disk(tmp_path, capsys):
     model = trained(llama())
     gralora.save_adapter(model, tmp_path / "a.safetensors")
     weights = {key: t.contiguous() for key, t in llama().state_dict().items()}
-    short = {**weights, "model.embed_tokens.weight": weights["model.embed_tokens.weight"][:10].contiguous()}
+    short = {
+        **weights,
+        "model.embed_tokens.weight": weights["model.embed_tokens.weight"][:10].contiguous(),
+    }
     lacking = {key: t for key, t in weights.items() if "embed_tokens" not in key}
     for tensors, why in (
         (short, "has 10 tokens, and the adapter trains token 17"),
@@ -93,6 +122,12 @@ def test_a_checkpoint_without_the_tokens_is_refused_on_disk(tmp_path, capsys):
     ):
         save_file(tensors, tmp_path / "base.safetensors")
         assert (
-            run("merge", tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors") == 1
+            run(
+                "merge",
+                tmp_path / "base.safetensors",
+                tmp_path / "a.safetensors",
+                tmp_path / "out.safetensors",
+            )
+            == 1
         )
         assert why in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()

@@ -24,8 +24,15 @@ def trained(epochs, checkpoint=None):
     module = gralora.inject(Module(), ["layer"], random_config(modules_to_save=None))
     torch.manual_seed(1)
     data = torch.utils.data.DataLoader(RandomDataset(32, 32), batch_size=8)
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[adapter_checkpoints()], **options)
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "limit_val_batches": 0,
+    }
+    trainer = lightning.Trainer(
+        max_epochs=epochs, accelerator="cpu", callbacks=[adapter_checkpoints()], **options
+    )
     trainer.fit(module, data, ckpt_path=checkpoint)
     return module, trainer
 
@@ -37,7 +44,9 @@ def test_a_checkpoint_holds_the_adapter_alone_and_a_run_goes_on_from_it(tmp_path
     held = torch.load(tmp_path / "a.ckpt", weights_only=False)["state_dict"]
     assert held and all("gralora_" in key for key in held)
     resumed, _ = trained(2, tmp_path / "a.ckpt")
-    for mine, other, start in zip(*(gralora.adapter_parameters(m) for m in (resumed, whole, half)), strict=True):
+    for mine, other, start in zip(
+        *(gralora.adapter_parameters(m) for m in (resumed, whole, half)), strict=True
+    ):
         assert same_bits(mine, other) and not same_bits(mine, start)
 
 

@@ -25,9 +25,17 @@ def trainer(folder, model, steps, **options):
 
     rows = [{"input_ids": list(range(n, n + 8)), "labels": [n % 2] * 8} for n in range(32)]
     args = TrainingArguments(
-        str(folder), max_steps=steps, save_steps=3, logging_steps=1, learning_rate=1e-2, report_to=[], use_cpu=True,
-        per_device_train_batch_size=4, disable_tqdm=True, **options,
-    )  # fmt: skip
+        str(folder),
+        max_steps=steps,
+        save_steps=3,
+        logging_steps=1,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        disable_tqdm=True,
+        **options,
+    )
     return Trainer(model, args, train_dataset=rows, callbacks=[AdapterCheckpoints()])
 
 
@@ -48,7 +56,9 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_to_the_bit(tmp_path, opti
     torch.manual_seed(99)  # nothing of the process's own state may matter
     resumed = trainer(tmp_path / "resumed", model, 6, **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+    for (name, p), q in zip(
+        whole.model.named_parameters(), resumed.model.parameters(), strict=True
+    ):
         assert same_bits(p, q), name
     assert [row["loss"] for row in resumed.state.log_history if "loss" in row] == losses
 
@@ -57,7 +67,9 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_to_the_bit(tmp_path, opti
     gralora.load_adapter(fresh, tmp_path / "whole" / "checkpoint-6" / "adapter.safetensors")
     tokens = torch.arange(12)[None]
     near = 0.02 if "bf16" in options else 1e-5  # the Trainer leaves its autocast in the model
-    torch.testing.assert_close(fresh(tokens).logits, whole.model.eval()(tokens).logits.float(), rtol=near, atol=near)
+    torch.testing.assert_close(
+        fresh(tokens).logits, whole.model.eval()(tokens).logits.float(), rtol=near, atol=near
+    )
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -66,7 +78,13 @@ def test_generate_with_cache(cache, beams):
     torch.manual_seed(0)
     model = gralora.inject(gpt2(), ["c_attn", "c_proj", "c_fc"], random_config(alpha=16))
     tokens = torch.arange(6).reshape(2, 3)
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "num_beams": beams, "use_cache": cache}
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "num_beams": beams,
+        "use_cache": cache,
+    }
     found = model.generate(tokens, **options)
     with gralora.disable_adapter(model):
         assert not torch.equal(model.generate(tokens, **options), found)
@@ -85,10 +103,25 @@ def test_checkpoints_of_experts_resume_and_the_best_is_loaded(tmp_path):
     model = gralora.inject(mixtral(), ["gate_up_proj", "down_proj", "q_proj"], random_config())
     rows = [{"input_ids": list(range(n % 8, n % 8 + 8)), "labels": [n % 2] * 8} for n in range(16)]
     args = TrainingArguments(
-        str(tmp_path), max_steps=4, save_steps=2, eval_steps=2, eval_strategy="steps", load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-2,
-    )  # fmt: skip
-    trained = Trainer(prepare(model), args, train_dataset=rows, eval_dataset=rows, callbacks=[AdapterCheckpoints()])
+        str(tmp_path),
+        max_steps=4,
+        save_steps=2,
+        eval_steps=2,
+        eval_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+    )
+    trained = Trainer(
+        prepare(model),
+        args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=[AdapterCheckpoints()],
+    )
     trained.train()
     best = trained.state.best_model_checkpoint
     with safe_open(f"{best}/model.safetensors", "pt") as file:
@@ -113,15 +146,21 @@ def test_a_quantised_base_is_accepted_and_trained(tmp_path):
 
     llama().save_pretrained(tmp_path / "base")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=config, device_map="cpu"
+    )
     gralora.inject(model, "all-linear", random_config())
     rows = [{"input_ids": list(range(n, n + 8)), "labels": [n % 2] * 8} for n in range(16)]
-    args = TrainingArguments(str(tmp_path / "out"), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True)
+    args = TrainingArguments(
+        str(tmp_path / "out"), max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True
+    )
     with pytest.raises(ValueError, match="purely quantized"):
         Trainer(model, args, train_dataset=rows)
     before = [p.detach().clone() for p in gralora.adapter_parameters(model)]
     Trainer(prepare(model), args, train_dataset=rows, callbacks=[AdapterCheckpoints()]).train()
-    assert not any(same_bits(p, old) for p, old in zip(gralora.adapter_parameters(model), before, strict=True))
+    assert not any(
+        same_bits(p, old) for p, old in zip(gralora.adapter_parameters(model), before, strict=True)
+    )
     assert (tmp_path / "out" / "adapter.safetensors").exists()
 
 

@@ -30,7 +30,9 @@ def test_any_name_without_a_dot_names_an_adapter(name):
     assert model(torch.randn(2, 16)).shape == (2, 8)
 
 
-@pytest.mark.parametrize(("name", "error"), [("a.b", ValueError), ("", ValueError), (3, TypeError), (None, TypeError)])
+@pytest.mark.parametrize(
+    ("name", "error"), [("a.b", ValueError), ("", ValueError), (3, TypeError), (None, TypeError)]
+)
 def test_other_names_are_refused(name, error):
     with pytest.raises(error, match="adapter_name"):
         gralora.inject(mlp(16, 8), ["0"], adapter_name=name)
@@ -39,7 +41,10 @@ def test_other_names_are_refused(name, error):
 KINDS = {
     "linear": (lambda: nn.Linear(8, 8), lambda layer: layer(torch.randn(3, 8))),
     "convolution": (lambda: nn.Conv1d(8, 8, 3), lambda layer: layer(torch.randn(3, 8, 5))),
-    "attention": (lambda: nn.MultiheadAttention(8, 2), lambda layer: layer(*[torch.randn(3, 2, 8)] * 3)[0]),
+    "attention": (
+        lambda: nn.MultiheadAttention(8, 2),
+        lambda layer: layer(*[torch.randn(3, 2, 8)] * 3)[0],
+    ),
 }
 
 
@@ -47,16 +52,26 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_on_an_adapter_fire(kind):
     make, run = KINDS[kind]
-    layer = gralora.inject(make(), "", random_config(gralora_dropout=0.5)) if kind != "attention" else None
+    layer = (
+        gralora.inject(make(), "", random_config(gralora_dropout=0.5))
+        if kind != "attention"
+        else None
+    )
     layer = layer or gralora.inject(make(), ["q_proj"], random_config(gralora_dropout=0.5))
     adapter = next(module for module in layer.modules() if isinstance(module, GraloraAdapter))
     torch.manual_seed(1)
     y = run(layer)
     seen = []
     handles = [
-        adapter.register_forward_hook(lambda module, args, out: seen.append(("forward", out.shape))),
-        adapter.register_forward_pre_hook(lambda module, args: seen.append(("before", args[0].shape))),
-        adapter.register_full_backward_hook(lambda module, into, out: seen.append(("backward", out[0].shape))),
+        adapter.register_forward_hook(
+            lambda module, args, out: seen.append(("forward", out.shape))
+        ),
+        adapter.register_forward_pre_hook(
+            lambda module, args: seen.append(("before", args[0].shape))
+        ),
+        adapter.register_full_backward_hook(
+            lambda module, into, out: seen.append(("backward", out[0].shape))
+        ),
     ]
     torch.manual_seed(1)
     again = run(layer)
@@ -77,7 +92,9 @@ def test_hooks_that_see_the_rows_of_a_mixed_batch_and_those_of_all_modules():
         model(torch.randn(3, 8))
         handle.remove()
     assert seen == [(2, 8)]
-    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(module)
+    )
     model(torch.randn(3, 8))
     handle.remove()
     assert adapter in seen
@@ -110,14 +127,22 @@ def test_gradients_by_sample_of_a_tool_that_rests_on_hooks():
 @pytest.mark.parametrize("mode", [False, True])
 def test_every_module_below_is_in_the_mode_of_its_model(mode, tmp_path):
     def model():
-        modules = {"fc": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)}
+        modules = {
+            "fc": nn.Linear(8, 8),
+            "attention": nn.MultiheadAttention(8, 2),
+            "head": nn.Linear(8, 8),
+        }
         return nn.ModuleDict(modules).train(mode)
 
-    one = gralora.inject(model(), ["fc", "attention"], random_config(bias="gralora_only", modules_to_save=["head"]))
+    one = gralora.inject(
+        model(), ["fc", "attention"], random_config(bias="gralora_only", modules_to_save=["head"])
+    )
     gralora.save_adapter(one, tmp_path / "a")
     two = gralora.load_adapter(model(), tmp_path / "a")
     for each in (one, two):
-        assert {name for name, module in each.named_modules() if module.training is not mode} == set()
+        assert {
+            name for name, module in each.named_modules() if module.training is not mode
+        } == set()
 
 
 CASTS = {
@@ -173,7 +198,10 @@ def test_layerwise_casting_of_diffusers_leaves_adapters_alone():
     y = model(x)
     apply_layerwise_casting(model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert model[0]._parameters["weight"].dtype is torch.float8_e4m3fn
-    assert all(torch.equal(tensor, before[key]) for key, tensor in gralora.adapter_state_dict(model).items())
+    assert all(
+        torch.equal(tensor, before[key])
+        for key, tensor in gralora.adapter_state_dict(model).items()
+    )
     assert relative(model(x), y) < 0.2
 
 
@@ -183,7 +211,9 @@ def test_an_adapter_without_values_says_so_at_its_first_forward():
         model = nn.Sequential(GraloraLinear(16, 8, config=GraloraConfig(r=4)))
     model.to_empty(device="cpu")
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="built on the meta device, and has been given memory but no values"):
+        with pytest.raises(
+            RuntimeError, match="built on the meta device, and has been given memory but no values"
+        ):
             model(torch.randn(3, 16))
         with pytest.raises(RuntimeError, match="Call reset_parameters"):
             gralora.delta_weight(model[0])
@@ -205,7 +235,9 @@ def test_an_adapter_without_values_says_so_at_its_first_forward():
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_from_pretrained_initialises_what_the_checkpoint_lacks_and_keeps_the_base_frozen(half, tmp_path):
+def test_from_pretrained_initialises_what_the_checkpoint_lacks_and_keeps_the_base_frozen(
+    half, tmp_path
+):
     from transformers import PretrainedConfig, PreTrainedModel
 
     class Config(PretrainedConfig):
@@ -236,9 +268,14 @@ def test_from_pretrained_initialises_what_the_checkpoint_lacks_and_keeps_the_bas
     assert relative(model(x.to(model.dtype)).float(), plain(x)) < (0.05 if half else 1e-6)
     adapter = model.up.gralora_adapters["default"]
     assert adapter.B.abs().max() == 0 and 0.1 < adapter.A.std() * 8**0.5 < 1
-    assert all(parameter.requires_grad is ("gralora_" in name) for name, parameter in model.named_parameters())
+    assert all(
+        parameter.requires_grad is ("gralora_" in name)
+        for name, parameter in model.named_parameters()
+    )
     with torch.no_grad():
         adapter.B.normal_()
     y = model(x.to(model.dtype))
     model.save_pretrained(tmp_path / "adapted")
-    assert torch.equal(Adapted.from_pretrained(tmp_path / "adapted", **kwargs)(x.to(model.dtype)), y)
+    assert torch.equal(
+        Adapted.from_pretrained(tmp_path / "adapted", **kwargs)(x.to(model.dtype)), y
+    )

@@ -15,7 +15,11 @@ from gralora.layers.base import gralora_layers
 from ..models import assert_same, fingerprint, random_config, relative, same_bits
 
 SIZES = {"same": {}, "different": {"kdim": 12, "vdim": 8}}
-OPTIONS = {"plain": {}, "no bias": {"bias": False}, "extra keys": {"add_bias_kv": True, "add_zero_attn": True}}
+OPTIONS = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "extra keys": {"add_bias_kv": True, "add_zero_attn": True},
+}
 
 
 def attention(batch_first=True, **kwargs):
@@ -35,7 +39,9 @@ def with_delta(model):
     plain = copy.deepcopy(model)
     for module in plain.modules():
         if isinstance(module, nn.MultiheadAttention):
-            deltas = {part: gralora.delta_weight(module._modules[f"gralora_{part}"]) for part in PARTS}
+            deltas = {
+                part: gralora.delta_weight(module._modules[f"gralora_{part}"]) for part in PARTS
+            }
             with torch.no_grad():
                 if module._qkv_same_embed_dim:
                     module.in_proj_weight.add_(torch.cat([deltas[part] for part in PARTS[:3]]))
@@ -70,7 +76,11 @@ def test_equal_to_attention_with_w_plus_delta_w(size, batch_first, mask, need_we
     for options in OPTIONS.values():
         module = attention(batch_first, **SIZES[size], **options)
         args = inputs(module)
-        flags = {"need_weights": bool(need_weights), "average_attn_weights": need_weights is not True, **MASKS[mask]}
+        flags = {
+            "need_weights": bool(need_weights),
+            "average_attn_weights": need_weights is not True,
+            **MASKS[mask],
+        }
         module.train(mode == "train")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # masks of two types
@@ -140,19 +150,27 @@ def test_a_projection_alone_is_a_target_and_base_names_stay():
     state = copy.deepcopy(model.state_dict())
     gralora.inject(model, ["q_proj", "v_proj"], random_config())
     names = [name for name, layer in gralora_layers(model) if list(layer.gralora_adapters)]
-    assert names == [f"layers.{i}.self_attn.{part}" for i in (0, 1) for part in ("q_proj", "v_proj")]
+    assert names == [
+        f"layers.{i}.self_attn.{part}" for i in (0, 1) for part in ("q_proj", "v_proj")
+    ]
     assert {key for key in model.state_dict() if "gralora_" not in key} == set(state)
     model.load_state_dict(state)
     large = gralora.inject(model, {r".*k_proj": random_config(r=8)}, adapter_name="k")
     assert gralora.adapter_names(large) == ["default", "k"]
-    assert set(gralora.adapter_state_dict(model)) == {f"{name}.gralora_{letter}" for name in names for letter in "AB"}
+    assert set(gralora.adapter_state_dict(model)) == {
+        f"{name}.gralora_{letter}" for name in names for letter in "AB"
+    }
 
 
 @pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 @pytest.mark.parametrize("size", SIZES)
 def test_merge_in_parts_and_exact_unmerge(size):
-    module = gralora.inject(attention(**SIZES[size]), ["q_proj", "k_proj"], random_config(), adapter_name="a")
-    gralora.inject(module, ["k_proj", "v_proj", "out_proj"], random_config(r=8, gralora_k=4), adapter_name="b")
+    module = gralora.inject(
+        attention(**SIZES[size]), ["q_proj", "k_proj"], random_config(), adapter_name="a"
+    )
+    gralora.inject(
+        module, ["k_proj", "v_proj", "out_proj"], random_config(r=8, gralora_k=4), adapter_name="b"
+    )
     gralora.set_adapter(module, {"a": 0.5, "b": 2.0})
     args = inputs(module)
     y, before = module(*args)[0], fingerprint(module)
@@ -181,10 +199,20 @@ def test_merge_in_parts_and_exact_unmerge(size):
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
-@pytest.mark.parametrize("which", ["encoder layer", "encoder", "decoder layer", "decoder", "transformer"])
+@pytest.mark.parametrize(
+    "which", ["encoder layer", "encoder", "decoder layer", "decoder", "transformer"]
+)
 def test_the_transformer_modules_of_pytorch_whole(which, mode, batch_first):
-    sizes = {"dim_feedforward": 32, "dropout": 0.0, "batch_first": batch_first, "dtype": torch.float64}
-    encoder, decoder = nn.TransformerEncoderLayer(16, 2, **sizes), nn.TransformerDecoderLayer(16, 2, **sizes)
+    sizes = {
+        "dim_feedforward": 32,
+        "dropout": 0.0,
+        "batch_first": batch_first,
+        "dtype": torch.float64,
+    }
+    encoder, decoder = (
+        nn.TransformerEncoderLayer(16, 2, **sizes),
+        nn.TransformerDecoderLayer(16, 2, **sizes),
+    )
     model = {
         "encoder layer": encoder,
         "encoder": nn.TransformerEncoder(encoder, 2, enable_nested_tensor=batch_first),
@@ -192,7 +220,10 @@ def test_the_transformer_modules_of_pytorch_whole(which, mode, batch_first):
         "decoder": nn.TransformerDecoder(decoder, 2),
         "transformer": nn.Transformer(16, 2, 1, 1, **sizes),
     }[which].train(mode == "train")
-    source, target = torch.randn(3, 5, 16, dtype=torch.float64), torch.randn(3, 4, 16, dtype=torch.float64)
+    source, target = (
+        torch.randn(3, 5, 16, dtype=torch.float64),
+        torch.randn(3, 4, 16, dtype=torch.float64),
+    )
     if not batch_first:
         source, target = source.transpose(0, 1), target.transpose(0, 1)
     causal = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
@@ -210,7 +241,9 @@ def test_the_transformer_modules_of_pytorch_whole(which, mode, batch_first):
             for name, module in model.named_modules()
             if isinstance(module, nn.MultiheadAttention)
             for part in PARTS
-        } | {name for name, module in model.named_modules() if name.endswith(("linear1", "linear2"))}
+        } | {
+            name for name, module in model.named_modules() if name.endswith(("linear1", "linear2"))
+        }
         assert {name for name, _ in gralora_layers(model)} == expected
         y = run(model)
         assert relative(y, base) > 1e-2
@@ -241,7 +274,9 @@ def test_training_lowers_the_loss_and_trains_every_projection():
 
 @pytest.mark.parametrize("format", ["gralora", "lora"])
 def test_saved_loaded_and_read_by_peft(format, tmp_path):
-    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 2).eval()
+    base = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 2
+    ).eval()
     targets = {
         r".*q_proj|.*v_proj": random_config(),
         r".*k_proj": random_config(r=8, alpha=4),
@@ -255,7 +290,9 @@ def test_saved_loaded_and_read_by_peft(format, tmp_path):
     torch.testing.assert_close(loaded(x), y)
     assert not torch.allclose(loaded(x), base(x))
     if format == "lora":
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").train()  # in eval it is dead there
+        theirs = peft.PeftModel.from_pretrained(
+            copy.deepcopy(base), tmp_path / "a"
+        ).train()  # in eval it is dead there
         torch.testing.assert_close(theirs(x), y, rtol=1e-4, atol=1e-5)
 
 
@@ -267,8 +304,12 @@ def test_what_peft_saves_of_an_attention_loads(tmp_path):
     ours = gralora.load_adapter(copy.deepcopy(base), tmp_path)
     pairs = peft.get_peft_model_state_dict(theirs)
     for place, parameter in (("", "in_proj_weight"), ("base_layer.out_proj.", "out_proj.weight")):
-        down, up = (pairs[f"base_model.model.attention.{place}lora_{letter}.weight"] for letter in "AB")
-        delta = with_delta(ours)["attention"].get_parameter(parameter) - base["attention"].get_parameter(parameter)
+        down, up = (
+            pairs[f"base_model.model.attention.{place}lora_{letter}.weight"] for letter in "AB"
+        )
+        delta = with_delta(ours)["attention"].get_parameter(parameter) - base[
+            "attention"
+        ].get_parameter(parameter)
         torch.testing.assert_close(delta, 2 * up @ down)
     with torch.no_grad():  # PEFT adds its update of out_proj twice, so compare without
         theirs.base_model.model["attention"].base_layer.out_proj.lora_B["default"].weight.zero_()
@@ -280,13 +321,21 @@ def test_what_peft_saves_of_an_attention_loads(tmp_path):
 
 
 def test_out_proj_is_written_with_a_warning_of_what_peft_makes_of_it(tmp_path):
-    model = gralora.inject(nn.ModuleDict({"a": nn.MultiheadAttention(16, 4)}), ["out_proj", "q_proj"], random_config())
-    with pytest.warns(UserWarning, match="PEFT up to 0.21.2 applies the update of an attention's out_proj twice"):
+    model = gralora.inject(
+        nn.ModuleDict({"a": nn.MultiheadAttention(16, 4)}), ["out_proj", "q_proj"], random_config()
+    )
+    with pytest.warns(
+        UserWarning, match="PEFT up to 0.21.2 applies the update of an attention's out_proj twice"
+    ):
         gralora.save_adapter(model, tmp_path / "lora", format="lora")
-    loaded = gralora.load_adapter(nn.ModuleDict({"a": nn.MultiheadAttention(16, 4)}), tmp_path / "lora")
+    loaded = gralora.load_adapter(
+        nn.ModuleDict({"a": nn.MultiheadAttention(16, 4)}), tmp_path / "lora"
+    )
     for name, layer in gralora_layers(model):
         if list(layer.gralora_adapters):
-            torch.testing.assert_close(dict(gralora_layers(loaded))[name].delta_weight(), layer.delta_weight())
+            torch.testing.assert_close(
+                dict(gralora_layers(loaded))[name].delta_weight(), layer.delta_weight()
+            )
 
 
 @pytest.mark.parametrize(
@@ -309,7 +358,8 @@ def test_an_attention_with_a_forward_of_its_own_is_refused_by_name_and_left_out_
     model = nn.ModuleDict({"own": Own(16, 4), "fc": nn.Linear(16, 16)})
     before = fingerprint(model)
     with pytest.raises(
-        ValueError, match="'own.q_proj' is a projection of an nn.MultiheadAttention with a forward of its own"
+        ValueError,
+        match="'own.q_proj' is a projection of an nn.MultiheadAttention with a forward of its own",
     ):
         gralora.inject(model, ["own"], random_config())
     assert_same(fingerprint(model), before)
@@ -347,8 +397,14 @@ def test_autocast_and_half_precision():
     [
         (["self_attn"], {"linear1", "linear2"}),
         (r".*self_attn", {"linear1", "linear2"}),
-        (["q_proj", "linear1"], {"self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "linear2"}),
-        (["out_proj"], {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "linear1", "linear2"}),
+        (
+            ["q_proj", "linear1"],
+            {"self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "linear2"},
+        ),
+        (
+            ["out_proj"],
+            {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "linear1", "linear2"},
+        ),
     ],
 )
 def test_an_attention_or_some_of_its_projections_excluded(exclude, left):
@@ -361,7 +417,9 @@ def test_an_attention_saved_whole_is_not_adapted():
     model = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True).eval()
     x = torch.randn(2, 5, 16)
     y = model(x)
-    gralora.inject(model, "all-linear", random_config(modules_to_save=["self_attn"], init_weights=True))
+    gralora.inject(
+        model, "all-linear", random_config(modules_to_save=["self_attn"], init_weights=True)
+    )
     assert {name for name, _ in gralora_layers(model)} == {"linear1", "linear2"}
     with torch.no_grad():
         model.self_attn.in_proj_weight.add_(1)

@@ -11,7 +11,9 @@ from gralora import GraloraConfig, GraloraConv1D, GraloraLinear
 from ..models import mlp, random_config
 
 
-@pytest.mark.parametrize("kind", [lambda c: GraloraLinear(16, 8, config=c), lambda c: GraloraConv1D(8, 16, config=c)])
+@pytest.mark.parametrize(
+    "kind", [lambda c: GraloraLinear(16, 8, config=c), lambda c: GraloraConv1D(8, 16, config=c)]
+)
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3, 2), (0,), (2, 0, 3)])
 def test_any_number_of_leading_dimensions(kind, leading):
     layer = kind(random_config(hybrid_r=2))

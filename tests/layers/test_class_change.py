@@ -96,5 +96,9 @@ def test_a_layer_called_past_its_call_operator():
     layer = nn.Linear(16, 16)
     base = layer(X)
     gralora.inject(layer, "", random_config())
-    for call in (layer.forward, lambda x: nn.Module.__call__(layer, x), lambda x: type(layer).forward(layer, x)):
+    for call in (
+        layer.forward,
+        lambda x: nn.Module.__call__(layer, x),
+        lambda x: type(layer).forward(layer, x),
+    ):
         assert not torch.allclose(call(X), base)

@@ -17,25 +17,45 @@ from ..models import assert_same, fingerprint, random_config, relative, same_bit
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 KINDS = {
     "1d": (lambda **kw: nn.Conv1d(8, 12, 3, **kw), (2, 8, 11)),
-    "1d padded, dilated": (lambda **kw: nn.Conv1d(8, 4, 4, padding="same", dilation=2, bias=False, **kw), (2, 8, 11)),
+    "1d padded, dilated": (
+        lambda **kw: nn.Conv1d(8, 4, 4, padding="same", dilation=2, bias=False, **kw),
+        (2, 8, 11),
+    ),
     "2d 1x1": (lambda **kw: nn.Conv2d(8, 12, 1, **kw), (2, 8, 5, 6)),
     "2d": (lambda **kw: nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=1, **kw), (2, 4, 9, 8)),
-    "2d reflect": (lambda **kw: nn.Conv2d(4, 8, 3, padding=(1, 2), padding_mode="reflect", **kw), (2, 4, 9, 8)),
-    "2d circular": (lambda **kw: nn.Conv2d(4, 8, 3, padding="same", padding_mode="circular", **kw), (2, 4, 9, 8)),
+    "2d reflect": (
+        lambda **kw: nn.Conv2d(4, 8, 3, padding=(1, 2), padding_mode="reflect", **kw),
+        (2, 4, 9, 8),
+    ),
+    "2d circular": (
+        lambda **kw: nn.Conv2d(4, 8, 3, padding="same", padding_mode="circular", **kw),
+        (2, 4, 9, 8),
+    ),
     "2d replicate": (
         lambda **kw: nn.Conv2d(4, 8, 3, padding=2, padding_mode="replicate", stride=2, **kw),
         (2, 4, 9, 8),
     ),
     "2d patches": (lambda **kw: nn.Conv2d(4, 16, 4, stride=4, **kw), (2, 4, 8, 8)),
     "1d grouped": (lambda **kw: nn.Conv1d(8, 16, 3, padding=1, groups=2, **kw), (2, 8, 11)),
-    "2d grouped": (lambda **kw: nn.Conv2d(16, 16, (3, 2), stride=2, groups=4, bias=False, **kw), (2, 16, 9, 8)),
-    "1d transposed": (lambda **kw: nn.ConvTranspose1d(8, 12, 3, stride=2, output_padding=1, **kw), (2, 8, 5)),
+    "2d grouped": (
+        lambda **kw: nn.Conv2d(16, 16, (3, 2), stride=2, groups=4, bias=False, **kw),
+        (2, 16, 9, 8),
+    ),
+    "1d transposed": (
+        lambda **kw: nn.ConvTranspose1d(8, 12, 3, stride=2, output_padding=1, **kw),
+        (2, 8, 5),
+    ),
     "2d transposed": (
-        lambda **kw: nn.ConvTranspose2d(8, 4, (3, 2), stride=(2, 3), padding=1, dilation=(1, 2), bias=False, **kw),
+        lambda **kw: nn.ConvTranspose2d(
+            8, 4, (3, 2), stride=(2, 3), padding=1, dilation=(1, 2), bias=False, **kw
+        ),
         (2, 8, 5, 4),
     ),
     "3d transposed": (lambda **kw: nn.ConvTranspose3d(4, 8, 2, stride=2, **kw), (2, 4, 3, 2, 3)),
-    "3d": (lambda **kw: nn.Conv3d(4, 8, (1, 3, 2), dilation=(1, 1, 2), padding=(0, 1, 0), **kw), (2, 4, 3, 6, 5)),
+    "3d": (
+        lambda **kw: nn.Conv3d(4, 8, (1, 3, 2), dilation=(1, 1, 2), padding=(0, 1, 0), **kw),
+        (2, 4, 3, 6, 5),
+    ),
 }
 
 
@@ -63,7 +83,9 @@ def test_output_and_gradients_are_those_of_w_plus_delta_w(name, k):
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     inputs = [x, *adapter.parameters()]
     grad = torch.randn_like(y)
-    for mine, theirs in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
+    for mine, theirs in zip(
+        torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -108,7 +130,9 @@ def test_a_1x1_kernel_is_the_linear_case():
     for layer in (conv, linear):
         torch.manual_seed(1)
         gralora.inject(layer, "", random_config())
-    for mine, theirs in zip(conv.gralora_adapters.parameters(), linear.gralora_adapters.parameters()):
+    for mine, theirs in zip(
+        conv.gralora_adapters.parameters(), linear.gralora_adapters.parameters()
+    ):
         assert same_bits(mine, theirs)
     x = torch.randn(2, 8, 5, 6)
     torch.testing.assert_close(conv(x), linear(x.movedim(1, -1)).movedim(-1, 1))
@@ -118,7 +142,9 @@ def test_parameters_are_those_of_lora_and_k_must_divide_the_channels():
     conv = gralora.inject(nn.Conv2d(8, 12, 3), "", GraloraConfig(r=8, gralora_k=4))
     assert sum(p.numel() for p in conv.gralora_adapters.parameters()) == 8 * (8 * 9 + 12)
     conv = nn.Conv2d(4, 9, 3)  # 36 inputs of the matrix, but 4 channels
-    with pytest.raises(ValueError, match=r"gralora_k=3 does not divide in_features=4 of '' .*Legal here: 1\."):
+    with pytest.raises(
+        ValueError, match=r"gralora_k=3 does not divide in_features=4 of '' .*Legal here: 1\."
+    ):
         gralora.inject(conv, "", GraloraConfig(r=9, gralora_k=3))
 
 
@@ -133,11 +159,15 @@ def test_the_output_is_unchanged_at_the_start_and_dropout_falls_on_the_input_in_
 
 
 def test_what_k_does_not_divide_and_grouped_transposed_convolutions_are_refused_by_name():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.ConvTranspose2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3))
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, groups=4), nn.ConvTranspose2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3)
+    )
     before = fingerprint(model)
     with pytest.raises(ValueError) as error:
         gralora.inject(model, ["0", "1", "2"], random_config())
-    depthwise = "gralora_k=2 does not divide in_features=1 and out_features=1 of '0' (r=4). Legal here: 1."
+    depthwise = (
+        "gralora_k=2 does not divide in_features=1 and out_features=1 of '0' (r=4). Legal here: 1."
+    )
     assert depthwise in str(error.value)
     assert "'1' is a transposed convolution of 2 groups" in str(error.value)
     assert_same(fingerprint(model), before)
@@ -147,8 +177,15 @@ def test_all_linear_leaves_convolutions_alone_and_every_other_form_takes_them():
     def model():
         return nn.ModuleDict({"conv": nn.Conv2d(4, 8, 3), "fc": nn.Linear(8, 8)})
 
-    assert [n for n, _ in gralora_layers(gralora.inject(model(), "all-linear", random_config()))] == ["fc"]
-    for targets in (r"conv", ["conv"], lambda name, module: isinstance(module, nn.Conv2d), {"conv": random_config()}):
+    assert [
+        n for n, _ in gralora_layers(gralora.inject(model(), "all-linear", random_config()))
+    ] == ["fc"]
+    for targets in (
+        r"conv",
+        ["conv"],
+        lambda name, module: isinstance(module, nn.Conv2d),
+        {"conv": random_config()},
+    ):
         adapted = gralora.inject(model(), targets, random_config())
         assert [n for n, _ in gralora_layers(adapted)] == ["conv"]
         assert isinstance(adapted["conv"], GraloraConv) and isinstance(adapted["conv"], nn.Conv2d)
@@ -247,7 +284,8 @@ def test_to_lora_gives_kernels_and_their_product_is_delta_w():
 
 def test_pefts_gralora_has_no_convolutions(tmp_path):
     with pytest.raises(
-        ValueError, match="of kind 'convolution', is no linear layer, and PEFT's GraLoRA adapts no other"
+        ValueError,
+        match="of kind 'convolution', is no linear layer, and PEFT's GraLoRA adapts no other",
     ):
         gralora.save_adapter(everything(ResNet()), tmp_path / "a", format="peft")
     assert not (tmp_path / "a").exists()
@@ -267,7 +305,9 @@ def test_a_resnet_trains_and_a_kernel_of_another_size_is_refused(tmp_path):
     assert losses[-1] < 0.5 * losses[0]
     gralora.save_adapter(model, tmp_path / "a.safetensors")
     base.conv1 = nn.Conv2d(8, 16, 5, stride=2, padding=2, bias=False)
-    with pytest.raises(gralora.AdapterFileError, match=r"conv1.gralora_A must have shape \(2, 100, 4\)"):
+    with pytest.raises(
+        gralora.AdapterFileError, match=r"conv1.gralora_A must have shape \(2, 100, 4\)"
+    ):
         gralora.load_adapter(base, tmp_path / "a.safetensors")
 
 
@@ -277,7 +317,9 @@ def test_extract_finds_the_kernels_of_a_tuned_resnet():
     with torch.no_grad():
         tuned.conv1.weight.add_(torch.randn_like(tuned.conv1.weight) * 0.1)
     errors = {}
-    gralora.extract(base, tuned, ["conv1"], GraloraConfig(r=16, gralora_k=2, alpha=16), errors=errors)
+    gralora.extract(
+        base, tuned, ["conv1"], GraloraConfig(r=16, gralora_k=2, alpha=16), errors=errors
+    )
     assert errors["conv1"] < 1e-5
     torch.testing.assert_close(base.eval()(IMAGES), tuned.eval()(IMAGES))
 
@@ -312,11 +354,16 @@ def test_the_unet_of_diffusers_with_every_convolution_and_linear_layer_adapted(t
         for alone in layers:
             for name, layer in layers.items():
                 layer.gralora_adapters.active = {"default": 1.0} if name == alone else {}
-            assert not torch.allclose(model(*inputs).sample, plain, rtol=1e-6, atol=1e-7), f"{alone} has no effect"
+            assert not torch.allclose(model(*inputs).sample, plain, rtol=1e-6, atol=1e-7), (
+                f"{alone} has no effect"
+            )
         gralora.set_adapter(model, "default")
         gralora.save_adapter(model, tmp_path / "a", format="lora")
         torch.testing.assert_close(
-            gralora.load_adapter(copy.deepcopy(base), tmp_path / "a")(*inputs).sample, y, rtol=1e-3, atol=1e-4
+            gralora.load_adapter(copy.deepcopy(base), tmp_path / "a")(*inputs).sample,
+            y,
+            rtol=1e-3,
+            atol=1e-4,
         )
         gralora.merge(model)
         torch.testing.assert_close(model(*inputs).sample, y, rtol=1e-3, atol=1e-4)
@@ -339,7 +386,9 @@ def test_a_transposed_convolution_is_asked_for_a_size():
 
 def test_transposed_convolutions_have_no_lora(tmp_path):
     model = gralora.inject(nn.Sequential(nn.ConvTranspose2d(8, 4, 3)), ["0"], random_config())
-    with pytest.raises(ValueError, match="'0' is a transposed convolution, for which there is no LoRA"):
+    with pytest.raises(
+        ValueError, match="'0' is a transposed convolution, for which there is no LoRA"
+    ):
         gralora.save_adapter(model, tmp_path / "a", format="lora")
     assert not list(tmp_path.iterdir())
 
@@ -353,6 +402,7 @@ def test_a_pair_of_pefts_that_mixes_groups_is_refused(tmp_path):
         config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
         peft.get_peft_model(theirs, config).save_pretrained(tmp_path)
     with pytest.raises(
-        gralora.AdapterFileError, match="'0', a convolution of 2 groups, mixes channels of different groups"
+        gralora.AdapterFileError,
+        match="'0', a convolution of 2 groups, mixes channels of different groups",
     ):
         gralora.load_adapter(nn.Sequential(nn.Conv2d(8, 4, 3, groups=2)), tmp_path)

@@ -83,7 +83,9 @@ def test_a_look_up_makes_no_tensor_of_the_weights_size():
 
 
 def test_the_row_of_padding_is_not_trained():
-    model = gralora.inject(nn.Sequential(nn.Embedding(24, 16, padding_idx=3)), ["0"], GraloraConfig(r=4, hybrid_r=2))
+    model = gralora.inject(
+        nn.Sequential(nn.Embedding(24, 16, padding_idx=3)), ["0"], GraloraConfig(r=4, hybrid_r=2)
+    )
     randomize_(model)
     tokens = torch.tensor([[3, 4, 3]])
     model(tokens).square().sum().backward()
@@ -107,7 +109,9 @@ def test_dropout_falls_on_whole_tokens_and_is_off_in_eval():
 def test_rows_of_a_batch_and_several_adapters():
     for cls, head in ((nn.Embedding, False), (Scaled, False), (nn.Embedding, True)):
         model = adapted(cls, head)
-        gralora.inject(model, ["embedding" if head else "0"], random_config(gralora_k=4), adapter_name="other")
+        gralora.inject(
+            model, ["embedding" if head else "0"], random_config(gralora_k=4), adapter_name="other"
+        )
         each = {}
         for name in ("default", "other"):
             gralora.set_adapter(model, name)
@@ -137,7 +141,9 @@ def test_an_embedding_and_the_head_that_is_tied_to_it(build):
 
     def by_hand(delta_in, delta_out):
         plain = build(tie_word_embeddings=False)
-        plain.load_state_dict({**tied.state_dict(), "lm_head.weight": tied.get_output_embeddings().weight})
+        plain.load_state_dict(
+            {**tied.state_dict(), "lm_head.weight": tied.get_output_embeddings().weight}
+        )
         with torch.no_grad():
             plain.get_input_embeddings().weight.add_(delta_in)
             plain.get_output_embeddings().weight.add_(delta_out)
@@ -145,16 +151,24 @@ def test_an_embedding_and_the_head_that_is_tied_to_it(build):
 
     for targets in ([embedding], ["lm_head"], [embedding, "lm_head"]):
         for together in (False, True):
-            model = gralora.inject(copy.deepcopy(tied), targets, random_config(ensure_weight_tying=together))
+            model = gralora.inject(
+                copy.deepcopy(tied), targets, random_config(ensure_weight_tying=together)
+            )
             parts = (model.get_input_embeddings(), model.get_output_embeddings())
-            deltas = [gralora.delta_weight(p) if hasattr(p, "gralora_adapters") else 0 for p in parts]
+            deltas = [
+                gralora.delta_weight(p) if hasattr(p, "gralora_adapters") else 0 for p in parts
+            ]
             assert relative(logits(model), by_hand(*deltas)) < 1e-5
             assert relative(logits(model), logits(tied)) > 1e-3
             if len(targets) == 2:
                 assert torch.equal(*deltas) == together
                 count = len(gralora.adapter_parameters(model))
                 assert count == (2 if together else 4)
-                with contextlib.nullcontext() if together else pytest.warns(UserWarning, match="set it to False first"):
+                with (
+                    contextlib.nullcontext()
+                    if together
+                    else pytest.warns(UserWarning, match="set it to False first")
+                ):
                     merged = gralora.merge_and_unload(copy.deepcopy(model))
                 assert relative(logits(merged), logits(model)) < 1e-5
                 assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == together
@@ -174,7 +188,9 @@ def test_scaled_embeddings_of_gemma():
         "head_dim": 8,
     }
     torch.manual_seed(0)
-    base = Gemma2ForCausalLM(Gemma2Config(vocab_size=64, num_key_value_heads=2, pad_token_id=0, **sizes)).eval()
+    base = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=64, num_key_value_heads=2, pad_token_id=0, **sizes)
+    ).eval()
     model = gralora.inject(copy.deepcopy(base), ["embed_tokens"], random_config())
     plain = copy.deepcopy(base)
     embedding = model.get_input_embeddings()
@@ -188,10 +204,18 @@ def test_scaled_embeddings_of_gemma():
 
 def test_half_precision_sparse_and_compiled():
     model = adapted(dtype=torch.bfloat16)
-    assert model[0].gralora_adapters["default"].A.dtype == torch.float32 and model(X).dtype == torch.bfloat16
-    sparse = gralora.inject(nn.Sequential(nn.Embedding(24, 16, sparse=True)), ["0"], random_config())
+    assert (
+        model[0].gralora_adapters["default"].A.dtype == torch.float32
+        and model(X).dtype == torch.bfloat16
+    )
+    sparse = gralora.inject(
+        nn.Sequential(nn.Embedding(24, 16, sparse=True)), ["0"], random_config()
+    )
     sparse(X).sum().backward()  # the base is frozen, so nothing of it is sparse
-    assert sparse[0].weight.grad is None and sparse[0].gralora_adapters["default"].B.grad.layout is torch.strided
+    assert (
+        sparse[0].weight.grad is None
+        and sparse[0].gralora_adapters["default"].B.grad.layout is torch.strided
+    )
     for cls in (nn.Embedding, Scaled):
         model = adapted(cls)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -200,19 +224,32 @@ def test_half_precision_sparse_and_compiled():
 
 def test_what_does_not_fit_is_refused_by_name():
     for layer, why in (
-        (nn.Embedding(24, 16, max_norm=1.0), "'0' has max_norm=1.0: its forward rewrites the weight"),
+        (
+            nn.Embedding(24, 16, max_norm=1.0),
+            "'0' has max_norm=1.0: its forward rewrites the weight",
+        ),
         (nn.Embedding(24, 16, scale_grad_by_freq=True), "'0' has scale_grad_by_freq=True"),
-        (nn.EmbeddingBag(24, 16), "'0' is a EmbeddingBag, which can't be adapted: its bags are summed in C"),
-        (nn.Embedding(25, 16), r"gralora_k=2 does not divide out_features=25 of '0' \(r=4\). Legal here: 1"),
+        (
+            nn.EmbeddingBag(24, 16),
+            "'0' is a EmbeddingBag, which can't be adapted: its bags are summed in C",
+        ),
+        (
+            nn.Embedding(25, 16),
+            r"gralora_k=2 does not divide out_features=25 of '0' \(r=4\). Legal here: 1",
+        ),
     ):
         with pytest.raises(ValueError, match=why):
             gralora.inject(nn.Sequential(layer), ["0"], GraloraConfig(r=4))
     model = adapted()
     model[0].num_embeddings = 30
     model[0].weight = nn.Parameter(torch.randn(30, 16, dtype=torch.float64))
-    with pytest.raises(ValueError, match="has 30 tokens, and its adapter is for 24: it has been resized"):
+    with pytest.raises(
+        ValueError, match="has 30 tokens, and its adapter is for 24: it has been resized"
+    ):
         model(X)
-    assert isinstance(GraloraEmbedding.from_embedding(nn.Embedding(24, 16), GraloraConfig(r=4)), nn.Embedding)
+    assert isinstance(
+        GraloraEmbedding.from_embedding(nn.Embedding(24, 16), GraloraConfig(r=4)), nn.Embedding
+    )
 
 
 def test_files_of_every_format_that_holds_them(tmp_path):
@@ -220,14 +257,18 @@ def test_files_of_every_format_that_holds_them(tmp_path):
 
     torch.manual_seed(0)
     base = llama()
-    model = gralora.inject(copy.deepcopy(base), ["embed_tokens", "q_proj"], random_config(hybrid_r=2)).eval()
+    model = gralora.inject(
+        copy.deepcopy(base), ["embed_tokens", "q_proj"], random_config(hybrid_r=2)
+    ).eval()
     for format in ("gralora", "lora"):
         gralora.save_adapter(model, tmp_path / format, format=format)
         again = gralora.load_adapter(copy.deepcopy(base), tmp_path / format).eval()
         assert relative(again(TOKENS).logits, model(TOKENS).logits) < 1e-5
     assert relative(in_peft(base, tmp_path / "lora")(TOKENS).logits, model(TOKENS).logits) < 1e-5
     assert relative(base(TOKENS).logits, model(TOKENS).logits) > 1e-3
-    with pytest.raises(ValueError, match="'model.embed_tokens', of kind 'embedding', is no linear layer"):
+    with pytest.raises(
+        ValueError, match="'model.embed_tokens', of kind 'embedding', is no linear layer"
+    ):
         gralora.save_adapter(model, tmp_path / "peft", format="peft")
 
 
@@ -238,11 +279,15 @@ def test_what_peft_has_trained_is_read(tmp_path):
 
     torch.manual_seed(0)
     base = llama()
-    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False
+    )
     theirs = quietly(peft.get_peft_model, copy.deepcopy(base), config).eval()
     quietly(theirs.save_pretrained, tmp_path)  # with the base's own embedding beside, as PEFT does
     ours = gralora.load_adapter(copy.deepcopy(base), tmp_path).eval()
     assert relative(ours(TOKENS).logits, theirs(TOKENS).logits) < 1e-5
     other = llama()
-    with pytest.warns(UserWarning, match="was trained on another base: the weights differ in model.embed_tokens"):
+    with pytest.warns(
+        UserWarning, match="was trained on another base: the weights differ in model.embed_tokens"
+    ):
         gralora.load_adapter(other, tmp_path)

@@ -15,27 +15,50 @@ from benchmarks.speed._counting import Kernels
 from gralora import GraloraConfig
 from gralora.layers.base import gralora_layers
 
-from ..models import TOKENS, Experts, assert_same, fingerprint, random_config, randomize_, relative, same_bits
+from ..models import (
+    TOKENS,
+    Experts,
+    assert_same,
+    fingerprint,
+    random_config,
+    randomize_,
+    relative,
+    same_bits,
+)
 
 
 def mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return MixtralForCausalLM(MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=4, **sizes)).eval()
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return MixtralForCausalLM(
+        MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=4, **sizes)
+    ).eval()
 
 
 def qwen():
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     experts = {
         "num_experts": 4,
         "moe_intermediate_size": 8,
         "shared_expert_intermediate_size": 24,
         "num_experts_per_tok": 2,
     }
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=32, num_key_value_heads=2, **sizes, **experts)).eval()
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(vocab_size=32, num_key_value_heads=2, **sizes, **experts)
+    ).eval()
 
 
 def gpt_oss():
@@ -48,7 +71,9 @@ def gpt_oss():
         "num_attention_heads": 2,
         "head_dim": 8,
     }
-    config = GptOssConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **sizes)
+    config = GptOssConfig(
+        vocab_size=32, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **sizes
+    )
     model = GptOssForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -91,7 +116,10 @@ def test_each_expert_has_an_adapter_of_its_own(transposed):
         "moe.up.gralora_A_general.weight": (3, 1, 8),
         "moe.up.gralora_B_general.weight": (3, 12, 1),
     }
-    assert len({tensor[e].sum().item() for tensor in [state["moe.up.gralora_A"]] for e in range(3)}) == 3
+    assert (
+        len({tensor[e].sum().item() for tensor in [state["moe.up.gralora_A"]] for e in range(3)})
+        == 3
+    )
     y = model["moe"](x)
     assert relative(y, base(x)) > 1e-2
     layer = model["moe"].gralora_up
@@ -101,7 +129,9 @@ def test_each_expert_has_an_adapter_of_its_own(transposed):
     expected = expected + F.linear(x, delta.sum(0).mT if transposed else delta.sum(0)) + base.bias
     torch.testing.assert_close(y, expected)
     inputs, grad = [x, *layer.gralora_adapters.parameters()], torch.randn_like(y)
-    for mine, theirs in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
+    for mine, theirs in zip(
+        torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    ):
         torch.testing.assert_close(mine, theirs)
     gralora.merge(model)
     torch.testing.assert_close(model["moe"](x), y)
@@ -114,9 +144,13 @@ def test_each_expert_has_an_adapter_of_its_own(transposed):
 def test_the_models_of_transformers(name, tmp_path):
     base = MODELS[name]()
     y = base(X).logits
-    model = gralora.inject(copy.deepcopy(base), r".*\.experts\.(gate_up|down)_proj", random_config(alpha=16))
+    model = gralora.inject(
+        copy.deepcopy(base), r".*\.experts\.(gate_up|down)_proj", random_config(alpha=16)
+    )
     names = [layer for layer, _ in gralora_layers(model)]
-    assert names == [f"model.layers.{i}.mlp.experts.{parameter}" for i in (0, 1) for parameter in PARAMETERS]
+    assert names == [
+        f"model.layers.{i}.mlp.experts.{parameter}" for i in (0, 1) for parameter in PARAMETERS
+    ]
     assert {key for key in model.state_dict() if "gralora_" not in key} == set(base.state_dict())
     adapted = model(X).logits
     assert relative(adapted, y) > 1e-3
@@ -138,7 +172,9 @@ def test_the_models_of_transformers(name, tmp_path):
     assert same_bits(model(X).logits, adapted)
     merged = gralora.merge_and_unload(copy.deepcopy(model))
     assert type(merged) is type(base) and relative(merged(X).logits, adapted) < 1e-4
-    assert {n: type(m) for n, m in merged.named_modules()} == {n: type(m) for n, m in base.named_modules()}
+    assert {n: type(m) for n, m in merged.named_modules()} == {
+        n: type(m) for n, m in base.named_modules()
+    }
     gralora.unload(model)
     assert same_bits(model(X).logits, y)
 
@@ -158,7 +194,9 @@ def test_every_way_in_which_transformers_runs_experts(implementation):
 @pytest.mark.parametrize("name", MODELS)
 def test_training_lowers_the_loss_and_leaves_the_base_alone(name):
     model = gralora.inject(
-        MODELS[name]().train(), [*(f"experts.{each}" for each in PARAMETERS), "q_proj"], GraloraConfig(r=4, alpha=16)
+        MODELS[name]().train(),
+        [*(f"experts.{each}" for each in PARAMETERS), "q_proj"],
+        GraloraConfig(r=4, alpha=16),
     )
     before = {key: p.clone() for key, p in model.named_parameters() if "gralora_" not in key}
     optimizer = torch.optim.AdamW(gralora.adapter_parameters(model), lr=3e-2)
@@ -170,9 +208,13 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.95 * losses[0]
-    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters() if "gralora_" not in key)
+    assert all(
+        torch.equal(p, before[key]) for key, p in model.named_parameters() if "gralora_" not in key
+    )
     moved = [
-        key for key, p in model.named_parameters() if "experts" in key and "gralora_" in key and p.grad.abs().max() > 0
+        key
+        for key, p in model.named_parameters()
+        if "experts" in key and "gralora_" in key and p.grad.abs().max() > 0
     ]
     assert len(moved) == 2 * 2 * 2
 
@@ -198,7 +240,10 @@ def test_what_does_not_fit_is_refused_by_name():
     model = nn.ModuleDict({"moe": Experts()})
     before = fingerprint(model)
     with pytest.raises(
-        ValueError, match=r"gralora_k=8 does not divide out_features=12 of 'moe.up' \(r=8\). Legal here: 1, 2, 4"
+        ValueError,
+        match=(
+            r"gralora_k=8 does not divide out_features=12 of 'moe.up' \(r=8\). Legal here: 1, 2, 4"
+        ),
     ):
         gralora.inject(model, ["up"], random_config(r=8, gralora_k=8))
     with pytest.raises(ValueError, match="Nearest names: 'moe.up'"):
@@ -208,17 +253,24 @@ def test_what_does_not_fit_is_refused_by_name():
 
 def test_layers_and_experts_of_different_k_in_one_adapter(tmp_path):
     base = mixtral()
-    targets = {r".*(gate_up|down)_proj": random_config(r=8, gralora_k=4), "all-linear": random_config(r=6, gralora_k=2)}
+    targets = {
+        r".*(gate_up|down)_proj": random_config(r=8, gralora_k=4),
+        "all-linear": random_config(r=6, gralora_k=2),
+    }
     model = gralora.inject(copy.deepcopy(base), targets)
     assert len(list(gralora_layers(model))) == 2 * (2 + 4)
     y = model(X).logits
     gralora.save_adapter(model, tmp_path / "a.safetensors")
-    assert same_bits(gralora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")(X).logits, y)
+    assert same_bits(
+        gralora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")(X).logits, y
+    )
 
 
 @pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 def test_several_adapters_weighted_merged_and_swapped():
-    model = gralora.inject(nn.ModuleDict({"moe": Experts()}), ["up"], random_config(), adapter_name="a")
+    model = gralora.inject(
+        nn.ModuleDict({"moe": Experts()}), ["up"], random_config(), adapter_name="a"
+    )
     gralora.inject(model, ["up"], random_config(r=8, gralora_k=4), adapter_name="b")
     randomize_(model)
     x, layer = torch.randn(5, 8, dtype=torch.float64), model["moe"].gralora_up
@@ -255,7 +307,10 @@ def test_half_precision_and_extract_and_export(tmp_path):
     model = gralora.inject(Experts(dtype=torch.bfloat16), ["up"], random_config())
     assert model.gralora_up.gralora_adapters["default"].A.dtype == torch.float32
     assert model(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    for format, why in (("lora", "PEFT can't name that"), ("peft", "'up' holds adapters of fused experts")):
+    for format, why in (
+        ("lora", "PEFT can't name that"),
+        ("peft", "'up' holds adapters of fused experts"),
+    ):
         with pytest.raises(ValueError, match=why):
             gralora.save_adapter(model, tmp_path / "nowhere", format=format)
     base, errors = Experts(), {}
@@ -272,7 +327,9 @@ def test_a_file_for_another_number_of_experts_is_refused(tmp_path):
     gralora.save_adapter(model, tmp_path / "a.safetensors")
     other = Experts()
     other.up = nn.Parameter(torch.randn(4, 12, 8))
-    with pytest.raises(gralora.AdapterFileError, match=r"up.gralora_A must have shape \(4, 2, 4, 4\)"):
+    with pytest.raises(
+        gralora.AdapterFileError, match=r"up.gralora_A must have shape \(4, 2, 4, 4\)"
+    ):
         gralora.load_adapter(other, tmp_path / "a.safetensors")
 
 
@@ -284,7 +341,9 @@ def test_compiled_without_a_graph_break():
 
 
 class Stacked(nn.Module):
-    """Experts of one's own, used in one of many ways; (experts, out, in), or (experts, in, out) if `transposed`."""
+    """Experts of one's own, used in one of many ways; (experts, out, in), or (experts, in, out) if
+    `transposed`.
+    """
 
     def __init__(self, how, transposed):
         super().__init__()
@@ -331,36 +390,50 @@ WAYS = {
     "unbind": unbound,
     "iteration": iterated,
     "batched": lambda self, x, ids: torch.bmm(x[:, None], self.matrix(self.up[ids]).mT)[:, 0],
-    "batched, from the left": lambda self, x, ids: (self.matrix(self.up[ids]) @ x[..., None])[..., 0],
-    "index_select": lambda self, x, ids: torch.bmm(x[:, None], self.matrix(self.up.index_select(0, ids)).mT)[:, 0],
+    "batched, from the left": lambda self, x, ids: (self.matrix(self.up[ids]) @ x[..., None])[
+        ..., 0
+    ],
+    "index_select": lambda self, x, ids: torch.bmm(
+        x[:, None], self.matrix(self.up.index_select(0, ids)).mT
+    )[:, 0],
     "all of all": lambda self, x, ids: torch.bmm(x.expand(4, -1, -1), self.matrix(self.up).mT)[
         ids, torch.arange(len(x))
     ],
     "grouped": grouped,
-    "by a mask": lambda self, x, ids: torch.bmm(x.expand(4, -1, -1), self.matrix(self.up[torch.arange(4) >= 0]).mT)[
-        ids, torch.arange(len(x))
-    ],
-    "by a matrix of indices": lambda self, x, ids: torch.bmm(x[:, None], self.matrix(self.up[ids[:, None]][:, 0]).mT)[
-        :, 0
-    ],
-    "behind a new axis": lambda self, x, ids: torch.bmm(x[:, None], self.matrix(self.up[None][0, ids]).mT)[:, 0],
+    "by a mask": lambda self, x, ids: torch.bmm(
+        x.expand(4, -1, -1), self.matrix(self.up[torch.arange(4) >= 0]).mT
+    )[ids, torch.arange(len(x))],
+    "by a matrix of indices": lambda self, x, ids: torch.bmm(
+        x[:, None], self.matrix(self.up[ids[:, None]][:, 0]).mT
+    )[:, 0],
+    "behind a new axis": lambda self, x, ids: torch.bmm(
+        x[:, None], self.matrix(self.up[None][0, ids]).mT
+    )[:, 0],
     "along an inner axis": lambda self, x, ids: torch.bmm(
         x[:, None],
-        self.matrix(torch.stack(self.up.index_select(1, torch.arange(self.up.shape[1])).unbind(2), 2)[ids]).mT,
+        self.matrix(
+            torch.stack(self.up.index_select(1, torch.arange(self.up.shape[1])).unbind(2), 2)[ids]
+        ).mT,
     )[:, 0],
     "baddbmm, scaled": lambda self, x, ids: (
         torch.baddbmm(x.new_zeros(1), x[:, None], self.matrix(self.up[ids]).mT, alpha=2)[:, 0] / 2
     ),
-    "einsum, any number of axes": lambda self, x, ids: torch.einsum("t...i,toi->t...o", x, self.matrix(self.up[ids])),
-    "baddbmm": lambda self, x, ids: torch.baddbmm(x.new_zeros(1), x[:, None], self.matrix(self.up[ids]).mT)[:, 0],
+    "einsum, any number of axes": lambda self, x, ids: torch.einsum(
+        "t...i,toi->t...o", x, self.matrix(self.up[ids])
+    ),
+    "baddbmm": lambda self, x, ids: torch.baddbmm(
+        x.new_zeros(1), x[:, None], self.matrix(self.up[ids]).mT
+    )[:, 0],
     "einsum": lambda self, x, ids: torch.einsum("ti,toi->to", x, self.matrix(self.up[ids])),
-    "einsum of all": lambda self, x, ids: torch.einsum("eti,eoi->teo", x.expand(4, -1, -1), self.matrix(self.up))[
-        torch.arange(len(x)), ids
-    ],
+    "einsum of all": lambda self, x, ids: torch.einsum(
+        "eti,eoi->teo", x.expand(4, -1, -1), self.matrix(self.up)
+    )[torch.arange(len(x)), ids],
     "cut along the experts": lambda self, x, ids: torch.cat(
         [torch.bmm(x.expand(2, -1, -1), self.matrix(up).mT) for up in (self.up[:2], self.up[2:])]
     )[ids, torch.arange(len(x))],
-    "computed": lambda self, x, ids: torch.einsum("t i, t o i -> t o", x, self.matrix(self.up * 1)[ids]),
+    "computed": lambda self, x, ids: torch.einsum(
+        "t i, t o i -> t o", x, self.matrix(self.up * 1)[ids]
+    ),
     "checkpointed": lambda self, x, ids: checkpoint(one_by_one, self, x, ids, use_reentrant=False),
 }
 
@@ -376,8 +449,15 @@ def of_experts(model, x, ids):
 @pytest.mark.parametrize("hybrid_r", [0, 2])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("how", WAYS)
-def test_however_experts_are_chosen_the_numbers_are_those_of_w_plus_delta_w(how, transposed, hybrid_r):
-    if how == "grouped" and transposed is False and not hasattr(F, "grouped_mm") and not hasattr(torch, "_grouped_mm"):
+def test_however_experts_are_chosen_the_numbers_are_those_of_w_plus_delta_w(
+    how, transposed, hybrid_r
+):
+    if (
+        how == "grouped"
+        and transposed is False
+        and not hasattr(F, "grouped_mm")
+        and not hasattr(torch, "_grouped_mm")
+    ):
         return
     dtype = torch.float32 if how == "grouped" else torch.float64  # which PyTorch has for no other
     model = Stacked(how, transposed)
@@ -394,7 +474,9 @@ def test_however_experts_are_chosen_the_numbers_are_those_of_w_plus_delta_w(how,
     for a, b in zip(of_experts(model, x, ids), of_experts(plain, x, ids), strict=True):
         assert relative(a, b) < tolerance
     of_experts(reference, x, ids)
-    for ours, theirs in zip(gralora.adapter_parameters(model), gralora.adapter_parameters(reference), strict=True):
+    for ours, theirs in zip(
+        gralora.adapter_parameters(model), gralora.adapter_parameters(reference), strict=True
+    ):
         assert relative(ours.grad, theirs.grad) < tolerance
     with torch.no_grad():
         assert relative(model(x, ids), plain(x, ids)) < tolerance
@@ -408,9 +490,13 @@ def test_no_tensor_of_the_weights_size_is_made_and_a_and_b_get_their_gradient_on
     x, ids = torch.randn(8, 256, requires_grad=True), torch.arange(8) % 4
     with Kernels() as counter:
         model(x, ids).sum().backward()
-    limit = {"batched": 8 * 512 * 256}.get(how, 512 * 256 // 2)  # the base's own choice of weights, one for each token
+    limit = {"batched": 8 * 512 * 256}.get(
+        how, 512 * 256 // 2
+    )  # the base's own choice of weights, one for each token
     assert counter.largest <= limit
-    assert counter.names.count("stack") <= (0 if how in ("batched", "grouped") else 3)  # of A, of B, and of the outputs
+    assert counter.names.count("stack") <= (
+        0 if how in ("batched", "grouped") else 3
+    )  # of A, of B, and of the outputs
 
 
 class Wide(Stacked):
@@ -419,7 +505,9 @@ class Wide(Stacked):
 
 
 WIDE = {
-    "one by one": lambda self, x, ids: sum(F.linear(x[ids == e], self.up[e]).sum() for e in range(4)),
+    "one by one": lambda self, x, ids: sum(
+        F.linear(x[ids == e], self.up[e]).sum() for e in range(4)
+    ),
     "unbind": lambda self, x, ids: sum(F.linear(x, weight).sum() for weight in self.up.unbind()),
     "batched": lambda self, x, ids: torch.bmm(x[:, None], self.up[ids].mT),
     "grouped": lambda self, x, ids: grouped(self, x, ids),
@@ -454,16 +542,37 @@ def of(name, **fields):
 
 
 FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-GROUPS = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0, "num_key_value_heads": 4}
-LLAMA4 = {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 1, "head_dim": 8, "pad_token_id": 0}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+GROUPS = {
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+    "num_key_value_heads": 4,
+}
+LLAMA4 = {
+    "intermediate_size_mlp": 48,
+    "interleave_moe_layer_step": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
 MORE = {
     **MODELS,
     "qwen3_moe": of("Qwen3Moe", num_experts=4, head_dim=8, **FEW),
     "deepseek_v3": of("DeepseekV3", **FEW, **LATENT, **GROUPS),
     "granitemoe": of("GraniteMoe", num_local_experts=4, num_experts_per_tok=2),
-    "lfm2_moe": of("Lfm2Moe", num_experts=4, num_dense_layers=0, layer_types=["full_attention"] * 2, **FEW),
-    "llama4": of("Llama4", config="Llama4TextConfig", num_local_experts=4, num_experts_per_tok=1, **LLAMA4),
+    "lfm2_moe": of(
+        "Lfm2Moe", num_experts=4, num_dense_layers=0, layer_types=["full_attention"] * 2, **FEW
+    ),
+    "llama4": of(
+        "Llama4", config="Llama4TextConfig", num_local_experts=4, num_experts_per_tok=1, **LLAMA4
+    ),
 }
 
 
@@ -493,7 +602,9 @@ def test_gradients_of_transformers_models_are_those_of_w_plus_delta_w(name, impl
         adapter = layer.gralora_adapters["default"]
         total = layer.weighted_delta([(adapter, 1.0)])
         for own, wanted in zip(
-            adapter.parameters(), torch.autograd.grad(total, list(adapter.parameters()), delta), strict=True
+            adapter.parameters(),
+            torch.autograd.grad(total, list(adapter.parameters()), delta),
+            strict=True,
         ):
             assert relative(own.grad, wanted) < 1e-4
 
@@ -527,7 +638,9 @@ def test_experts_of_half_precision_under_autocast_and_double_backward():
 
 
 class Unsaid(nn.Module):
-    """Stores (experts, in, out), and does not say so: the roles of A and B are guessed the other way round."""
+    """Stores (experts, in, out), and does not say so: the roles of A and B are guessed the other
+    way round.
+    """
 
     def __init__(self, how, width=8):
         super().__init__()
@@ -541,7 +654,9 @@ class Unsaid(nn.Module):
 GUESSED = {
     "batched": lambda self, x: torch.bmm(x, self.up),
     "one by one": lambda self, x: torch.stack([each @ self.up[i] for i, each in enumerate(x)]),
-    "turned": lambda self, x: torch.stack([F.linear(each, self.up[i].t()) for i, each in enumerate(x)]),
+    "turned": lambda self, x: torch.stack(
+        [F.linear(each, self.up[i].t()) for i, each in enumerate(x)]
+    ),
     "chosen": lambda self, x: x @ self.up[torch.tensor([0, 1, 2, 3])],
     "computed": lambda self, x: torch.einsum("e t i, e i o -> e t o", x, self.up),
 }
@@ -553,11 +668,15 @@ def test_a_wrong_guess_of_the_layout_only_swaps_the_roles_of_a_and_b(how, hybrid
     model = gralora.inject(Unsaid(how).double(), ["up"], random_config(hybrid_r=hybrid_r))
     x = torch.randn(4, 5, 8, dtype=torch.float64, requires_grad=True)
     y = model(x)
-    total = model.up + model.gralora_up.weighted_delta([(model.gralora_up.gralora_adapters["default"], 1.0)])
+    total = model.up + model.gralora_up.weighted_delta(
+        [(model.gralora_up.gralora_adapters["default"], 1.0)]
+    )
     wanted = torch.bmm(x, total)
     assert relative(y, wanted) < 1e-12
     inputs, grad = [x, *gralora.adapter_parameters(model)], torch.randn_like(y)
-    for a, b in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(y, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
+    ):
         assert relative(a, b) < 1e-11
 
 
@@ -578,7 +697,10 @@ def test_rows_of_a_batch_with_adapters_of_their_own(name, implementation):
     for adapter in "ab":
         gralora.inject(model, targets, random_config(), adapter_name=adapter)
     randomize_(model)
-    x, rows = torch.randint(32, (4, 6), generator=torch.Generator().manual_seed(1)), ["a", None, "b", "a"]
+    x, rows = (
+        torch.randint(32, (4, 6), generator=torch.Generator().manual_seed(1)),
+        ["a", None, "b", "a"],
+    )
 
     def alone(row, name):
         if name is None:
@@ -597,7 +719,9 @@ def test_rows_of_a_batch_with_adapters_of_their_own(name, implementation):
         model(x)  # whose the tokens are is not said
     with gralora.mixed_batch(model, rows, repeat="interleave"):
         model(x).logits[0].square().sum().backward()  # of a row of a: the gradients are a's
-    gradients = {n: p.grad for n, p in model.named_parameters() if "gralora_" in n and p.grad is not None}
+    gradients = {
+        n: p.grad for n, p in model.named_parameters() if "gralora_" in n and p.grad is not None
+    }
     assert any(".a." in n and g.any() for n, g in gradients.items())
     assert not any(".b." in n and g.any() for n, g in gradients.items())
 
@@ -606,6 +730,7 @@ def test_packed_experts_are_refused_by_name():
     model = Experts()
     model.up = nn.Parameter(torch.zeros(3, 12, 8, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(
-        ValueError, match="'up' holds experts of torch.uint8, quantised in a format that its module alone"
+        ValueError,
+        match="'up' holds experts of torch.uint8, quantised in a format that its module alone",
     ):
         gralora.inject(model, ["up"], GraloraConfig(r=4))

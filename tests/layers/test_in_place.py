@@ -52,7 +52,9 @@ def test_from_conv1d_takes_ours_and_that_of_transformers():
     layer = GraloraConv1D.from_conv1d(conv, random_config())
     assert isinstance(layer, (GraloraConv1D, Conv1D)) and isinstance(layer, Conv1D)
     x = torch.randn(3, 16)
-    torch.testing.assert_close(layer(x), x @ (conv.weight + gralora.delta_weight(layer)) + conv.bias)
+    torch.testing.assert_close(
+        layer(x), x @ (conv.weight + gralora.delta_weight(layer)) + conv.bias
+    )
     with pytest.raises(TypeError, match="GraloraConv1D cannot stand in for a Linear"):
         GraloraConv1D.from_conv1d(nn.Linear(2, 2), GraloraConfig(r=2))
     with pytest.raises(TypeError, match="adapted already"):
@@ -66,7 +68,11 @@ def test_deepcopy_pickle_and_save_of_adapted_layers(cls):
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
-    twins = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)]
+    twins = [
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(buffer, weights_only=False),
+    ]
     for twin in twins:
         assert type(twin) is type(layer)
         assert same_bits(twin(x), layer(x))

@@ -38,7 +38,9 @@ def test_drop_in_layers_initialise_and_load_as_the_layers_they_stand_in_for():
         assert same_bits(layer.weight, other.weight)
         assert same_bits(layer.bias, other.bias)
         nn.init.normal_(other.bias)
-        layer.load_state_dict(other.state_dict())  # strictly: it holds no adapter, and none is missed
+        layer.load_state_dict(
+            other.state_dict()
+        )  # strictly: it holds no adapter, and none is missed
         x = torch.randn(3, 16)
         torch.testing.assert_close(layer(x), other(x))
 
@@ -75,8 +77,12 @@ CHANGES = {
     "none active": lambda model: gralora.set_adapter(model, []),
     "two active": lambda model: gralora.set_adapter(model, {"a": 0.5, "b": 2.0}),
     "the other, weighted": lambda model: gralora.set_adapter(model, {"b": -1.5}),
-    "a bias that is computed": lambda model: parametrize.register_parametrization(model[0], "bias", Plus()),
-    "a weight that is computed": lambda model: parametrize.register_parametrization(model[0], "weight", Plus()),
+    "a bias that is computed": lambda model: parametrize.register_parametrization(
+        model[0], "bias", Plus()
+    ),
+    "a weight that is computed": lambda model: parametrize.register_parametrization(
+        model[0], "weight", Plus()
+    ),
     "an adapter that is computed": lambda model: parametrize.register_parametrization(
         model[0].gralora_adapters["a"], "A", Plus()
     ),
@@ -106,17 +112,28 @@ def test_without_gradients_whatever_was_changed_it_computes_what_it_does_with_th
         with torch.autocast("cpu", torch.bfloat16):
             rounded = model(x)
     given = x.clone().requires_grad_()
-    torch.testing.assert_close(y, model(given).detach(), rtol=1e-2 if y.dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        y, model(given).detach(), rtol=1e-2 if y.dtype is torch.bfloat16 else 1e-5, atol=1e-5
+    )
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(rounded, model(given).detach(), rtol=3e-2, atol=3e-2)
     same = relative(y.float(), before) < 1e-2
     assert same is (
-        change in ("nothing", "merged", "a base of another type", "an adapter of another type", "a larger rank")
+        change
+        in (
+            "nothing",
+            "merged",
+            "a base of another type",
+            "an adapter of another type",
+            "a larger rank",
+        )
     )
 
 
 def test_without_gradients_blocks_and_dropout_count():
-    model = gralora.inject(nn.Sequential(nn.Linear(16, 16)), ["0"], random_config(gralora_dropout=0.5))
+    model = gralora.inject(
+        nn.Sequential(nn.Linear(16, 16)), ["0"], random_config(gralora_dropout=0.5)
+    )
     plain, x = gralora.unload(copy.deepcopy(model)), torch.randn(1, 16)
     with torch.no_grad():
         assert not torch.equal(model.train()(x), model(x))

@@ -1,4 +1,6 @@
-"""Keys that a loader would pass over: a base that loads into an adapted model, and what is said of its adapters."""
+"""Keys that a loader would pass over: a base that loads into an adapted model, and what is said of
+its adapters.
+"""
 
 import copy
 import warnings
@@ -27,7 +29,9 @@ def test_a_base_loads_in_silence_while_its_adapters_do_nothing_yet():
     model = gralora.inject(mlp(16, 24, 8), ["0"], config)
     assert not torch.allclose(model(X), base(X))
     quiet(model, base.state_dict())
-    assert same_bits(model(X), base(X))  # saved modules and biases that nobody has trained follow the base
+    assert same_bits(
+        model(X), base(X)
+    )  # saved modules and biases that nobody has trained follow the base
     with gralora.disable_adapter(model):
         assert same_bits(model(X), base(X))
     assert same_bits(gralora.unload(model)(X), base(X))
@@ -47,14 +51,18 @@ def test_adapters_that_were_trained_are_left_with_one_warning_that_names_each(st
     ) as record:
         model.load_state_dict(base.state_dict(), strict=strict)
     assert len(record) == 1
-    assert all(torch.equal(t, before[key]) for key, t in gralora.adapter_state_dict(model, "a").items())
+    assert all(
+        torch.equal(t, before[key]) for key, t in gralora.adapter_state_dict(model, "a").items()
+    )
     with gralora.disable_adapter(model):
         assert same_bits(model(X), base(X))
 
 
 def test_trained_heads_and_biases_are_left_with_a_warning_and_the_base_goes_to_the_base():
     base = mlp(16, 24, 8)
-    model = gralora.inject(mlp(16, 24, 8), ["0"], GraloraConfig(r=4, bias="all", modules_to_save=["2"]))
+    model = gralora.inject(
+        mlp(16, 24, 8), ["0"], GraloraConfig(r=4, bias="all", modules_to_save=["2"])
+    )
     with torch.no_grad():
         for parameter in gralora.adapter_parameters(model):
             parameter.add_(1)
@@ -96,7 +104,9 @@ def test_the_keys_of_adapter_state_dict_are_refused_in_load_state_dict_whatever_
 def test_the_keys_of_state_dict_are_refused_in_load_adapter_state_dict():
     model = gralora.inject(mlp(16, 8), ["0"], random_config())
     state = {k: t for k, t in model.state_dict().items() if "gralora_" in k}
-    with pytest.raises(ValueError, match="none of the keys is one of adapter 'default': nothing was loaded"):
+    with pytest.raises(
+        ValueError, match="none of the keys is one of adapter 'default': nothing was loaded"
+    ):
         gralora.load_adapter_state_dict(model, state, strict=False)
     assert gralora.load_adapter_state_dict(model, {}, strict=False).missing_keys
 
@@ -105,17 +115,24 @@ def test_the_keys_of_state_dict_are_refused_in_load_adapter_state_dict():
 def test_the_state_dict_of_a_merged_model_is_not_counted_twice(make):
     base = make()
     x = torch.randn(3, 5, 16)
-    targets = "all-linear" if isinstance(base, nn.Sequential) else ["block.q", "attention", "conv", "up"]
+    targets = (
+        "all-linear" if isinstance(base, nn.Sequential) else ["block.q", "attention", "conv", "up"]
+    )
     model = gralora.inject(copy.deepcopy(base), targets, random_config())
     y = model(x)
     gralora.merge(model)
     state = model.state_dict()
     fresh = gralora.inject(make(), targets, random_config())
     for strict in (True, False):
-        with pytest.raises(RuntimeError, match="the state dict is that of a merged model.* here it would count twice"):
+        with pytest.raises(
+            RuntimeError,
+            match="the state dict is that of a merged model.* here it would count twice",
+        ):
             fresh.load_state_dict(state, strict=strict)
     plain = make()
-    plain.load_state_dict(state, strict=False)  # as a plain model, whose weights hold the adapter, it is right
+    plain.load_state_dict(
+        state, strict=False
+    )  # as a plain model, whose weights hold the adapter, it is right
     torch.testing.assert_close(plain(x), y, rtol=1e-3, atol=1e-4)
     gralora.unmerge(model)
     fresh.load_state_dict(model.state_dict())
@@ -140,6 +157,8 @@ def test_a_sentence_transformer_that_resumes_by_a_strict_load_is_warned(tmp_path
     """As its trainer loads its best checkpoint: the base's keys alone, strictly."""
     model = gralora.inject(mlp(16, 24, 8), "all-linear", GraloraConfig(r=4))
     randomize_(model)
-    torch.save({k: t for k, t in model.state_dict().items() if "gralora_" not in k}, tmp_path / "best.pt")
+    torch.save(
+        {k: t for k, t in model.state_dict().items() if "gralora_" not in k}, tmp_path / "best.pt"
+    )
     with pytest.warns(UserWarning, match="stays as it is"):
         model.load_state_dict(torch.load(tmp_path / "best.pt"))

@@ -43,7 +43,9 @@ def test_the_module_changes_class_with_its_first_part_and_back_with_its_last():
 
 @pytest.mark.filterwarnings("ignore:the state dict holds nothing of adapter")
 def test_a_base_is_not_loaded_into_a_part_that_is_merged():
-    attention = gralora.inject(nn.MultiheadAttention(16, 4), ["q_proj", "out_proj"], random_config())
+    attention = gralora.inject(
+        nn.MultiheadAttention(16, 4), ["q_proj", "out_proj"], random_config()
+    )
     state = nn.MultiheadAttention(16, 4).state_dict()
     gralora.merge(attention)
     with pytest.raises(RuntimeError) as error:

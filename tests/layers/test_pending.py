@@ -31,11 +31,15 @@ class Checkpointed(nn.Module):
         self.inner, self.how = inner, how
 
     def forward(self, x):
-        return checkpoint(self.inner, x.clone().requires_grad_(), use_reentrant=self.how == "reentrant")
+        return checkpoint(
+            self.inner, x.clone().requires_grad_(), use_reentrant=self.how == "reentrant"
+        )
 
 
 def gradients(model, name):
-    return [None if p.grad is None else p.grad.clone() for p in gralora.adapter_parameters(model, name)]
+    return [
+        None if p.grad is None else p.grad.clone() for p in gralora.adapter_parameters(model, name)
+    ]
 
 
 def separately(model, name):
@@ -69,7 +73,12 @@ def test_one_backward_after_several_switches_reaches_all_that_acted(plain, monke
 def test_saved_modules_and_biases_too():
     model = mlp(16, 24, 16)
     for name in "ab":
-        gralora.inject(model, ["0"], random_config(bias="gralora_only", modules_to_save=["2"]), adapter_name=name)
+        gralora.inject(
+            model,
+            ["0"],
+            random_config(bias="gralora_only", modules_to_save=["2"]),
+            adapter_name=name,
+        )
     wanted = separately(model, "a")
     gralora.set_adapter(model, "a")
     loss = model(X).square().sum()
@@ -82,7 +91,11 @@ def test_saved_modules_and_biases_too():
 
 def test_what_is_trained_is_said_independently_of_what_acts():
     model = two()
-    trains = lambda: {n: {p.requires_grad for p in gralora.adapter_parameters(model, n)} for n in "ab"}  # noqa: E731
+
+    def trains():
+        own = {n: gralora.adapter_parameters(model, n) for n in "ab"}
+        return {n: {p.requires_grad for p in parameters} for n, parameters in own.items()}
+
     gralora.set_adapter(model, "a", trainable=["a", "b"])
     assert trains() == {"a": {True}, "b": {True}}
     gralora.set_adapter(model, ["a", "b"], trainable="b")
@@ -103,7 +116,8 @@ def test_a_checkpointed_forward_that_runs_again_under_another_adapter_is_an_erro
     loss = model(X).square().sum()
     gralora.set_adapter(model, "b")
     with pytest.raises(
-        RuntimeError, match="activation checkpointing runs a forward again, but set_adapter has been called"
+        RuntimeError,
+        match="activation checkpointing runs a forward again, but set_adapter has been called",
     ):
         loss.backward()
     for name in ("a", "b"):  # and in the right order it is right

@@ -109,12 +109,16 @@ def test_the_fused_path_stays_off_in_copies_and_drop_in_layers():
 
 
 def in_contexts_of_their_own(generator):
-    """As a server drives a streamed response: every step in a copy of the context, from a thread of a pool."""
+    """As a server drives a streamed response: every step in a copy of the context, from a thread of
+    a pool.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     done = object()
     with ThreadPoolExecutor(2) as pool:
-        while (item := pool.submit(contextvars.copy_context().run, next, generator, done).result()) is not done:
+        while (
+            item := pool.submit(contextvars.copy_context().run, next, generator, done).result()
+        ) is not done:
             yield item
 
 
@@ -137,7 +141,9 @@ def wanted(model, x, name):
         return model(x)
 
 
-@pytest.mark.parametrize("drive", [lambda generator: generator, in_contexts_of_their_own], ids=["here", "in contexts"])
+@pytest.mark.parametrize(
+    "drive", [lambda generator: generator, in_contexts_of_their_own], ids=["here", "in contexts"]
+)
 def test_a_block_that_a_generator_holds_open_holds_for_the_code_within_it_whoever_resumes_it(drive):
     model, x = four_adapters(mlp(16, 24, 8)), torch.randn(3, 16)
     with torch.no_grad():
@@ -246,7 +252,9 @@ def test_tasks_of_asyncio_have_blocks_of_their_own():
         return [each async for each in stream(name)]
 
     async def main():
-        return await asyncio.gather(*(run(name) for name in ("a", "b", None) for run in (ask, drain)))
+        return await asyncio.gather(
+            *(run(name) for name in ("a", "b", None) for run in (ask, drain))
+        )
 
     results = asyncio.run(main())
     for index, name in enumerate(("a", "b", None)):
@@ -291,7 +299,9 @@ def test_replicas_have_the_adapters_and_are_in_the_blocks_of_their_model(monkeyp
     replica = replicas(model, monkeypatch)[0]
     model.zero_grad()
     replica(x).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in gralora.adapter_parameters(model))
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for p in gralora.adapter_parameters(model)
+    )
     with gralora.disable_adapter(model):
         found = []
         for replica in replicas(model, monkeypatch):
@@ -306,7 +316,10 @@ def test_replicas_have_the_adapters_and_are_in_the_blocks_of_their_model(monkeyp
 def test_any_tensor_under_a_parameters_name_counts_as_the_weight(detached):
     model, x = Branch(), torch.randn(2, 5, 8)
     gralora.inject(model, ["fc", "attention", "experts.up"], random_config())
-    doubled = {name: 2 * p.detach() if detached else nn.Parameter(2 * p) for name, p in model.named_parameters()}
+    doubled = {
+        name: 2 * p.detach() if detached else nn.Parameter(2 * p)
+        for name, p in model.named_parameters()
+    }
     y = torch.func.functional_call(model, doubled, (x,))
     with torch.no_grad():
         for parameter in model.parameters():

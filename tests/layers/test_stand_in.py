@@ -25,10 +25,16 @@ def test_it_looks_like_the_weight_and_is_the_sum():
     assert type(stand_in) is UnevaluatedWeight
     for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda"):
         assert getattr(stand_in, name) == getattr(weight, name)
-    assert stand_in.stride() == weight.stride() and len(stand_in) == len(weight) and stand_in.requires_grad
+    assert (
+        stand_in.stride() == weight.stride()
+        and len(stand_in) == len(weight)
+        and stand_in.requires_grad
+    )
     assert stand_in.computed == {}
     assert relative(stand_in + 0, weight) > 0.1
-    assert torch.equal(stand_in + 0, stand_in.dense()) and "UnevaluatedWeight(tensor" in repr(stand_in)
+    assert torch.equal(stand_in + 0, stand_in.dense()) and "UnevaluatedWeight(tensor" in repr(
+        stand_in
+    )
 
 
 def test_gradients_reach_a_and_b_through_what_does_not_know_it():
@@ -42,7 +48,8 @@ def test_gradients_reach_a_and_b_through_what_does_not_know_it():
 
 
 @pytest.mark.parametrize(
-    "edit", [lambda w: w.add_(1), lambda w: w.__setitem__(0, 1.0), lambda w: torch.ops.aten.zero_(w)]
+    "edit",
+    [lambda w: w.add_(1), lambda w: w.__setitem__(0, 1.0), lambda w: torch.ops.aten.zero_(w)],
 )
 def test_it_is_not_edited(edit):
     with pytest.raises(RuntimeError, match="edited in place while a forward runs"):

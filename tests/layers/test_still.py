@@ -1,4 +1,6 @@
-"""Which modules run as in eval while an adapter trains; what comes of it is in `tests/model/test_statistics.py`."""
+"""Which modules run as in eval while an adapter trains; what comes of it is in
+`tests/model/test_statistics.py`.
+"""
 
 import pytest
 import torch
@@ -28,7 +30,9 @@ from ..models import random_config
 def test_norms_with_running_statistics_and_spectral_norm_are_kept_still(module, still):
     assert StillModule.accepts(module) is still
     model = gralora.inject(
-        nn.ModuleDict({"fc": nn.Linear(4, 4), "other": module}), ["fc"], random_config(r=2, gralora_k=1)
+        nn.ModuleDict({"fc": nn.Linear(4, 4), "other": module}),
+        ["fc"],
+        random_config(r=2, gralora_k=1),
     )
     assert isinstance(model["other"], StillModule) is still
     assert isinstance(model["other"], type(module))

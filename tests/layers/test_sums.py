@@ -1,4 +1,6 @@
-"""Sums that nobody has computed, by their numbers; those who use them are in `test_unevaluated` and `test_experts`."""
+"""Sums that nobody has computed, by their numbers; those who use them are in `test_unevaluated` and
+`test_experts`.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,11 @@ from ..models import relative
 def one(transposed=False, hybrid_r=2):
     torch.manual_seed(0)
     A, B = torch.randn(2, 4, 6).double(), torch.randn(2, 6, 5).double()
-    general = (torch.randn(hybrid_r, 8).double(), torch.randn(10, hybrid_r).double()) if hybrid_r else (None, None)
+    general = (
+        (torch.randn(hybrid_r, 8).double(), torch.randn(10, hybrid_r).double())
+        if hybrid_r
+        else (None, None)
+    )
     weight = torch.randn(8, 10).double() if transposed else torch.randn(10, 8).double()
     return weight, [((A, B, *general), 0.7, 0.0), ((A * 2, B - 1, None, None), 0.3, 0.0)]
 
@@ -42,5 +48,7 @@ def test_the_transposed_map_is_the_same_with_a_and_b_in_each_others_place():
     whole, other = sum_of_one(weight, shares, False), sum_of_one(weight, swapped(shares), True)
     assert relative(other.evaluate(*other.parameters), whole.evaluate(*whole.parameters)) < 1e-14
     x = torch.randn(3, 10).double()
-    assert relative(other.product(x, None), F.linear(x, whole.evaluate(*whole.parameters).mT)) < 1e-14
+    assert (
+        relative(other.product(x, None), F.linear(x, whole.evaluate(*whole.parameters).mT)) < 1e-14
+    )
     assert functional.delta_weight(*shares[0][0], scaling=0.7).norm() > 1

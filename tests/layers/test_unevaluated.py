@@ -1,4 +1,6 @@
-"""Whoever reads the weight of an adapted map while a forward runs computes with W + ΔW, and trains A and B."""
+"""Whoever reads the weight of an adapted map while a forward runs computes with W + ΔW, and trains
+A and B.
+"""
 
 import copy
 import inspect
@@ -62,7 +64,9 @@ HOW = {
     "matmul": lambda self, x: x @ self.fc.weight.T + self.fc.bias,
     "mT": lambda self, x: x.matmul(self.fc.weight.mT) + self.fc.bias,
     "transpose": lambda self, x: x @ self.fc.weight.transpose(0, 1) + self.fc.bias,
-    "addmm": lambda self, x: torch.addmm(self.fc.bias, x.flatten(0, 1), self.fc.weight.t()).view_as(x),
+    "addmm": (
+        lambda self, x: torch.addmm(self.fc.bias, x.flatten(0, 1), self.fc.weight.t()).view_as(x)
+    ),
     "from the left": lambda self, x: (
         (self.fc.weight @ x[0].mT).mT.expand_as(x) * 0 + F.linear(x, self.fc.weight, self.fc.bias)
     ),
@@ -73,47 +77,76 @@ HOW = {
     "cut along blocks": lambda self, x: (
         (
             torch.cat([F.linear(x, w) for w in self.fc.weight.chunk(2)], -1)
-            + sum(F.linear(p, w) for p, w in zip(x.split(8, -1), self.fc.weight.split([8, 8], 1), strict=True))
+            + sum(
+                F.linear(p, w)
+                for p, w in zip(x.split(8, -1), self.fc.weight.split([8, 8], 1), strict=True)
+            )
             + F.linear(x[..., 8:], self.fc.weight[:, 8:])
             + F.linear(x[..., :8], self.fc.weight.T[:8].T)
-            + torch.cat([F.linear(x, self.fc.weight[:8]), x @ self.fc.weight.narrow(0, 8, 8).mT], -1)
+            + torch.cat(
+                [F.linear(x, self.fc.weight[:8]), x @ self.fc.weight.narrow(0, 8, 8).mT], -1
+            )
         )
         / 4
         + self.fc.bias
     ),
-    "cut": lambda self, x: torch.cat([F.linear(x, w) for w in self.fc.weight.chunk(3)], -1) + self.fc.bias,
+    "cut": lambda self, x: (
+        torch.cat([F.linear(x, w) for w in self.fc.weight.chunk(3)], -1) + self.fc.bias
+    ),
     "einsum": lambda self, x: torch.einsum("b t i, o i -> b t o", x, self.fc.weight) + self.fc.bias,
-    "einsum, turned": lambda self, x: torch.einsum("io,...i->...o", self.fc.weight.T, x) + self.fc.bias,
+    "einsum, turned": lambda self, x: (
+        torch.einsum("io,...i->...o", self.fc.weight.T, x) + self.fc.bias
+    ),
     "einsum, in another order": lambda self, x: (
         torch.einsum("bit,oi->obt", x.mT, self.fc.weight).permute(1, 2, 0) + self.fc.bias
     ),
-    "einsum, no product": lambda self, x: F.linear(x, torch.einsum("oi->io", self.fc.weight).mT, self.fc.bias),
-    "row by row": lambda self, x: F.linear(x, torch.stack([self.fc.weight[i] for i in range(16)]), self.fc.bias),
+    "einsum, no product": lambda self, x: F.linear(
+        x, torch.einsum("oi->io", self.fc.weight).mT, self.fc.bias
+    ),
+    "row by row": lambda self, x: F.linear(
+        x, torch.stack([self.fc.weight[i] for i in range(16)]), self.fc.bias
+    ),
     "iterated": lambda self, x: F.linear(x, torch.stack(list(self.fc.weight)), self.fc.bias),
     "unbound": lambda self, x: F.linear(x, torch.stack(self.fc.weight.unbind(1), 1), self.fc.bias),
     "sliced with a step": lambda self, x: (
         torch.stack([x @ self.fc.weight[i::2].T for i in (0, 1)], -1).flatten(-2) + self.fc.bias
     ),
     "sliced past a block": lambda self, x: (
-        torch.cat([x @ self.fc.weight[:3].T, F.linear(x, self.fc.weight[3:, ...])], -1) + self.fc.bias
+        torch.cat([x @ self.fc.weight[:3].T, F.linear(x, self.fc.weight[3:, ...])], -1)
+        + self.fc.bias
     ),
     "narrowed past a block": lambda self, x: (
-        torch.cat([F.linear(x, self.fc.weight.narrow(0, i, 4)) for i in range(0, 16, 4)], -1) + self.fc.bias
+        torch.cat([F.linear(x, self.fc.weight.narrow(0, i, 4)) for i in range(0, 16, 4)], -1)
+        + self.fc.bias
     ),
-    "rows selected": lambda self, x: F.linear(x, self.fc.weight.index_select(0, torch.arange(16)), self.fc.bias),
-    "columns selected": lambda self, x: F.linear(x, self.fc.weight.index_select(1, torch.arange(16)), self.fc.bias),
+    "rows selected": lambda self, x: F.linear(
+        x, self.fc.weight.index_select(0, torch.arange(16)), self.fc.bias
+    ),
+    "columns selected": lambda self, x: F.linear(
+        x, self.fc.weight.index_select(1, torch.arange(16)), self.fc.bias
+    ),
     "a row of no length": lambda self, x: F.linear(x, self.fc.weight[None][0], self.fc.bias),
-    "its axes transposed to themselves": lambda self, x: F.linear(x, self.fc.weight.transpose(1, 1), self.fc.bias),
-    "stacked, bmm": lambda self, x: torch.bmm(x, self.fc.weight.expand(2, 16, 16).mT) + self.fc.bias,
+    "its axes transposed to themselves": lambda self, x: F.linear(
+        x, self.fc.weight.transpose(1, 1), self.fc.bias
+    ),
+    "stacked, bmm": lambda self, x: (
+        torch.bmm(x, self.fc.weight.expand(2, 16, 16).mT) + self.fc.bias
+    ),
     "addmm, scaled": lambda self, x: torch.stack(
         [torch.addmm(self.fc.bias, each, self.fc.weight.t(), beta=2, alpha=2) / 2 for each in x]
     ),
     "addmm of a matrix": lambda self, x: torch.stack(
         [torch.addmm(self.fc.bias.expand(5, 16), each, self.fc.weight.t()) for each in x]
     ),
-    "einsum, as numbers": lambda self, x: torch.einsum(x, [0, 1, 2], self.fc.weight, [3, 2], [0, 1, 3]) + self.fc.bias,
-    "einsum, of three": lambda self, x: torch.einsum("bti,oi,o->bto", x, self.fc.weight, x.new_ones(16)) + self.fc.bias,
-    "einsum, of rows": lambda self, x: torch.einsum("bti,oi->btoi", x, self.fc.weight).sum(-1) + self.fc.bias,
+    "einsum, as numbers": lambda self, x: (
+        torch.einsum(x, [0, 1, 2], self.fc.weight, [3, 2], [0, 1, 3]) + self.fc.bias
+    ),
+    "einsum, of three": lambda self, x: (
+        torch.einsum("bti,oi,o->bto", x, self.fc.weight, x.new_ones(16)) + self.fc.bias
+    ),
+    "einsum, of rows": lambda self, x: (
+        torch.einsum("bti,oi->btoi", x, self.fc.weight).sum(-1) + self.fc.bias
+    ),
     "a matrix and a vector": lambda self, x: (
         torch.stack([self.fc.weight @ row for row in x.flatten(0, 1)]).view_as(x) + self.fc.bias
     ),
@@ -121,14 +154,20 @@ HOW = {
         x, self.fc.weight @ self.fc.weight @ torch.linalg.inv(self.fc.weight), self.fc.bias
     ),
     "copied": lambda self, x: F.linear(x, self.fc.weight.to(x, copy=True), self.fc.bias),
-    "like it": lambda self, x: F.linear(x, x.new_zeros(16, 16).to(self.fc.weight) + self.fc.weight, self.fc.bias),
-    "looked up": lambda self, x: F.linear(x, F.embedding(torch.arange(16), self.fc.weight), self.fc.bias),
+    "like it": lambda self, x: F.linear(
+        x, x.new_zeros(16, 16).to(self.fc.weight) + self.fc.weight, self.fc.bias
+    ),
+    "looked up": lambda self, x: F.linear(
+        x, F.embedding(torch.arange(16), self.fc.weight), self.fc.bias
+    ),
     "fused": lambda self, x: FusedHead.apply(x, self.fc.weight, self.fc.bias),
     "dispatched": lambda self, x: torch.ops.aten.linear(x, self.fc.weight, self.fc.bias),
     "called": lambda self, x: self.fc(x),
     "called or read": lambda self, x: (self.fc(x) + F.linear(x, self.fc.weight, self.fc.bias)) / 2,
     "checkpointed": lambda self, x: checkpoint(in_a_variable, self, x, use_reentrant=False),
-    "checkpointed, reentrant": lambda self, x: checkpoint(in_a_variable, self, x * 1, use_reentrant=True),
+    "checkpointed, reentrant": lambda self, x: checkpoint(
+        in_a_variable, self, x * 1, use_reentrant=True
+    ),
 }
 
 
@@ -159,7 +198,9 @@ def test_the_numbers_are_those_of_w_plus_delta_w_and_a_and_b_are_trained(how, hy
     for a, b in zip(run(model, X), run(plain, X), strict=True):
         assert relative(a, b) < 1e-12
     run(called, X)
-    for ours, wanted in zip(gralora.adapter_parameters(model), gralora.adapter_parameters(called), strict=True):
+    for ours, wanted in zip(
+        gralora.adapter_parameters(model), gralora.adapter_parameters(called), strict=True
+    ):
         assert relative(ours.grad, wanted.grad) < 1e-11
     with torch.no_grad():
         assert relative(model(X), plain(X)) < 1e-12
@@ -186,7 +227,17 @@ def test_what_writes_to_a_weight_past_python_is_refused():
 def test_a_linear_map_computes_no_tensor_of_the_weights_size():
     model = gralora.inject(Parent("linear", nn.Linear(256, 256)), ["fc"], random_config())
     x = torch.randn(3, 256, requires_grad=True)
-    for how in ("linear", "matmul", "mT", "variable", "addmm", "cast", "helper", "einsum", "einsum, turned"):
+    for how in (
+        "linear",
+        "matmul",
+        "mT",
+        "variable",
+        "addmm",
+        "cast",
+        "helper",
+        "einsum",
+        "einsum, turned",
+    ):
         model.how = how
         with Kernels() as counter:
             model(x[None]).sum().backward()
@@ -219,7 +270,11 @@ def test_several_adapters_and_rows_of_their_own():
 
 def test_outside_of_a_forward_the_weight_is_the_parameter():
     model = gralora.inject(Parent("called"), ["fc"], random_config())
-    assert model.fc.weight is model.fc._parameters["weight"] is dict(model.named_parameters())["fc.weight"]
+    assert (
+        model.fc.weight
+        is model.fc._parameters["weight"]
+        is dict(model.named_parameters())["fc.weight"]
+    )
     tied = nn.Linear(16, 16)
     tied.weight = model.fc.weight
     assert tied.weight is model.fc.weight
@@ -234,8 +289,17 @@ def test_its_attributes_are_those_of_the_weight_and_it_cannot_be_edited():
             weight = self.fc.weight
             seen["weight"] = weight
             assert isinstance(weight, UnevaluatedWeight)
-            assert (weight.shape, weight.dtype, weight.device) == ((16, 16), torch.float64, x.device)
-            assert weight.stride() == (16, 1) and weight.is_contiguous() and weight.numel() == 256 and len(weight) == 16
+            assert (weight.shape, weight.dtype, weight.device) == (
+                (16, 16),
+                torch.float64,
+                x.device,
+            )
+            assert (
+                weight.stride() == (16, 1)
+                and weight.is_contiguous()
+                and weight.numel() == 256
+                and len(weight) == 16
+            )
             for edit in (
                 lambda: weight.add_(1),
                 lambda: weight.data.clamp_(0, 1),
@@ -262,9 +326,15 @@ def test_every_layer_that_is_its_own_map(layer):
     from transformers.pytorch_utils import Conv1D
 
     makers = {
-        "conv1d": (Conv1D(16, 16).double(), lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w).view_as(x)),
+        "conv1d": (
+            Conv1D(16, 16).double(),
+            lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w).view_as(x),
+        ),
         "own forward": (Doubled(16, 16, dtype=torch.float64), lambda x, w, b: F.linear(x, w, b)),
-        "convolution": (nn.Conv1d(16, 16, 1, dtype=torch.float64), lambda x, w, b: F.conv1d(x.mT, w, b).mT),
+        "convolution": (
+            nn.Conv1d(16, 16, 1, dtype=torch.float64),
+            lambda x, w, b: F.conv1d(x.mT, w, b).mT,
+        ),
     }
     made, compute = makers[layer]
 
@@ -294,7 +364,9 @@ def test_compiled(how):
         assert relative(a, b) < 1e-12
     convolution = gralora.inject(nn.Conv1d(16, 16, 1, dtype=torch.float64), "", random_config())
     y = convolution(X.mT)
-    assert relative(torch.compile(convolution, fullgraph=True, backend="aot_eager")(X.mT), y) < 1e-12
+    assert (
+        relative(torch.compile(convolution, fullgraph=True, backend="aot_eager")(X.mT), y) < 1e-12
+    )
 
 
 @pytest.mark.parametrize("how", ["linear", "computed", "fused"])
@@ -302,12 +374,16 @@ def test_torch_func_and_half_precision(how):
     model = gralora.inject(Parent(how), ["fc"], random_config())
     parameters = dict(model.named_parameters())
     if how != "fused":  # functorch wants Functions of another form
-        grads = torch.func.grad(lambda p: torch.func.functional_call(model, p, (X,)).square().sum())(parameters)
+        grads = torch.func.grad(
+            lambda p: torch.func.functional_call(model, p, (X,)).square().sum()
+        )(parameters)
         run(model, X)
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 assert relative(grads[name], parameter.grad) < 1e-11, name
-    half = gralora.inject(Parent(how, nn.Linear(16, 16, dtype=torch.bfloat16)), ["fc"], random_config())
+    half = gralora.inject(
+        Parent(how, nn.Linear(16, 16, dtype=torch.bfloat16)), ["fc"], random_config()
+    )
     x = X.to(torch.bfloat16)
     other = copy.deepcopy(half)
     other.how = "called"
@@ -363,7 +439,11 @@ def test_timms_way_of_putting_a_bias_together_at_run_time():
 
         def forward(self, x):
             bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
-            qkv = self.qkv(x) + bias if self.separate else F.linear(x, weight=self.qkv.weight, bias=bias)
+            qkv = (
+                self.qkv(x) + bias
+                if self.separate
+                else F.linear(x, weight=self.qkv.weight, bias=bias)
+            )
             return torch.softmax(qkv[..., :16] @ qkv[..., 16:32].mT, -1) @ qkv[..., 32:]
 
     model = Attention()
@@ -378,8 +458,15 @@ def test_timms_way_of_putting_a_bias_together_at_run_time():
 
 def test_source_is_not_needed_and_shared_layers_act_in_both():
     space = {"nn": nn}
-    exec("class Hidden(nn.Module):\n    def forward(self, x):\n        return x @ self.fc.weight.mT\n", space)
-    parent, caller = space["Hidden"](), Parent("called", nn.Linear(16, 16, bias=False, dtype=torch.float64))
+    exec(
+        "class Hidden(nn.Module):\n    def forward(self, x):\n        return x @"
+        " self.fc.weight.mT\n",
+        space,
+    )
+    parent, caller = (
+        space["Hidden"](),
+        Parent("called", nn.Linear(16, 16, bias=False, dtype=torch.float64)),
+    )
     with pytest.raises((OSError, TypeError)):
         inspect.getsource(space["Hidden"])
     parent.fc = caller.fc
@@ -399,19 +486,37 @@ def test_an_attention_whose_weights_a_parent_takes(parts, kdim):
     class Pool(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attn = nn.MultiheadAttention(16, 4, kdim=kdim, vdim=kdim, batch_first=False, dtype=torch.float64)
+            self.attn = nn.MultiheadAttention(
+                16, 4, kdim=kdim, vdim=kdim, batch_first=False, dtype=torch.float64
+            )
 
         def forward(self, q, k):
             a, same = self.attn, kdim is None
-            apart = {} if same else {f"{part}_proj_weight": getattr(a, f"{part}_proj_weight") for part in "qkv"}
+            apart = (
+                {}
+                if same
+                else {f"{part}_proj_weight": getattr(a, f"{part}_proj_weight") for part in "qkv"}
+            )
             packed = a.in_proj_weight if same else None
             rest = (a.bias_k, a.bias_v, False, 0.0, a.out_proj.weight, a.out_proj.bias)
             return F.multi_head_attention_forward(
-                q, k, k, 16, 4, packed, a.in_proj_bias, *rest, use_separate_proj_weight=not same, **apart
+                q,
+                k,
+                k,
+                16,
+                4,
+                packed,
+                a.in_proj_bias,
+                *rest,
+                use_separate_proj_weight=not same,
+                **apart,
             )[0]
 
     model = Pool()
-    q, k = torch.randn(5, 2, 16, dtype=torch.float64), torch.randn(7, 2, kdim or 16, dtype=torch.float64)
+    q, k = (
+        torch.randn(5, 2, 16, dtype=torch.float64),
+        torch.randn(7, 2, kdim or 16, dtype=torch.float64),
+    )
     base = model(q, k)
     gralora.inject(model, parts, random_config())
     y = model(q, k)
@@ -425,7 +530,9 @@ def test_an_attention_whose_weights_a_parent_takes(parts, kdim):
     copied = copy.deepcopy(model)
     assert torch.equal(copied(q, k), y)
     gralora.unload(model)
-    assert type(model.attn.out_proj).__name__ == "NonDynamicallyQuantizableLinear" and torch.equal(model(q, k), base)
+    assert type(model.attn.out_proj).__name__ == "NonDynamicallyQuantizableLinear" and torch.equal(
+        model(q, k), base
+    )
 
 
 class Strange(nn.Linear):

@@ -79,7 +79,9 @@ def test_gradcheck_and_gradgradcheck(kind, hybrid_r, dropout):
         torch.manual_seed(1)
         for name, value in zip(names, parameters, strict=True):
             owner, _, last = name.rpartition(".")
-            model.get_submodule(owner)._parameters[last] = value  # functional_call would take the plain path
+            model.get_submodule(owner)._parameters[last] = (
+                value  # functional_call would take the plain path
+            )
         return model(x)
 
     inputs = (torch.randn(3, 8, dtype=torch.float64, requires_grad=True), *values)
@@ -96,10 +98,14 @@ def test_several_active_adapters_on_the_fast_path():
     fast, plain = run(model, x, contextlib.nullcontext), run(model, x, plain_path)
     for a, b in zip(fast, plain, strict=True):
         assert relative(a, b) < 1e-6
-    torch.testing.assert_close(fast[0], F.linear(x, model[0].weight + gralora.delta_weight(model[0]), model[0].bias))
+    torch.testing.assert_close(
+        fast[0], F.linear(x, model[0].weight + gralora.delta_weight(model[0]), model[0].bias)
+    )
     with torch.no_grad():
         single = len(kernels(lambda: gralora.set_adapter(model, "a") or model(x)))
-        assert len(kernels(lambda: gralora.set_adapter(model, ["a", "b"]) or model(x))) == single + 3
+        assert (
+            len(kernels(lambda: gralora.set_adapter(model, ["a", "b"]) or model(x))) == single + 3
+        )
 
 
 def test_only_what_is_needed_is_computed():
@@ -111,7 +117,9 @@ def test_only_what_is_needed_is_computed():
     model.gralora_adapters.requires_grad_(False)
     y = model(leaf)
     y.sum().backward()
-    torch.testing.assert_close(leaf.grad[0] / 2, (model.weight + gralora.delta_weight(model)).sum(0), rtol=1e-3, atol=1)
+    torch.testing.assert_close(
+        leaf.grad[0] / 2, (model.weight + gralora.delta_weight(model)).sum(0), rtol=1e-3, atol=1
+    )
     assert not model(x).requires_grad
 
 
@@ -126,7 +134,10 @@ def test_autocast_gives_what_the_plain_path_gives(kind, autocast):
         with path(), torch.autocast("cpu", autocast):
             yield
 
-    fast, plain = run(model, x, lambda: cast(contextlib.nullcontext)), run(model, x, lambda: cast(plain_path))
+    fast, plain = (
+        run(model, x, lambda: cast(contextlib.nullcontext)),
+        run(model, x, lambda: cast(plain_path)),
+    )
     assert fast[0].dtype == plain[0].dtype == autocast
     for a, b in zip(fast, plain, strict=True):
         assert a.dtype == b.dtype
@@ -171,7 +182,10 @@ def test_an_output_that_somebody_else_holds_is_not_written_into(cls, grad):
     if cls is Remembering:
         assert same_bits(model.last, expected)
     if grad:
-        fast, plain = run(model, x.detach(), contextlib.nullcontext), run(model, x.detach(), plain_path)
+        fast, plain = (
+            run(model, x.detach(), contextlib.nullcontext),
+            run(model, x.detach(), plain_path),
+        )
         for a, b in zip(fast, plain, strict=True):
             assert relative(a, b) < 1e-6
 
@@ -243,7 +257,9 @@ def test_export_and_trace(kind):
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.testing.assert_close(torch.jit.trace(model, (x,))(torch.flip(x, [0])), torch.flip(y, [0]))
+        torch.testing.assert_close(
+            torch.jit.trace(model, (x,))(torch.flip(x, [0])), torch.flip(y, [0])
+        )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -323,7 +339,9 @@ def step_of(model, x):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "both", "forward"), [(torch.float32, 10, 4), (torch.bfloat16, 15, 6)], ids=["float32", "bfloat16"]
+    ("dtype", "both", "forward"),
+    [(torch.float32, 10, 4), (torch.bfloat16, 15, 6)],
+    ids=["float32", "bfloat16"],
 )
 def test_kernels_forward_and_backward(dtype, both, forward):
     model = gralora.inject(mlp(256, 256, dtype=dtype), ["0"], GraloraConfig(r=32, gralora_k=2))
@@ -379,7 +397,10 @@ def test_merge_and_delta_weight_need_no_temporary_larger_than_a_row_of_blocks(dt
     with Kernels() as counter:
         gralora.merge(model)
     new_weight = 128 * 256
-    assert counter.largest in (new_weight, new_weight // 4)  # the one new weight is a bare allocation
+    assert counter.largest in (
+        new_weight,
+        new_weight // 4,
+    )  # the one new weight is a bare allocation
     assert counter.names.count("addmm_") == 16
     with torch.no_grad(), Kernels() as counter:
         delta = gralora.delta_weight(model[0], "default")

@@ -1,4 +1,6 @@
-"""Whatever plain PyTorch allows to be done to the output of a layer is allowed after an adapted one, with the right numbers."""
+"""Whatever plain PyTorch allows to be done to the output of a layer is allowed after an adapted
+one, with the right numbers.
+"""
 
 import contextlib
 import copy
@@ -38,7 +40,9 @@ def kinds():
 
 
 def edited(layer, x, edit):
-    """The output and the input's gradient of a layer whose output, and what comes of it, is edited in place."""
+    """The output and the input's gradient of a layer whose output, and what comes of it, is edited
+    in place.
+    """
     leaf = x.clone().requires_grad_()
     y = layer(leaf * 1)
     y += 1
@@ -48,7 +52,9 @@ def edited(layer, x, edit):
 
 
 def by_hand(kind, layer):
-    """The plain layer of weight W + ΔW, trained, so that autograd keeps for it what it keeps for an adapted one."""
+    """The plain layer of weight W + ΔW, trained, so that autograd keeps for it what it keeps for an
+    adapted one.
+    """
     plain = copy.deepcopy(kinds()[kind]).to(layer.weight.dtype)
     delta = gralora.delta_weight(layer) * (
         0.5 if kind == "own forward" else 1
@@ -81,7 +87,9 @@ def test_the_output_may_be_edited_in_place(kind, edit, shape):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("hybrid_r", [0, 2])
 def test_edits_give_the_numbers_of_the_plain_path(dtype, autocast, dropout, hybrid_r, monkeypatch):
-    layer = gralora.inject(nn.Linear(16, 8, dtype=dtype), "", random_config(hybrid_r=hybrid_r, gralora_dropout=dropout))
+    layer = gralora.inject(
+        nn.Linear(16, 8, dtype=dtype), "", random_config(hybrid_r=hybrid_r, gralora_dropout=dropout)
+    )
     x, found = torch.randn(2, 3, 16).to(dtype), []
     for plain in (False, True):
         if plain:
@@ -91,7 +99,9 @@ def test_edits_give_the_numbers_of_the_plain_path(dtype, autocast, dropout, hybr
             found.append(edited(layer, x, torch.relu_))
     for a, b in zip(*found, strict=True):
         assert a.dtype == b.dtype
-        assert relative(a.float(), b.float()) < (1e-6 if dtype is torch.float32 and not autocast else 3e-2)
+        assert relative(a.float(), b.float()) < (
+            1e-6 if dtype is torch.float32 and not autocast else 3e-2
+        )
 
 
 def test_without_gradients_and_into_a_given_tensor():
@@ -121,7 +131,9 @@ def test_several_active_adapters_and_an_edit():
 
 
 def test_an_encoder_layer_whose_activation_works_in_place():
-    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, activation=torch.relu_, batch_first=True)
+    model = nn.TransformerEncoderLayer(
+        16, 2, 32, dropout=0.0, activation=torch.relu_, batch_first=True
+    )
     plain = copy.deepcopy(model)
     gralora.inject(model, "all-linear", random_config(init_weights=True))
     x = torch.randn(2, 3, 16)
@@ -155,7 +167,7 @@ def test_compiled_code_may_edit_in_place():
     assert relative(leaf.grad, wanted[1]) < 1e-6
 
 
-def test_a_frozen_adapter_keeps_nothing_of_the_input_which_may_then_be_edited_as_after_a_frozen_layer():
+def test_a_frozen_adapter_saves_no_input_so_it_may_be_edited_in_place():
     layer = gralora.inject(nn.Linear(16, 8), "", random_config(hybrid_r=2))
     layer.requires_grad_(False)
     leaf = torch.randn(2, 3, 16, requires_grad=True)
@@ -175,14 +187,25 @@ def test_a_second_adapter_needs_no_copy_of_the_output():
     gralora.inject(layer, "", random_config(), adapter_name="other")
     gralora.set_adapter(layer, ["default", "other"])
     leaf = torch.randn(2, 3, 16, requires_grad=True)
-    assert kernels(lambda: layer(leaf)) == ["addmm"] + 2 * ["bmm", "clone", "baddbmm_"]  # the clone regroups z
+    assert kernels(lambda: layer(leaf)) == ["addmm"] + 2 * [
+        "bmm",
+        "clone",
+        "baddbmm_",
+    ]  # the clone regroups z
 
 
 def test_deberta_which_edits_the_output_of_its_projections():
     from transformers import DebertaConfig, DebertaModel
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    model = DebertaModel(DebertaConfig(vocab_size=64, relative_attention=True, pos_att_type="c2p|p2c", **sizes)).train()
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    model = DebertaModel(
+        DebertaConfig(vocab_size=64, relative_attention=True, pos_att_type="c2p|p2c", **sizes)
+    ).train()
     gralora.inject(model, "all-linear", random_config())
     model(torch.arange(12)[None]).last_hidden_state.square().sum().backward()
     assert all(p.grad is not None for p in gralora.adapter_parameters(model))
@@ -193,11 +216,21 @@ def test_deformable_detr_which_adds_to_a_slice_of_its_predicted_boxes():
 
     stages = {"depths": [1] * 4, "out_features": ["stage2", "stage3", "stage4"]}
     backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32, 64], **stages)
-    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 2), ("ffn_dim", 32))}
+    sizes = {
+        f"{part}_{name}": n
+        for part in ("encoder", "decoder")
+        for name, n in (("layers", 2), ("ffn_dim", 32))
+    }
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    config = DeformableDetrConfig(backbone_config=backbone, d_model=32, num_queries=6, dropout=0.0, **sizes, **heads)
+    config = DeformableDetrConfig(
+        backbone_config=backbone, d_model=32, num_queries=6, dropout=0.0, **sizes, **heads
+    )
     model, x = DeformableDetrForObjectDetection(config).train(), torch.randn(1, 3, 128, 128)
-    gralora.inject(model, r".*(bbox_embed.*|layers.*(fc\d|value_proj|output_proj|[qkv]_proj))$", random_config())
+    gralora.inject(
+        model,
+        r".*(bbox_embed.*|layers.*(fc\d|value_proj|output_proj|[qkv]_proj))$",
+        random_config(),
+    )
     adapted = model(x).pred_boxes
     adapted.square().sum().backward()
     assert all(p.grad is not None for p in gralora.adapter_parameters(model))

@@ -50,14 +50,18 @@ def loop_delta(A, B, A_general, B_general, scaling):
 @given(adapters())
 def test_delta_weight_is_the_blocks_of_the_definition(case):
     tensors, scaling, _ = case
-    torch.testing.assert_close(functional.delta_weight(*tensors, scaling=scaling), loop_delta(*tensors, scaling))
+    torch.testing.assert_close(
+        functional.delta_weight(*tensors, scaling=scaling), loop_delta(*tensors, scaling)
+    )
 
 
 @given(adapters())
 def test_forward_is_x_times_delta_weight_transposed(case):
     tensors, scaling, x = case
     y = functional.gralora_update(x, *tensors, scaling=scaling)
-    torch.testing.assert_close(y, F.linear(x, loop_delta(*tensors, scaling)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        y, F.linear(x, loop_delta(*tensors, scaling)), rtol=1e-10, atol=1e-10
+    )
 
 
 @given(adapters())
@@ -65,8 +69,12 @@ def test_lora_factors_multiply_to_delta_weight(case):
     tensors, scaling, _ = case
     down, up = functional.lora_factors(*tensors)
     k, r = tensors[0].shape[0], tensors[0].shape[2]
-    assert down.shape[0] == up.shape[1] == k * r + (0 if tensors[2] is None else tensors[2].shape[0])
-    torch.testing.assert_close(scaling * up @ down, loop_delta(*tensors, scaling), rtol=1e-10, atol=1e-10)
+    assert (
+        down.shape[0] == up.shape[1] == k * r + (0 if tensors[2] is None else tensors[2].shape[0])
+    )
+    torch.testing.assert_close(
+        scaling * up @ down, loop_delta(*tensors, scaling), rtol=1e-10, atol=1e-10
+    )
 
 
 @given(adapters(), st.booleans())
@@ -88,7 +96,9 @@ def test_rank_of_the_update_is_k_r_plus_hybrid_r(k, r, h):
     n = 96
     general = (torch.randn(h, n).double(), torch.randn(n, h).double()) if h else ()
     A, B = torch.randn(k, n // k, r).double(), torch.randn(k, r, n // k).double()
-    assert torch.linalg.matrix_rank(functional.delta_weight(A, B, *general, scaling=1.0)) == k * r + h
+    assert (
+        torch.linalg.matrix_rank(functional.delta_weight(A, B, *general, scaling=1.0)) == k * r + h
+    )
     assert A.numel() + B.numel() + sum(g.numel() for g in general) == (r + h) * 2 * n
 
 
@@ -121,7 +131,9 @@ def test_dropout_draws_once_for_the_blocks_and_once_for_the_general_pair():
     y = functional.gralora_update(x, A, B, Ag, Bg, scaling=1.0, dropout=0.5)
     torch.manual_seed(1)
     first, second = F.dropout(x, 0.5), F.dropout(x, 0.5)
-    expected = functional.gralora_update(first, A, B, scaling=1.0) + F.linear(F.linear(second, Ag), Bg)
+    expected = functional.gralora_update(first, A, B, scaling=1.0) + F.linear(
+        F.linear(second, Ag), Bg
+    )
     torch.testing.assert_close(y, expected)
     assert not torch.equal(first, second)
 
@@ -163,5 +175,7 @@ def test_lora_factors_keep_the_type_and_leading_axes(dtype):
     down, up = functional.lora_factors(A, B, *general)
     assert down.dtype == up.dtype == dtype
     assert down.shape == (3, 13, 8) and up.shape == (3, 10, 13)
-    delta = functional.delta_weight(A.double(), B.double(), *(t.double() for t in general), scaling=1.0)
+    delta = functional.delta_weight(
+        A.double(), B.double(), *(t.double() for t in general), scaling=1.0
+    )
     torch.testing.assert_close(up.double() @ down.double(), delta)

@@ -24,7 +24,11 @@ def tensors(hybrid_r=0, n=4, dtype=torch.float64):
 def definition(x, counts, own, scaling):
     parts = []
     for g, rows in enumerate(x.split(counts)):
-        parts.append(functional.gralora_update(rows, *(None if t is None else t[g] for t in own), scaling=scaling))
+        parts.append(
+            functional.gralora_update(
+                rows, *(None if t is None else t[g] for t in own), scaling=scaling
+            )
+        )
     return torch.cat(parts)
 
 
@@ -35,10 +39,14 @@ def test_values_and_gradients_are_those_of_the_definition(hybrid_r):
     torch.testing.assert_close(y, wanted)
     inputs = [x, *(t for t in own if t is not None)]
     grad = torch.randn_like(y)
-    for a, b in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(y, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
+    ):
         torch.testing.assert_close(a, b)
     each = x[:8].unflatten(0, (4, 2))
-    torch.testing.assert_close(update_of_each(each, own, 0.7, 0.0).flatten(0, 1), definition(x, (2, 2, 2, 2), own, 0.7))
+    torch.testing.assert_close(
+        update_of_each(each, own, 0.7, 0.0).flatten(0, 1), definition(x, (2, 2, 2, 2), own, 0.7)
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -64,5 +72,7 @@ def test_rows_behind_the_last_group_get_zero_and_only_what_is_needed_is_computed
     few = kernels(lambda: update_by_groups(leaf, COUNTS, frozen, 1.0, 0.0).sum().backward())
     many = kernels(lambda: update_by_groups(leaf, COUNTS, own, 1.0, 0.0).sum().backward())
     assert len(few) < len(many)
-    half = update_by_groups(x.to(torch.bfloat16), COUNTS, tuple(t if t is None else t.float() for t in own), 1.0, 0.0)
+    half = update_by_groups(
+        x.to(torch.bfloat16), COUNTS, tuple(t if t is None else t.float() for t in own), 1.0, 0.0
+    )
     assert half.dtype is torch.float32

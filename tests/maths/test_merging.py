@@ -6,7 +6,10 @@ from peft.utils import merge_utils
 
 from gralora.maths import merging
 
-DELTAS = [torch.randn(24, 16, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in range(3)]
+DELTAS = [
+    torch.randn(24, 16, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    for n in range(3)
+]
 WEIGHTS = [0.7, 1.5, 0.3]
 
 

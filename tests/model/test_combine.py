@@ -30,13 +30,23 @@ def model_of(**configs):
     """One adapter a name, of these fields; in float64."""
     model = mlp(24, 48, 24, dtype=torch.float64)
     for name, fields in configs.items():
-        gralora.inject(model, fields.pop("targets", "all-linear"), random_config(**fields), adapter_name=name)
+        gralora.inject(
+            model, fields.pop("targets", "all-linear"), random_config(**fields), adapter_name=name
+        )
     randomize_(model)
     return model
 
 
-SAME_K = {"a": {"r": 4, "alpha": 3, "use_rslora": True}, "b": {"r": 8, "hybrid_r": 2}, "c": {"r": 2, "targets": ["2"]}}
-OTHER_K = {"a": {"r": 4, "gralora_k": 2}, "b": {"r": 6, "gralora_k": 3, "hybrid_r": 1}, "c": {"r": 4, "gralora_k": 4}}
+SAME_K = {
+    "a": {"r": 4, "alpha": 3, "use_rslora": True},
+    "b": {"r": 8, "hybrid_r": 2},
+    "c": {"r": 2, "targets": ["2"]},
+}
+OTHER_K = {
+    "a": {"r": 4, "gralora_k": 2},
+    "b": {"r": 6, "gralora_k": 3, "hybrid_r": 1},
+    "c": {"r": 4, "gralora_k": 4},
+}
 
 
 @pytest.mark.parametrize("configs", [SAME_K, OTHER_K], ids=["same k", "other k"])
@@ -57,17 +67,26 @@ def test_exact_equals_the_weighted_adapters_side_by_side(configs, weights):
     assert relative(y, base) > 1e-2
     torch.testing.assert_close(model(x), y, rtol=1e-11, atol=1e-11)
     for name, layer in gralora_layers(model):
-        torch.testing.assert_close(gralora.delta_weight(layer), deltas[name], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(
+            gralora.delta_weight(layer), deltas[name], rtol=1e-11, atol=1e-11
+        )
 
 
 def test_ranks_add_up_within_the_least_common_multiple_of_the_ks():
     model = model_of(**copy.deepcopy(OTHER_K))
     gralora.combine(model, ["a", "b"], [1, 1], "ab")
     config = model[0].gralora_adapters["ab"].config
-    assert (config.gralora_k, config.r, config.hybrid_r, config.scaling) == (6, 4 * 3 + 6 * 2, 1, 1.0)
+    assert (config.gralora_k, config.r, config.hybrid_r, config.scaling) == (
+        6,
+        4 * 3 + 6 * 2,
+        1,
+        1.0,
+    )
     gralora.combine(model, {"a": 2.0}, None, "a2")
     assert model[0].gralora_adapters["a2"].config.r == 4
-    torch.testing.assert_close(gralora.delta_weight(model[0], "a2"), 2 * gralora.delta_weight(model[0], "a"))
+    torch.testing.assert_close(
+        gralora.delta_weight(model[0], "a2"), 2 * gralora.delta_weight(model[0], "a")
+    )
 
 
 def test_it_is_added_inactive_and_frozen_and_changes_nothing_else():
@@ -85,7 +104,9 @@ def test_it_is_added_inactive_and_frozen_and_changes_nothing_else():
 def test_svd_gives_the_nearest_of_its_rank_and_tells_the_error(k):
     model = model_of(**copy.deepcopy(SAME_K))
     errors = {}
-    gralora.combine(model, ["a", "b"], [0.7, 0.3], "low", how="svd", r=4, gralora_k=k, errors=errors)
+    gralora.combine(
+        model, ["a", "b"], [0.7, 0.3], "low", how="svd", r=4, gralora_k=k, errors=errors
+    )
     config = model[0].gralora_adapters["low"].config
     assert (config.r, config.gralora_k) == (4, k or 2)
     gralora.set_adapter(model, {"a": 0.7, "b": 0.3})
@@ -105,14 +126,18 @@ def test_svd_of_one_adapter_at_its_own_rank_is_that_adapter():
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name")  # PEFT's, about "a"
-@pytest.mark.parametrize("how", ["ties", "magnitude_prune"])  # what dare draws: tests/maths/test_merging.py
+@pytest.mark.parametrize(
+    "how", ["ties", "magnitude_prune"]
+)  # what dare draws: tests/maths/test_merging.py
 def test_sparse_merges_are_pefts_at_k_1(how):
     base = mlp(24, 48, 24)
     model = copy.deepcopy(base)
     theirs = None
     for name in "ab":
         gralora.inject(model, "all-linear", random_config(r=4, gralora_k=1), adapter_name=name)
-        config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["0", "2"], init_lora_weights=False)
+        config = peft.LoraConfig(
+            r=4, lora_alpha=4, target_modules=["0", "2"], init_lora_weights=False
+        )
         if theirs is None:
             theirs = peft.get_peft_model(base, config, name)
         else:
@@ -122,12 +147,18 @@ def test_sparse_merges_are_pefts_at_k_1(how):
         for name in "ab":
             adapter = layer.gralora_adapters[name]
             with torch.no_grad():
-                their.lora_A[name].weight.copy_(adapter.A[0].T if adapter.A[0].shape[-1] == 4 else adapter.A[0])
-                their.lora_B[name].weight.copy_(adapter.B[0].T if adapter.B[0].shape[0] == 4 else adapter.B[0])
+                their.lora_A[name].weight.copy_(
+                    adapter.A[0].T if adapter.A[0].shape[-1] == 4 else adapter.A[0]
+                )
+                their.lora_B[name].weight.copy_(
+                    adapter.B[0].T if adapter.B[0].shape[0] == 4 else adapter.B[0]
+                )
                 their.scaling[name] = adapter.config.scaling
             assert relative(gralora.delta_weight(layer, name), their.get_delta_weight(name)) < 1e-5
     weights = [0.7, 0.6]
-    theirs.add_weighted_adapter(["a", "b"], weights, "new", combination_type=f"{how}_svd", svd_rank=24, density=0.4)
+    theirs.add_weighted_adapter(
+        ["a", "b"], weights, "new", combination_type=f"{how}_svd", svd_rank=24, density=0.4
+    )
     gralora.combine(model, ["a", "b"], weights, "new", how, r=24, gralora_k=1, density=0.4)
     gralora.combine(model, ["a", "b"], [0.7, 0.6], "sum")
     for path, layer in gralora_layers(model):
@@ -148,7 +179,12 @@ def test_sparse_merges_of_other_ks_and_of_experts(how):
 @pytest.mark.parametrize("how", ["exact", "svd"])
 def test_conv1d_convolutions_attention_and_experts(how):
     model = nn.ModuleDict(
-        {"conv": nn.Conv2d(4, 8, 3), "attention": nn.MultiheadAttention(16, 4), "experts": Experts(), "gpt2": gpt2()}
+        {
+            "conv": nn.Conv2d(4, 8, 3),
+            "attention": nn.MultiheadAttention(16, 4),
+            "experts": Experts(),
+            "gpt2": gpt2(),
+        }
     ).double()
     targets = r"conv|attention|experts\.up|.*c_attn"
     gralora.inject(model, targets, random_config(), adapter_name="a")
@@ -175,7 +211,10 @@ def test_what_one_of_them_trained_whole_goes_with_it_and_what_two_did_is_refused
             return self.head(self.norm(self.fc(x)))
 
     model = gralora.inject(
-        Net(), ["fc"], random_config(modules_to_save=["norm"], bias="gralora_only"), adapter_name="a"
+        Net(),
+        ["fc"],
+        random_config(modules_to_save=["norm"], bias="gralora_only"),
+        adapter_name="a",
     )
     x = torch.randn(16, 8)
     F.mse_loss(model(x), torch.zeros(16, 2)).backward()
@@ -212,7 +251,12 @@ def test_it_is_saved_and_loaded_like_any_other(tmp_path):
     [
         ((["a", "x"], None, "new"), {}, KeyError, "no adapter 'x' in this model; it has: a, b"),
         ((["a", "b"], None, "a"), {}, ValueError, "adapter 'a' is in this model already"),
-        ((["a", "b"], [1], "new"), {}, ValueError, "1 weights were given for the adapters ['a', 'b']"),
+        (
+            (["a", "b"], [1], "new"),
+            {},
+            ValueError,
+            "1 weights were given for the adapters ['a', 'b']",
+        ),
         ((["a", "a"], [1, 1], "new"), {}, ValueError, "each once"),
         ((["a", "b"], [1, float("nan")], "new"), {}, ValueError, "weight of adapter 'b' is nan"),
         ((["a", "b"], None, "new.er"), {}, ValueError, "hold no dot"),
@@ -225,7 +269,12 @@ def test_it_is_saved_and_loaded_like_any_other(tmp_path):
         ((["a", "b"], None, "new"), {"r": 4}, ValueError, "r and gralora_k are for the other ways"),
         ((["a", "b"], None, "new"), {"how": "ties"}, ValueError, "density=None with how='ties'"),
         ((["a", "b"], None, "new"), {"density": 0.5}, ValueError, "density=0.5 with how='exact'"),
-        ((["a", "b"], None, "new"), {"how": "dare", "density": 0}, ValueError, "density=0 with how='dare'"),
+        (
+            (["a", "b"], None, "new"),
+            {"how": "dare", "density": 0},
+            ValueError,
+            "density=0 with how='dare'",
+        ),
         ((["a", "b"], None, "new"), {"how": "svd", "gralora_k": 5}, ValueError, "gralora_k=5"),
         (([], None, "new"), {}, ValueError, "adapter_names=[] names no adapter"),
     ],
@@ -253,8 +302,13 @@ def test_the_least_common_multiple_of_ks_fits_and_a_given_k_that_does_not_is_ref
     gralora.inject(model, ["0"], random_config(r=2, gralora_k=2), adapter_name="a")
     gralora.inject(model, ["0"], random_config(r=3, gralora_k=3), adapter_name="b")
     gralora.combine(model, ["a", "b"], None, "fits")
-    model = gralora.inject(nn.Sequential(nn.Linear(20, 30)), ["0"], random_config(r=2, gralora_k=2), adapter_name="a")
+    model = gralora.inject(
+        nn.Sequential(nn.Linear(20, 30)), ["0"], random_config(r=2, gralora_k=2), adapter_name="a"
+    )
     with pytest.raises(
-        ValueError, match=r"gralora_k=4 does not divide both sizes of '0', \(20, 30\)\. Legal here: 1, 2, 5, 10\."
+        ValueError,
+        match=(
+            r"gralora_k=4 does not divide both sizes of '0', \(20, 30\)\. Legal here: 1, 2, 5, 10\."
+        ),
     ):
         gralora.combine(model, ["a"], None, "b", how="svd", gralora_k=4, r=4)

@@ -14,7 +14,9 @@ def reference(model, x, weights):
     """Through W + Σ weight * ΔW."""
     for index, layer in ((0, model[0]), (2, model[2])):
         weight = layer.weight + sum(
-            w * gralora.delta_weight(layer, name) for name, w in weights.items() if name in layer.gralora_adapters
+            w * gralora.delta_weight(layer, name)
+            for name, w in weights.items()
+            if name in layer.gralora_adapters
         )
         x = F.linear(x, weight, layer.bias)
         x = torch.tanh(x) if index == 0 else x
@@ -37,7 +39,9 @@ def test_set_adapter_makes_exactly_these_act_and_train(names, weights):
     gralora.set_adapter(model, names)
     torch.testing.assert_close(model(x), reference(model, x, weights))
     for name in ("a", "a_b"):
-        assert all(p.requires_grad is (name in weights) for p in gralora.adapter_parameters(model, name))
+        assert all(
+            p.requires_grad is (name in weights) for p in gralora.adapter_parameters(model, name)
+        )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +118,9 @@ def test_a_merged_adapter_cannot_be_deleted():
 def test_adapter_parameters_are_what_is_trained():
     model = Block()
     gralora.inject(model, ["q"], random_config(bias="gralora_only", modules_to_save=["head"]))
-    assert {id(p) for p in gralora.adapter_parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for p in gralora.adapter_parameters(model)} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
     assert len(gralora.adapter_parameters(model, "default")) == 2 + 1 + 2
     with pytest.raises(KeyError):
         gralora.adapter_parameters(model, "other")

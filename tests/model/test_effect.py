@@ -9,7 +9,18 @@ from torch.nn import functional as F
 
 import gralora
 
-from ..models import TOKENS, Block, Everything, X, assert_same, everything, fingerprint, gpt2, mlp, random_config
+from ..models import (
+    TOKENS,
+    Block,
+    Everything,
+    X,
+    assert_same,
+    everything,
+    fingerprint,
+    gpt2,
+    mlp,
+    random_config,
+)
 
 
 class Dead(nn.Module):
@@ -41,9 +52,14 @@ def test_every_dead_adapter_is_named_with_what_was_seen_and_nothing_is_touched()
     gralora.inject(model, "all-linear", random_config(init_weights=True))
     x = torch.randn(8, 16)
     model(x).sum().backward()
-    before, grads = fingerprint(model), {n: copy.deepcopy(p.grad) for n, p in model.named_parameters()}
+    before, grads = (
+        fingerprint(model),
+        {n: copy.deepcopy(p.grad) for n, p in model.named_parameters()},
+    )
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match="5 of 7 adapters have no effect on this batch, or get no gradient") as error:
+    with pytest.raises(
+        ValueError, match="5 of 7 adapters have no effect on this batch, or get no gradient"
+    ) as error:
         gralora.check_effect(model, x)
     text = str(error.value)
     assert "'default' on 'superseded' was not used." in text
@@ -61,12 +77,22 @@ def test_every_dead_adapter_is_named_with_what_was_seen_and_nothing_is_touched()
 
 @pytest.mark.parametrize("training", [False, True])
 def test_models_whose_adapters_all_act(training):
-    cases = [(gralora.inject(Block(), "all-linear", random_config(init_weights=True)), (torch.randn(2, 5, 16),), {})]
+    cases = [
+        (
+            gralora.inject(Block(), "all-linear", random_config(init_weights=True)),
+            (torch.randn(2, 5, 16),),
+            {},
+        )
+    ]
     model = everything()
     gralora.set_adapter(model, ["a"])
     cases.append((model, (X,), {}))
     cases.append(
-        (gralora.inject(gpt2(), "all-linear", random_config(init_weights=True)), (TOKENS,), {"labels": TOKENS})
+        (
+            gralora.inject(gpt2(), "all-linear", random_config(init_weights=True)),
+            (TOKENS,),
+            {"labels": TOKENS},
+        )
     )
     for model, args, kwargs in cases:
         norms = gralora.check_effect(model.train(training), *args, **kwargs)
@@ -113,7 +139,9 @@ def test_nothing_to_check_is_an_error():
         gralora.set_adapter(model, names)
         if names:
             gralora.merge(model)
-        with pytest.raises(ValueError, match="no adapter acts beside the weights of this model.*it has: a"):
+        with pytest.raises(
+            ValueError, match="no adapter acts beside the weights of this model.*it has: a"
+        ):
             gralora.check_effect(model, torch.randn(3, 16))
 
 
@@ -136,7 +164,9 @@ def test_a_model_without_gradients_at_all():
             return super().forward(x)
 
     model = gralora.inject(Without(), ["embed"], random_config())
-    with pytest.raises(ValueError, match="'default' on 'embed' changes the output, but gets no gradient"):
+    with pytest.raises(
+        ValueError, match="'default' on 'embed' changes the output, but gets no gradient"
+    ):
         gralora.check_effect(model, X)
 
 
@@ -152,6 +182,8 @@ def test_what_a_model_returns_may_be_nested(out):
         def forward(self, x):
             return out(self.fc(x))
 
-    assert list(gralora.check_effect(gralora.inject(Returns(), ["fc"], random_config()), X)) == ["fc"]
+    assert list(gralora.check_effect(gralora.inject(Returns(), ["fc"], random_config()), X)) == [
+        "fc"
+    ]
     with pytest.raises(ValueError, match="unused"):
         gralora.check_effect(gralora.inject(Returns(), ["fc", "unused"], random_config()), X)

@@ -13,7 +13,16 @@ from gralora import GraloraConfig
 from gralora.layers.base import gralora_layers
 from gralora.maths import functional
 
-from ..models import Block, assert_same, fingerprint, gpt2, logits, random_config, relative, same_bits
+from ..models import (
+    Block,
+    assert_same,
+    fingerprint,
+    gpt2,
+    logits,
+    random_config,
+    relative,
+    same_bits,
+)
 
 X = torch.linspace(-1, 1, 160, dtype=torch.float64).reshape(2, 5, 16)
 
@@ -54,7 +63,11 @@ def test_the_hybrid_comes_nearer_with_every_sweep():
     assert (
         offs[-1]
         < offs[0]
-        < float((functional.delta_weight(*functional.block_svd(delta, 8, 4), scaling=1.0) - delta).norm())
+        < float(
+            (
+                functional.delta_weight(*functional.block_svd(delta, 8, 4), scaling=1.0) - delta
+            ).norm()
+        )
     )
 
 
@@ -63,7 +76,9 @@ def test_extract_reaches_the_tuned_model_at_full_rank_and_says_its_error_below()
     tuned = tuned_of(base)
     config = GraloraConfig(r=32, gralora_k=2, bias="all", modules_to_save=["norm", "head"])
     exact, errors = {}, {}
-    model = gralora.extract(copy.deepcopy(base), tuned, ["q", "k", "v", "mlp.0", "mlp.2"], config, errors=exact)
+    model = gralora.extract(
+        copy.deepcopy(base), tuned, ["q", "k", "v", "mlp.0", "mlp.2"], config, errors=exact
+    )
     assert relative(model(X), tuned(X)) < 1e-12
     assert relative(base(X), tuned(X)) > 1e-2
     assert max(exact.values()) < 1e-12
@@ -83,7 +98,9 @@ def test_extract_reaches_the_tuned_model_at_full_rank_and_says_its_error_below()
 
 def test_a_difference_that_is_gralora_is_found_whatever_alpha_and_layout():
     base = gpt2()
-    tuned = gralora.inject(copy.deepcopy(base), ["c_attn", "c_fc"], random_config(r=8, gralora_k=4, alpha=5))
+    tuned = gralora.inject(
+        copy.deepcopy(base), ["c_attn", "c_fc"], random_config(r=8, gralora_k=4, alpha=5)
+    )
     expected = logits(tuned)
     gralora.merge_and_unload(tuned)
     errors = {}
@@ -120,7 +137,9 @@ def test_extract_that_cannot_leaves_the_base_as_it_was():
 
 @pytest.mark.parametrize(("k", "r"), [(1, 32), (2, 16), (8, 16), (4, 8)])
 def test_reblocking_is_exact_where_the_rank_suffices(k, r):
-    model = gralora.inject(Block().double(), ["q", "mlp.0"], random_config(r=8, gralora_k=4, alpha=5))
+    model = gralora.inject(
+        Block().double(), ["q", "mlp.0"], random_config(r=8, gralora_k=4, alpha=5)
+    )
     y, errors = model(X), {}
     gralora.reblock(model, k, r=r, errors=errors)
     config = model.q.gralora_adapters["default"].config
@@ -131,7 +150,9 @@ def test_reblocking_is_exact_where_the_rank_suffices(k, r):
 
 
 def test_reblocking_below_that_rank_says_its_error_and_keeps_the_dtype():
-    model = gralora.inject(Block(), ["q"], random_config(r=8, gralora_k=4, hybrid_r=2), dtype=torch.bfloat16)
+    model = gralora.inject(
+        Block(), ["q"], random_config(r=8, gralora_k=4, hybrid_r=2), dtype=torch.bfloat16
+    )
     delta, errors = gralora.delta_weight(model.q).detach().float(), {}
     gralora.reblock(model, 1, errors=errors)
     assert model.q.gralora_adapters["default"].A.dtype == torch.bfloat16

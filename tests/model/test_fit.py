@@ -48,23 +48,32 @@ def model_of(dtype=torch.float64):
     gralora.inject(model, "all-linear", random_config(r=4, hybrid_r=2), adapter_name="b")
     randomize_(model)
     with torch.no_grad():
-        model[0].gralora_adapters["a"].B[:, 1:].mul_(1e-3)  # so that the first layer needs fewer ranks
+        model[0].gralora_adapters["a"].B[:, 1:].mul_(
+            1e-3
+        )  # so that the first layer needs fewer ranks
     return model
 
 
 @pytest.mark.parametrize("share", SHARES)
 def test_combine_and_reblock_give_each_layer_the_rank_that_keeps_the_share(share):
     model, errors = model_of(), {}
-    gralora.combine(model, {"a": 1.0, "b": 0.1}, None, "new", "svd", r=share, gralora_k=2, errors=errors)
+    gralora.combine(
+        model, {"a": 1.0, "b": 0.1}, None, "new", "svd", r=share, gralora_k=2, errors=errors
+    )
     ranks = [model[i].gralora_adapters["new"].config.r for i in (0, 2)]
-    assert all(error**2 <= 1 - share + 1e-9 for error in errors.values()) and all(r % 2 == 0 for r in ranks)
+    assert all(error**2 <= 1 - share + 1e-9 for error in errors.values()) and all(
+        r % 2 == 0 for r in ranks
+    )
     only, errors = model_of(), {}
     gralora.reblock(only, 2, "a", r=share, errors=errors)
     ranks = [only[i].gralora_adapters["a"].config.r for i in (0, 2)]
     assert all(error**2 <= 1 - share + 1e-9 for error in errors.values())
     assert ranks[0] < ranks[1] or share < 0.5
     torch.testing.assert_close(
-        gralora.delta_weight(only[2], "a"), gralora.delta_weight(model_of()[2], "a"), atol=10.0, rtol=0
+        gralora.delta_weight(only[2], "a"),
+        gralora.delta_weight(model_of()[2], "a"),
+        atol=10.0,
+        rtol=0,
     )
 
 

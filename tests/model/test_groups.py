@@ -15,7 +15,9 @@ def by_name(groups):
 
 def test_each_trained_parameter_is_in_one_group_and_b_has_a_rate_of_its_own():
     model = gralora.inject(
-        Block(), ["q", "mlp.0"], random_config(hybrid_r=2, bias="all", modules_to_save=["norm", "head"])
+        Block(),
+        ["q", "mlp.0"],
+        random_config(hybrid_r=2, bias="all", modules_to_save=["norm", "head"]),
     )
     gralora.inject(model, ["v"], random_config(), adapter_name="frozen")
     groups = by_name(gralora.adapter_parameter_groups(model, 1e-3, b_ratio=16, weight_decay=0.1))
@@ -26,7 +28,9 @@ def test_each_trained_parameter_is_in_one_group_and_b_has_a_rate_of_its_own():
         "undecayed": 8,
         "saved": 1,
     }
-    assert [names[id(p)] for p in groups["saved"]["params"]] == ["head.gralora_saved.default.weight"]
+    assert [names[id(p)] for p in groups["saved"]["params"]] == [
+        "head.gralora_saved.default.weight"
+    ]
     assert all(names[id(p)].endswith((".A", ".A_general")) for p in groups["A"]["params"])
     assert all(names[id(p)].endswith((".B", ".B_general")) for p in groups["B"]["params"])
     assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {

@@ -8,7 +8,17 @@ from torch import nn
 
 import gralora
 
-from ..models import Block, assert_same, fingerprint, mlp, pair, random_config, randomize_, relative, same_bits
+from ..models import (
+    Block,
+    assert_same,
+    fingerprint,
+    mlp,
+    pair,
+    random_config,
+    randomize_,
+    relative,
+    same_bits,
+)
 
 
 def saved(tmp_path, name="a", base=None, targets="all-linear", **fields):
@@ -24,7 +34,10 @@ X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
 
 def test_room_changes_nothing_and_a_file_of_any_rank_up_to_it_computes_the_same():
     model = gralora.inject(Block(), "all-linear", random_config(hybrid_r=2))
-    y, weights = model(X), {name: gralora.delta_weight(model.get_submodule(name)) for name in ("q", "head")}
+    y, weights = (
+        model(X),
+        {name: gralora.delta_weight(model.get_submodule(name)) for name in ("q", "head")},
+    )
     gralora.prepare_hotswap(model, 12)
     torch.testing.assert_close(model(X), y)
     for name, delta in weights.items():
@@ -42,7 +55,11 @@ def test_in_float64_the_swapped_adapter_is_the_file_s(tmp_path, roomy):
     if roomy:
         gralora.prepare_hotswap(place, 8)
     before = {name: (id(p), p.data_ptr()) for name, p in place.named_parameters()}
-    for fields in ({"r": 4, "alpha": 3}, {"r": 2, "hybrid_r": 1}, {"r": 8, "alpha": 5, "use_rslora": True}):
+    for fields in (
+        {"r": 4, "alpha": 3},
+        {"r": 2, "hybrid_r": 1},
+        {"r": 8, "alpha": 5, "use_rslora": True},
+    ):
         path, own = saved(tmp_path, base=base, **fields)
         gralora.load_adapter(place, path)
         assert relative(place(x), base(x)) > 1e-2
@@ -65,7 +82,13 @@ def test_compiled_code_stays_valid_over_ranks_scales_and_files_of_fewer_layers(t
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     x = torch.randn(5, 16)
     compiled(x)
-    files = [{"r": 16}, {"r": 2, "alpha": 7}, {"r": 8, "use_rslora": True}, {"targets": ["2"], "r": 4}, {"r": 4}]
+    files = [
+        {"r": 16},
+        {"r": 2, "alpha": 7},
+        {"r": 8, "use_rslora": True},
+        {"targets": ["2"], "r": 4},
+        {"r": 4},
+    ]
     for fields in files:
         path, own = saved(tmp_path, base=base, **fields)
         gralora.load_adapter(model, path)
@@ -82,7 +105,10 @@ def test_a_place_that_was_not_made_for_it_takes_only_the_same_layers_and_no_larg
     more, _ = saved(tmp_path, "more", base=base, targets=["q", "k", "v"])
     before = fingerprint(model)
     for path, error in (
-        (larger, r"\(2, 8, 8\) there and \(2, 8, 4\) here, of another k or larger. prepare_hotswap"),
+        (
+            larger,
+            r"\(2, 8, 8\) there and \(2, 8, 4\) here, of another k or larger. prepare_hotswap",
+        ),
         (other_k, r"of another k or larger"),
         (fewer, "on other layers than the file's: k"),
         (more, "on other layers than the file's: v"),
@@ -92,7 +118,10 @@ def test_a_place_that_was_not_made_for_it_takes_only_the_same_layers_and_no_larg
         assert_same(fingerprint(model), before)
     gralora.prepare_hotswap(model, 8)
     gralora.load_adapter(model, fewer)
-    assert not model.k.gralora_adapters["default"].B.any() and model.q.gralora_adapters["default"].B.any()
+    assert (
+        not model.k.gralora_adapters["default"].B.any()
+        and model.q.gralora_adapters["default"].B.any()
+    )
     with pytest.raises(gralora.AdapterFileError, match="on other layers than the file's: v"):
         gralora.load_adapter(model, more)
 
@@ -120,7 +149,9 @@ def test_what_does_not_fit_is_told_and_leaves_the_model_unchanged():
     model = gralora.inject(Block(), ["q"], random_config(r=8, gralora_k=4))
     before = fingerprint(model)
     for wrong in (4, 10):
-        with pytest.raises(ValueError, match=f"max_r={wrong} does not fit 'q', of r=8 and gralora_k=4"):
+        with pytest.raises(
+            ValueError, match=f"max_r={wrong} does not fit 'q', of r=8 and gralora_k=4"
+        ):
             gralora.prepare_hotswap(model, wrong)
     with pytest.raises(TypeError, match="max_r=16.0 is a float"):
         gralora.prepare_hotswap(model, 16.0)

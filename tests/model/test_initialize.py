@@ -32,7 +32,9 @@ def inputs_of(model, data):
     plain = gralora.unload(copy.deepcopy(model)).eval()
     for name, _ in gralora_layers(model):
         layer = plain.get_submodule(name)
-        layer.register_forward_hook(lambda m, args, out, name=name: seen.setdefault(name, []).append(args[0].detach()))
+        layer.register_forward_hook(
+            lambda m, args, out, name=name: seen.setdefault(name, []).append(args[0].detach())
+        )
     with torch.no_grad():
         for x in data:
             plain(x)
@@ -56,7 +58,10 @@ def test_eva_begins_with_the_leading_directions_of_a_full_svd_of_the_activations
         for i, block in enumerate(seen[name].chunk(2, dim=-1)):
             V = torch.linalg.svd(block, full_matrices=False).Vh[:4]
             torch.testing.assert_close(
-                (found[0, i] * V).sum(-1).abs(), torch.ones(4, dtype=torch.float64), atol=1e-4, rtol=0
+                (found[0, i] * V).sum(-1).abs(),
+                torch.ones(4, dtype=torch.float64),
+                atol=1e-4,
+                rtol=0,
             )
 
 
@@ -70,15 +75,21 @@ def test_gradient_begins_with_the_leading_right_directions_of_each_block_of_the_
         squared(plain, batch).backward()
     for name, layer in gralora_layers(model):
         found = rows_of(layer.gralora_adapters["default"])
-        blocks = rearrange(plain.get_submodule(name).weight.grad, "(j o) (i m) -> j i o m", j=2, i=2)
+        blocks = rearrange(
+            plain.get_submodule(name).weight.grad, "(j o) (i m) -> j i o m", j=2, i=2
+        )
         V = torch.linalg.svd(blocks, full_matrices=False).Vh[:, :, :4]
-        found = found[:, :, : V.shape[2]]  # the head has fewer outputs, and its blocks so fewer directions
+        found = found[
+            :, :, : V.shape[2]
+        ]  # the head has fewer outputs, and its blocks so fewer directions
         ones = torch.ones(found.shape[:-1], dtype=torch.float64)
         torch.testing.assert_close((found * V).sum(-1).abs(), ones, atol=1e-4, rtol=0)
 
 
 def test_the_first_step_follows_the_full_gradient_as_far_as_the_rank_allows():
-    model = gralora.inject(mlp(16, 16, dtype=torch.float64), ["0"], gralora.GraloraConfig(r=8, gralora_k=2, alpha=8))
+    model = gralora.inject(
+        mlp(16, 16, dtype=torch.float64), ["0"], gralora.GraloraConfig(r=8, gralora_k=2, alpha=8)
+    )
     data = batches(1, (64, 16))
     plain = copy.deepcopy(gralora.unload(copy.deepcopy(model))).requires_grad_(True)
     squared(plain, data[0]).backward()
@@ -110,7 +121,9 @@ def test_the_same_on_every_run_with_hybrid_pairs_and_as_a_second_adapter(method)
         data = batches(2, dtype=torch.float32)
         gralora.initialize(model, method, data, adapter_name="second", forward=squared)
         now = fingerprint(model)
-        assert {k: v for k, v in now.items() if k != "tensors"} == {k: v for k, v in before.items() if k != "tensors"}
+        assert {k: v for k, v in now.items() if k != "tensors"} == {
+            k: v for k, v in before.items() if k != "tensors"
+        }
         changed = {k for k, t in before["tensors"].items() if not torch.equal(t, now["tensors"][k])}
         assert changed and all(".second.A" in key for key in changed)
         found.append(gralora.adapter_state_dict(model, "second"))
@@ -145,12 +158,17 @@ def test_convolutions_attentions_heads_that_are_read_and_gpt2s_layers_get_their_
     plain = gralora.unload(copy.deepcopy(conv)).requires_grad_(True)
     squared(plain, x).backward()
     V = torch.linalg.svd(
-        rearrange(plain.weight.grad.flatten(1), "(j o) (i m) -> j i o m", j=2, i=2), full_matrices=False
+        rearrange(plain.weight.grad.flatten(1), "(j o) (i m) -> j i o m", j=2, i=2),
+        full_matrices=False,
     ).Vh
     found = rows_of(conv.gralora_adapters["default"])
-    torch.testing.assert_close((found * V).sum(-1).abs(), torch.ones(2, 2, 4, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        (found * V).sum(-1).abs(), torch.ones(2, 2, 4, dtype=torch.float64), atol=1e-4, rtol=0
+    )
 
-    attention = gralora.inject(nn.MultiheadAttention(16, 2, batch_first=True), "", gralora.GraloraConfig(r=4))
+    attention = gralora.inject(
+        nn.MultiheadAttention(16, 2, batch_first=True), "", gralora.GraloraConfig(r=4)
+    )
     x = torch.randn(3, 5, 16)
     gralora.initialize(attention, "eva", [(x, x, x)])
     V = torch.linalg.svd(x.reshape(-1, 16)[:, :8], full_matrices=False).Vh[:2]
@@ -163,14 +181,16 @@ def test_convolutions_attentions_heads_that_are_read_and_gpt2s_layers_get_their_
             self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 16, bias=False)
 
         def forward(self, x):
-            return F.cross_entropy(F.linear(self.body(x), self.head.weight), torch.zeros(len(x), dtype=torch.long))
+            return F.cross_entropy(
+                F.linear(self.body(x), self.head.weight), torch.zeros(len(x), dtype=torch.long)
+            )
 
     reads = gralora.inject(Reads(), ["body", "head"], gralora.GraloraConfig(r=4))
     gralora.initialize(reads, "gradient", [torch.randn(6, 8)])
     assert gralora.check_effect(reads, torch.randn(6, 8))
 
 
-def test_a_language_model_with_labels_needs_no_forward_and_a_quantised_base_no_gradient_of_its_weight():
+def test_a_language_model_with_labels_needs_no_forward_over_a_quantised_base():
     model = gralora.inject(llama(), "all-linear", gralora.GraloraConfig(r=4))
     tokens = torch.arange(24).reshape(2, 12)
     gralora.initialize(model, "gradient", [{"input_ids": tokens, "labels": tokens}])
@@ -184,7 +204,9 @@ def test_a_language_model_with_labels_needs_no_forward_and_a_quantised_base_no_g
         def forward(self, x):
             return F.linear(x, self.weight.float() / 8, self.bias)
 
-    packed = gralora.inject(nn.Sequential(Packed(), nn.Tanh(), Packed()), "all-linear", gralora.GraloraConfig(r=4))
+    packed = gralora.inject(
+        nn.Sequential(Packed(), nn.Tanh(), Packed()), "all-linear", gralora.GraloraConfig(r=4)
+    )
     gralora.initialize(packed, "gradient", [torch.randn(5, 8)], forward=squared)
     norms = rows_of(packed[0].gralora_adapters["default"]).norm(dim=-1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
@@ -212,15 +234,27 @@ def test_under_checkpointing_each_token_counts_once():
 
 def test_ranks_go_where_a_direction_holds_most_at_no_more_parameters_and_scalings_stay():
     model = mlp(16, 32, 16, 8, dtype=torch.float64)
-    gralora.inject(model, "all-linear", gralora.GraloraConfig(r=8, gralora_k=2, alpha=3, use_rslora=True))
+    gralora.inject(
+        model, "all-linear", gralora.GraloraConfig(r=8, gralora_k=2, alpha=3, use_rslora=True)
+    )
     before = sum(p.numel() for p in gralora.adapter_parameters(model))
-    scaling, narrow = model[0].gralora_adapters["default"].config.scaling, torch.zeros(16, dtype=torch.float64)
-    narrow[:2], narrow[8:10] = 1.0, 1.0  # each half of the first layer's input has two directions and no more
+    scaling, narrow = (
+        model[0].gralora_adapters["default"].config.scaling,
+        torch.zeros(16, dtype=torch.float64),
+    )
+    narrow[:2], narrow[8:10] = (
+        1.0,
+        1.0,
+    )  # each half of the first layer's input has two directions and no more
     data = [torch.randn(50, 16, dtype=torch.float64) * (narrow + 1e-6) for _ in range(3)]
     y = model(data[0])
     gralora.initialize(model, "eva", data, redistribute=True)
     configs = [layer.gralora_adapters["default"].config for _, layer in gralora_layers(model)]
-    assert configs[0].r == 4 and max(c.r for c in configs) > 8 and all(c.r <= 16 and c.r % 2 == 0 for c in configs)
+    assert (
+        configs[0].r == 4
+        and max(c.r for c in configs) > 8
+        and all(c.r <= 16 and c.r % 2 == 0 for c in configs)
+    )
     after = sum(p.numel() for p in gralora.adapter_parameters(model))
     assert before - 2 * (16 + 32) < after <= before
     assert [c.scaling for c in configs] == pytest.approx([scaling] * 3)
@@ -233,7 +267,9 @@ def test_where_there_are_fewer_directions_than_ranks_the_rest_stays():
     before = rows_of(model.gralora_adapters["default"]).clone()
     gralora.initialize(model, "eva", [torch.randn(9, 4)])
     now = rows_of(model.gralora_adapters["default"])
-    assert torch.equal(now[:, :, 2:], before[:, :, 2:]) and not torch.equal(now[:, :, :2], before[:, :, :2])
+    assert torch.equal(now[:, :, 2:], before[:, :, 2:]) and not torch.equal(
+        now[:, :, :2], before[:, :, :2]
+    )
 
 
 def test_layers_out_of_reach_are_named_and_stay_as_they_are():
@@ -272,9 +308,27 @@ def test_what_can_not_be_is_told_and_leaves_the_model_unchanged():
         (model, "eva", [], {}, "batches is empty"),
         (model, "gradient", [x], {"redistribute": True}, 'redistribute is for "eva"'),
         (model, "gradient", [x], {}, "returns no loss"),
-        (model, "gradient", [x], {"forward": lambda m, b: b.sum()}, "give no gradient: the loss does not depend"),
-        (model, "gradient", [x], {"forward": lambda m, b: m(b).sum() * 0}, "1 of 1 layers get no gradient .*used"),
-        (both, "eva", [x], {}, "1 of 2 layers get no input, or only zeros, from these batches: unused"),
+        (
+            model,
+            "gradient",
+            [x],
+            {"forward": lambda m, b: b.sum()},
+            "give no gradient: the loss does not depend",
+        ),
+        (
+            model,
+            "gradient",
+            [x],
+            {"forward": lambda m, b: m(b).sum() * 0},
+            "1 of 1 layers get no gradient .*used",
+        ),
+        (
+            both,
+            "eva",
+            [x],
+            {},
+            "1 of 2 layers get no input, or only zeros, from these batches: unused",
+        ),
         (both, "gradient", [x], loss, "1 of 2 layers get no gradient from these batches: unused"),
         (model, "eva", nan, {}, "is not finite at used"),
         (trained, "eva", [x], {}, "B of 'used' is not zero"),

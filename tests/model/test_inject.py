@@ -28,12 +28,17 @@ from ..models import (
 
 MAKERS = {
     "block": (Block, lambda m: m(torch.linspace(-1, 1, 160).reshape(2, 5, 16))),
-    "bfloat16": (lambda: Block().bfloat16(), lambda m: m(torch.linspace(-1, 1, 160).reshape(2, 5, 16).bfloat16())),
+    "bfloat16": (
+        lambda: Block().bfloat16(),
+        lambda m: m(torch.linspace(-1, 1, 160).reshape(2, 5, 16).bfloat16()),
+    ),
     "bert": (bert, logits),
     "gpt2": (gpt2, logits),
     "llama": (llama, logits),
     "encoder": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval(),
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2
+        ).eval(),
         lambda m: m(torch.linspace(-1, 1, 160).reshape(2, 5, 16)),
     ),
 }
@@ -110,10 +115,13 @@ def test_an_inject_that_fails_half_way_leaves_the_model_as_it_was(monkeypatch, w
         return wrapper
 
     if where == "allocation":
-        monkeypatch.setattr(GraloraAdapter, "reset_parameters", failing(GraloraAdapter.reset_parameters))
+        monkeypatch.setattr(
+            GraloraAdapter, "reset_parameters", failing(GraloraAdapter.reset_parameters)
+        )
     elif where == "adding":
         monkeypatch.setattr(
-            "gralora.layers.adapter.GraloraAdapters.add", failing(gralora.layers.adapter.GraloraAdapters.add)
+            "gralora.layers.adapter.GraloraAdapters.add",
+            failing(gralora.layers.adapter.GraloraAdapters.add),
         )
     else:
         monkeypatch.setattr(gralora.GraloraLinear, "attach", failing(gralora.GraloraLinear.attach))
@@ -159,7 +167,9 @@ def test_unload_of_drop_in_layers_gives_plain_layers():
     class Own(GraloraLinear):
         pass
 
-    model = nn.Sequential(GraloraLinear(8, 8, config=random_config()), Own(8, 8, config=random_config()))
+    model = nn.Sequential(
+        GraloraLinear(8, 8, config=random_config()), Own(8, 8, config=random_config())
+    )
     x = torch.randn(2, 8)
     with gralora.disable_adapter(model):
         y = model(x)
@@ -184,7 +194,7 @@ def test_the_random_state_is_touched_by_new_values_only():
 
 def test_import_loads_neither_transformers_nor_peft():
     code = (
-        "import sys, gralora; heavy = {'transformers', 'peft', 'accelerate', 'bitsandbytes', 'torchao'};"
-        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+        "import sys, gralora; heavy = {'transformers', 'peft', 'accelerate', 'bitsandbytes',"
+        " 'torchao'};sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

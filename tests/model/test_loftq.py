@@ -38,8 +38,13 @@ def test_each_block_gets_the_truncated_svd_of_what_is_missing_and_the_base_is_un
     gralora.inject(base, "all-linear", CONFIG, reference=full, errors=errors)
     assert set(errors) == {name for name, _ in gralora_layers(base)}
     for name, layer in gralora_layers(base):
-        W, missing = full.get_submodule(name).weight, full.get_submodule(name).weight - layer._parameters["weight"]
-        wanted = torch.cat([torch.cat([cut(block) for block in rows.chunk(2, 1)], 1) for rows in missing.chunk(2)])
+        W, missing = (
+            full.get_submodule(name).weight,
+            full.get_submodule(name).weight - layer._parameters["weight"],
+        )
+        wanted = torch.cat(
+            [torch.cat([cut(block) for block in rows.chunk(2, 1)], 1) for rows in missing.chunk(2)]
+        )
         delta = gralora.delta_weight(layer)
         torch.testing.assert_close(delta, wanted, atol=1e-12, rtol=0)
         told = (missing.norm() / W.norm()).item(), ((missing - delta).norm() / W.norm()).item()
@@ -53,28 +58,38 @@ def test_each_block_gets_the_truncated_svd_of_what_is_missing_and_the_base_is_un
 
 def test_a_state_dict_a_file_and_a_folder_of_shards_serve_as_well(tmp_path):
     full = gpt2()
-    state = {key: value.clone() for key, value in full.state_dict().items() if key != "lm_head.weight"}
+    state = {
+        key: value.clone() for key, value in full.state_dict().items() if key != "lm_head.weight"
+    }
     (tmp_path / "shards").mkdir()
     names = list(state)
     save_file(state, tmp_path / "whole.safetensors")
     for index, part in enumerate((names[::2], names[1::2])):
-        save_file({name: state[name] for name in part}, tmp_path / "shards" / f"model-{index}.safetensors")
+        save_file(
+            {name: state[name] for name in part}, tmp_path / "shards" / f"model-{index}.safetensors"
+        )
     found = []
     for reference in (full, state, tmp_path / "whole.safetensors", str(tmp_path / "shards")):
         model = gralora.inject(rounded(full), ["c_attn", "c_fc"], CONFIG, reference=reference)
         found.append(gralora.adapter_state_dict(model))
-    assert all(same_bits(tensor, other[key]) for other in found[1:] for key, tensor in found[0].items())
+    assert all(
+        same_bits(tensor, other[key]) for other in found[1:] for key, tensor in found[0].items()
+    )
     assert any(tensor.any() for key, tensor in found[0].items() if key.endswith("_B"))
 
 
 @pytest.mark.parametrize("kind", ["conv", "experts", "attention", "hybrid"])
 def test_other_kinds_and_hybrid_pairs(kind):
-    full = {"conv": nn.Conv1d(8, 8, 3), "experts": Experts(), "attention": nn.MultiheadAttention(16, 2)}.get(
-        kind, mlp(8, 8)
-    )
+    full = {
+        "conv": nn.Conv1d(8, 8, 3),
+        "experts": Experts(),
+        "attention": nn.MultiheadAttention(16, 2),
+    }.get(kind, mlp(8, 8))
     full, errors = full.double(), {}
     targets = {"experts": ["up"], "hybrid": ["0"]}.get(kind, "")
-    config = gralora.GraloraConfig(r=4, hybrid_r=2 if kind == "hybrid" else 0, init_weights="loftq", use_rslora=True)
+    config = gralora.GraloraConfig(
+        r=4, hybrid_r=2 if kind == "hybrid" else 0, init_weights="loftq", use_rslora=True
+    )
     gralora.inject(rounded(full), targets, config, reference=full, errors=errors)
     assert errors and all(0 < after < before for before, after in errors.values())
 
@@ -88,9 +103,13 @@ def test_over_bitsandbytes_the_adapted_model_begins_nearer_to_the_full_one(bits)
         linear = full.get_submodule(name)
         if bits == 4:
             layer = quantised.Linear4bit(linear.in_features, linear.out_features, quant_type="nf4")
-            layer.weight = quantised.Params4bit(linear.weight.detach().clone(), requires_grad=False, quant_type="nf4")
+            layer.weight = quantised.Params4bit(
+                linear.weight.detach().clone(), requires_grad=False, quant_type="nf4"
+            )
         else:
-            layer = quantised.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+            layer = quantised.Linear8bitLt(
+                linear.in_features, linear.out_features, has_fp16_weights=False
+            )
             layer.weight = quantised.Int8Params(linear.weight.detach().clone(), requires_grad=False)
         layer.bias = nn.Parameter(linear.bias.detach().clone())
         base[int(name)] = layer.to("cpu")
@@ -124,8 +143,18 @@ def test_what_can_not_be_is_told_and_leaves_the_model_unchanged(tmp_path):
     for base, config, reference, error in (
         (full, CONFIG, None, 'init_weights="loftq" needs a reference'),
         (full, plain, full, 'reference is for init_weights="loftq"'),
-        (full, CONFIG, mlp(16, 16, 16), r"0\.weight is of shape \(8, 16\) in the base, and of shape \(16, 16\) there"),
-        (full, CONFIG, nn.Sequential(), r"0\.weight is of shape \(8, 16\) in the base, and missing there"),
+        (
+            full,
+            CONFIG,
+            mlp(16, 16, 16),
+            r"0\.weight is of shape \(8, 16\) in the base, and of shape \(16, 16\) there",
+        ),
+        (
+            full,
+            CONFIG,
+            nn.Sequential(),
+            r"0\.weight is of shape \(8, 16\) in the base, and missing there",
+        ),
         (full, CONFIG, {"0.weight": torch.zeros(3)}, r"of shape \(3,\) there"),
         (full, CONFIG, nan, r"0\.weight is not finite"),
         (meta, CONFIG, full, r"0\.weight is spread over processes, or on meta"),

@@ -136,7 +136,9 @@ def test_merge_and_unload_gives_a_plain_model_in_place():
 
 
 def test_merge_and_unload_keeps_saved_modules_and_biases():
-    model = gralora.inject(Block(), ["q"], random_config(bias="all", modules_to_save=["head", "norm"]))
+    model = gralora.inject(
+        Block(), ["q"], random_config(bias="all", modules_to_save=["head", "norm"])
+    )
     with torch.no_grad():
         for p in gralora.adapter_parameters(model):
             p.add_(0.1)
@@ -190,7 +192,9 @@ def test_weights_that_are_no_plain_tensors_are_refused():
     model[0].weight = Packed(torch.zeros(8, 16))
     gralora.inject(model, ["0"], random_config())
     for function in (gralora.merge, gralora.merge_and_unload):
-        with pytest.raises(TypeError, match="Packed .* quantised or in a format of its own: merging would be wrong"):
+        with pytest.raises(
+            TypeError, match="Packed .* quantised or in a format of its own: merging would be wrong"
+        ):
             function(model)
 
 
@@ -198,7 +202,9 @@ def test_a_forward_of_its_own_is_tried_before_it_is_merged():
     layer = gralora.inject(Doubled(16, 8), "", random_config())
     before = fingerprint(layer)
     for function in (gralora.merge, gralora.merge_and_unload):
-        with pytest.raises(ValueError, match=r"Doubled has a forward of its own that is not x @ Wᵀ"):
+        with pytest.raises(
+            ValueError, match=r"Doubled has a forward of its own that is not x @ Wᵀ"
+        ):
             function(layer)
     assert_same(fingerprint(layer), before)
 
@@ -251,12 +257,18 @@ def test_merge_during_training_is_not_silently_trained():
 
 
 class Halves(nn.Linear):
-    """A quantised layer of our own making: int8 and one scale, in a parameter that only it understands."""
+    """A quantised layer of our own making: int8 and one scale, in a parameter that only it
+    understands.
+    """
 
     def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        super().__init__(
+            linear.in_features, linear.out_features, linear.bias is not None, device="meta"
+        )
         self.scale = float(linear.weight.detach().abs().max()) / 127
-        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.weight = nn.Parameter(
+            (linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False
+        )
         self.bias = linear.bias
 
     def forward(self, input):

@@ -50,7 +50,11 @@ def test_equals_the_rows_one_by_one(name, gradients):
         run = lambda m, x: m(x)[0]  # noqa: E731
     else:
         encoder = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
-        model = {"mlp": mlp(16, 24, 8), "block": Block(), "encoder": nn.TransformerEncoder(encoder, 2)}[name].eval()
+        model = {
+            "mlp": mlp(16, 24, 8),
+            "block": Block(),
+            "encoder": nn.TransformerEncoder(encoder, 2),
+        }[name].eval()
         inputs = torch.randn(8, 16) if name == "mlp" else torch.randn(8, 5, 16)
         run = lambda m, x: m(x)  # noqa: E731
     before = run(model, inputs)
@@ -80,7 +84,9 @@ def test_gradients_equal_those_of_the_rows_one_by_one():
             gralora.set_adapter(model, name)
             for parameter in parameters:
                 parameter.requires_grad_()
-            own = torch.autograd.grad(model(x[i : i + 1]).square().sum(), parameters, allow_unused=True)
+            own = torch.autograd.grad(
+                model(x[i : i + 1]).square().sum(), parameters, allow_unused=True
+            )
             total = [t if g is None else t + g for t, g in zip(total, own, strict=True)]
     for mine, theirs in zip(found, total, strict=True):
         assert theirs.abs().max() > 0
@@ -90,10 +96,20 @@ def test_gradients_equal_those_of_the_rows_one_by_one():
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("make", [gpt2, llama, t5])
 def test_generate_with_a_cache_and_beams(make, beams):
-    names = {gpt2: ["c_attn", "c_proj"], llama: ["q_proj", "v_proj", "up_proj"], t5: ["q", "v", "wi", "wo"]}
+    names = {
+        gpt2: ["c_attn", "c_proj"],
+        llama: ["q_proj", "v_proj", "up_proj"],
+        t5: ["q", "v", "wi", "wo"],
+    }
     model = four_adapters(make(), names[make])
     inputs = torch.randint(1, 64, (8, 6))
-    options = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options = {
+        "max_new_tokens": 5,
+        "num_beams": beams,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     run = lambda m, x: m.generate(x, attention_mask=torch.ones_like(x), **options)  # noqa: E731
     expected = one_by_one(model, run, inputs)
     with gralora.mixed_batch(model, ROWS, repeat="interleave" if beams > 1 else None):
@@ -110,8 +126,14 @@ def test_the_sequence_first(batch_first):
     source, target = torch.randn(8, 5, 16), torch.randn(8, 4, 16)
 
     def run(m, x):
-        pair = (x, target[: len(x)]) if len(x) == 8 else (x, target[[(source == x).all((1, 2)).nonzero().item()]])
-        return m(*pair) if batch_first else m(*(each.transpose(0, 1) for each in pair)).transpose(0, 1)
+        pair = (
+            (x, target[: len(x)])
+            if len(x) == 8
+            else (x, target[[(source == x).all((1, 2)).nonzero().item()]])
+        )
+        return (
+            m(*pair) if batch_first else m(*(each.transpose(0, 1) for each in pair)).transpose(0, 1)
+        )
 
     expected = one_by_one(model, run, source)
     with gralora.mixed_batch(model, ROWS, dim=0 if batch_first else 1):
@@ -185,10 +207,15 @@ def test_a_batch_that_does_not_fit_is_refused():
         for size in sizes:
             with (
                 gralora.mixed_batch(model, names, repeat=repeat),
-                pytest.raises(ValueError, match=rf"given 3 names, but a layer got an input of shape \({size}, 16\)"),
+                pytest.raises(
+                    ValueError,
+                    match=rf"given 3 names, but a layer got an input of shape \({size}, 16\)",
+                ),
             ):
                 model(torch.randn(size, 16))
-    with pytest.raises(ValueError, match=r'repeat=.beams. is not legal: it must be "interleave", "tile" or None'):
+    with pytest.raises(
+        ValueError, match=r'repeat=.beams. is not legal: it must be "interleave", "tile" or None'
+    ):
         gralora.mixed_batch(model, names, repeat="beams").__enter__()
 
 
@@ -216,7 +243,10 @@ def test_images_cut_into_patches_and_packed_sequences_are_refused_unless_told():
             return self.fc(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
     model, x = four_adapters(Patches()), torch.randn(8, 4, 16)
-    with gralora.mixed_batch(model, ROWS), pytest.raises(ValueError, match="whose the rows are can't be known"):
+    with (
+        gralora.mixed_batch(model, ROWS),
+        pytest.raises(ValueError, match="whose the rows are can't be known"),
+    ):
         model(x)
     with gralora.mixed_batch(model, ROWS, repeat="interleave"):
         y = model(x)
@@ -228,7 +258,9 @@ def test_what_cannot_be_mixed_is_refused_by_name():
 
     model = four_adapters(mlp(16, 24, 8))
     gralora.merge(model)
-    with pytest.raises(ValueError, match="'0' has an adapter merged into it, for every row alike: unmerge"):
+    with pytest.raises(
+        ValueError, match="'0' has an adapter merged into it, for every row alike: unmerge"
+    ):
         gralora.mixed_batch(model, ["a"]).__enter__()
     model = gralora.inject(mlp(16, 8), ["0"], random_config(bias="all"), adapter_name="a")
     with pytest.raises(ValueError, match="adapter 'a' trains '0.bias', a bias"):

@@ -1,4 +1,6 @@
-"""A layer that was rebuilt after inject has lost its adapter: what is missing is named before anything is written."""
+"""A layer that was rebuilt after inject has lost its adapter: what is missing is named before
+anything is written.
+"""
 
 import copy
 import pickle
@@ -26,7 +28,11 @@ def test_what_has_vanished_is_named_and_nothing_is_written(tmp_path):
     rebuilt(rebuilt(model, "q"), "mlp.0")
     for format in ("gralora", "peft", "lora"):
         with pytest.raises(
-            ValueError, match=r"4 of what adapter 'default' was injected into are there no more: q, mlp\.0, q\.bias"
+            ValueError,
+            match=(
+                r"4 of what adapter 'default' was injected into are there no more: q, mlp\.0,"
+                r" q\.bias"
+            ),
         ):
             gralora.save_adapter(model, tmp_path / "left", format=format)
         assert not (tmp_path / "left").exists()
@@ -36,10 +42,17 @@ def test_what_has_vanished_is_named_and_nothing_is_written(tmp_path):
 
 
 def test_the_record_goes_with_the_model_and_ends_with_the_adapter(tmp_path):
-    model = gralora.inject(nn.ModuleDict({"inner": mlp(16, 24, 8)})["inner"], "all-linear", random_config())
+    model = gralora.inject(
+        nn.ModuleDict({"inner": mlp(16, 24, 8)})["inner"], "all-linear", random_config()
+    )
     outer = nn.ModuleDict({"inner": model})
     gralora.inject(outer, [r"inner.2"], random_config(), adapter_name="b")
-    for other in (outer, copy.deepcopy(outer), pickle.loads(pickle.dumps(outer)), gralora.shared_copy(outer)):
+    for other in (
+        outer,
+        copy.deepcopy(outer),
+        pickle.loads(pickle.dumps(outer)),
+        gralora.shared_copy(outer),
+    ):
         gralora.save_adapter(other, tmp_path / "a")
         rebuilt(other, "inner.2")
         for name in ("default", "b"):

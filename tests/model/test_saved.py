@@ -71,7 +71,9 @@ def test_two_adapters_that_train_the_same_thing_cannot_both_be_active(options):
 
 
 class Heads(nn.Module):
-    """Saved modules used in every way but a call: iterated, indexed, through a Sequential, with buffers."""
+    """Saved modules used in every way but a call: iterated, indexed, through a Sequential, with
+    buffers.
+    """
 
     def __init__(self):
         super().__init__()
@@ -112,7 +114,9 @@ def test_buffers_of_a_saved_module_are_saved_with_it():
 
 
 def test_an_encoder_layer_that_is_saved_acts_in_eval():
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2
+    ).eval()
     model = nn.Sequential(nn.Linear(16, 16), encoder).eval()
     gralora.inject(model, ["0"], GraloraConfig(r=4, modules_to_save=["1.layers.0"]))
     state = gralora.adapter_state_dict(model)
@@ -146,7 +150,10 @@ def test_a_tie_is_kept_or_the_error_says_why_not():
         gralora.inject(model, ["c_attn"], GraloraConfig(r=4, modules_to_save=["lm_head"]))
     assert_same(fingerprint(model), before)
     gralora.inject(model, ["c_attn"], GraloraConfig(r=4, modules_to_save=["lm_head", "wte"]))
-    copies = [model.lm_head.gralora_saved["default"], model.transformer.wte.gralora_saved["default"]]
+    copies = [
+        model.lm_head.gralora_saved["default"],
+        model.transformer.wte.gralora_saved["default"],
+    ]
     assert copies[0].weight is copies[1].weight
     assert copies[0].weight is model.lm_head.weight is not model.lm_head._parameters["weight"]
 
@@ -161,7 +168,9 @@ def test_a_layer_is_adapted_or_saved_not_both():
 
 
 def test_a_saved_module_that_is_not_there_is_an_error():
-    with pytest.raises(ValueError, match=r"modules_to_save names 'heda', which this model lacks. Nearest: 'head'"):
+    with pytest.raises(
+        ValueError, match=r"modules_to_save names 'heda', which this model lacks. Nearest: 'head'"
+    ):
         gralora.inject(Block(), ["q"], GraloraConfig(r=4, modules_to_save=["heda"]))
 
 
@@ -170,7 +179,10 @@ def test_a_saved_module_that_is_not_there_is_an_error():
     [
         ("none", set()),
         ("gralora_only", {"q.bias", "v.bias"}),
-        ("all", {"q.bias", "k.bias", "v.bias", "mlp.0.bias", "mlp.2.bias", "norm.bias", "head.bias"}),
+        (
+            "all",
+            {"q.bias", "k.bias", "v.bias", "mlp.0.bias", "mlp.2.bias", "norm.bias", "head.bias"},
+        ),
     ],
 )
 def test_biases_that_are_trained(bias, names):
@@ -178,7 +190,9 @@ def test_biases_that_are_trained(bias, names):
     y = model(X)
     values = {name: p.clone() for name, p in model.named_parameters()}
     gralora.inject(model, ["q", "v"], GraloraConfig(r=4, bias=bias))
-    assert {n for n, p in model.named_parameters() if p.requires_grad and "gralora_" not in n} == names
+    assert {
+        n for n, p in model.named_parameters() if p.requires_grad and "gralora_" not in n
+    } == names
     assert {n for n in gralora.adapter_state_dict(model) if "gralora_" not in n} == names
     train_a_step(model)
     for name in names - {"k.bias"}:  # softmax does not see the bias of the keys
@@ -228,7 +242,9 @@ def test_losses_with_a_saved_head_are_those_of_peft():
 
 
 class Tied(nn.Module):
-    """An embedding whose weight the model reads for its output, without a call: what a router of calls would miss."""
+    """An embedding whose weight the model reads for its output, without a call: what a router of
+    calls would miss.
+    """
 
     def __init__(self):
         super().__init__()
@@ -245,7 +261,9 @@ def test_an_embedding_is_trained_and_saved_whole_also_where_its_weight_is_read(t
     assert same_bits(model(tokens), y)
     optimizer = torch.optim.SGD(gralora.adapter_parameters(model), lr=0.5)
     logits = model(tokens)
-    (gradient,) = torch.autograd.grad(logits.square().sum(), [model.embed.weight], retain_graph=True)
+    (gradient,) = torch.autograd.grad(
+        logits.square().sum(), [model.embed.weight], retain_graph=True
+    )
     plain = copy.deepcopy(base)
     (expected,) = torch.autograd.grad(plain(tokens).square().sum(), [plain.embed.weight])
     torch.testing.assert_close(gradient, expected)  # through the lookup and through the read
@@ -255,7 +273,9 @@ def test_an_embedding_is_trained_and_saved_whole_also_where_its_weight_is_read(t
     assert not torch.allclose(trained, y)
     assert torch.equal(model.embed._parameters["weight"], base.embed.weight)
     gralora.save_adapter(model, tmp_path / "a.safetensors")
-    assert same_bits(gralora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")(tokens), trained)
+    assert same_bits(
+        gralora.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")(tokens), trained
+    )
     with gralora.disable_adapter(model):
         assert same_bits(model(tokens), y)
     merged = gralora.merge_and_unload(copy.deepcopy(model))(tokens)

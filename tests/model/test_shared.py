@@ -31,7 +31,10 @@ X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
 
 def memory(model):
     """name -> the address of each base parameter and buffer."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     return {name: tensor.data_ptr() for name, tensor in tensors if "gralora_" not in name}
 
 
@@ -176,23 +179,34 @@ def test_two_of_them_run_and_train_in_two_threads_at_once():
     for model, losses in zip(pair(), expected):
         train(model, losses, None)
     found, barrier = [[], []], threading.Barrier(2)
-    threads = [threading.Thread(target=train, args=(m, losses, barrier)) for m, losses in zip(pair(), found)]
+    threads = [
+        threading.Thread(target=train, args=(m, losses, barrier))
+        for m, losses in zip(pair(), found)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert found == expected
-    assert len(set(found[0])) == 9 and found[0] != found[1]  # the loss of the merged model is that of the next step
+    assert (
+        len(set(found[0])) == 9 and found[0] != found[1]
+    )  # the loss of the merged model is that of the next step
     assert all(same_bits(tensor, before[name]) for name, tensor in base.state_dict().items())
 
 
 def test_convolutions_attention_and_experts():
     from ..models import Experts
 
-    model = nn.ModuleDict({"c": nn.Conv2d(4, 8, 3), "a": nn.MultiheadAttention(16, 4), "e": Experts()})
+    model = nn.ModuleDict(
+        {"c": nn.Conv2d(4, 8, 3), "a": nn.MultiheadAttention(16, 4), "e": Experts()}
+    )
     gralora.inject(model, ["c", "a", "up"], random_config())
     other = gralora.shared_copy(model)
-    inputs = {"c": (torch.randn(1, 4, 5, 5),), "a": (X, X, X), "e": (torch.randn(2, 8, dtype=torch.float64),)}
+    inputs = {
+        "c": (torch.randn(1, 4, 5, 5),),
+        "a": (X, X, X),
+        "e": (torch.randn(2, 8, dtype=torch.float64),),
+    }
     y = {name: model[name](*args) for name, args in inputs.items()}
     gralora.merge_and_unload(other)
     for name, args in inputs.items():

@@ -1,4 +1,6 @@
-"""All or nothing: a failure injected at every call and allocation leaves the model as it was, bit for bit."""
+"""All or nothing: a failure injected at every call and allocation leaves the model as it was, bit
+for bit.
+"""
 
 import copy
 import sys
@@ -22,7 +24,9 @@ class Injected(BaseException):
 
 
 class failing_at:
-    """Raise `Injected` at the `number`-th call of a function of ours, or by one of ours of a built-in one."""
+    """Raise `Injected` at the `number`-th call of a function of ours, or by one of ours of a
+    built-in one.
+    """
 
     def __init__(self, number):
         self.number, self.count = number, 0
@@ -33,9 +37,9 @@ class failing_at:
         self.count += 1
         if self.count == self.number:
             sys.setprofile(None)
-            raise Injected(
-                f"{event} in {frame.f_code.co_qualname if sys.version_info > (3, 11) else frame.f_code.co_name}"
-            )
+            code = frame.f_code
+            name = code.co_qualname if sys.version_info > (3, 11) else code.co_name
+            raise Injected(f"{event} in {name}")
 
     def __enter__(self):
         sys.setprofile(self._profile)
@@ -58,11 +62,15 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A plain model, one with adapters a (active, with a head and biases) and b, one with both merged, and a file."""
+    """A plain model, one with adapters a (active, with a head and biases) and b, one with both
+    merged, and a file.
+    """
     torch.manual_seed(0)
     plain = Net().eval()
     config = random_config(alpha=4, bias="gralora_only", modules_to_save=["head", "norm"])
-    adapted = gralora.inject(copy.deepcopy(plain), ["q", "attention", "conv"], config, adapter_name="a")
+    adapted = gralora.inject(
+        copy.deepcopy(plain), ["q", "attention", "conv"], config, adapter_name="a"
+    )
     gralora.inject(adapted, ["q", "v", "k_proj"], random_config(r=8, gralora_k=4), adapter_name="b")
     merged = copy.deepcopy(adapted)
     gralora.merge(merged, ["a", "b"])
@@ -76,7 +84,10 @@ def models(tmp_path_factory):
 
 
 OPERATIONS = {
-    "inject": ("plain", lambda m, f: gralora.inject(m, ["q", "attention", "conv"], _config(), adapter_name="a")),
+    "inject": (
+        "plain",
+        lambda m, f: gralora.inject(m, ["q", "attention", "conv"], _config(), adapter_name="a"),
+    ),
     "inject a further one": (
         "adapted",
         lambda m, f: gralora.inject(m, ["q", "k", "conv"], _config(), adapter_name="c"),
@@ -126,7 +137,9 @@ def test_a_failure_at_any_call_changes_nothing(name, models):
                     assert_same(fingerprint(model), before)
                     assert same_bits(model(X), y)
                 except AssertionError as changed:
-                    raise AssertionError(f"{injected}, point {point} of {counted.count}") from changed
+                    raise AssertionError(
+                        f"{injected}, point {point} of {counted.count}"
+                    ) from changed
             else:
                 model = copy.deepcopy(models[start])  # it was done by then
                 before = fingerprint(model)

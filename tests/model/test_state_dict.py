@@ -20,7 +20,8 @@ def test_keys_are_those_of_peft_without_its_prefix():
     ours = gralora.inject(bert(), ["query"], config)
     # PEFT calls the bias of an adapted layer by the name that its wrapper gives it
     stripped = {
-        key.removeprefix("base_model.model.").replace(".base_layer.", "."): t.shape for key, t in theirs.items()
+        key.removeprefix("base_model.model.").replace(".base_layer.", "."): t.shape
+        for key, t in theirs.items()
     }
     assert {key: t.shape for key, t in gralora.adapter_state_dict(ours).items()} == stripped
 
@@ -39,7 +40,9 @@ def test_state_dicts_are_checked_before_anything_is_copied():
     with pytest.raises(KeyError, match="unexpected: x.gralora_A"):
         gralora.load_adapter_state_dict(two, {**state, "x.gralora_A": torch.ones(1)})
     with pytest.raises(ValueError, match=r"q.gralora_A is \(1, 2\) there and \(2, 8, 4\) here"):
-        gralora.load_adapter_state_dict(two, {**partial, "q.gralora_A": torch.ones(1, 2)}, strict=False)
+        gralora.load_adapter_state_dict(
+            two, {**partial, "q.gralora_A": torch.ones(1, 2)}, strict=False
+        )
     assert_same(fingerprint(two), before)
     result = gralora.load_adapter_state_dict(two, {**partial, "z": torch.ones(1)}, strict=False)
     assert result == (["v.gralora_B"], ["z"])
@@ -54,11 +57,14 @@ def test_values_of_another_kind_are_refused(dtype):
     state = {key: tensor.to(dtype) for key, tensor in gralora.adapter_state_dict(model).items()}
     before = fingerprint(model)
     with pytest.raises(
-        ValueError, match=f"types differ, nothing was loaded: 0.gralora_A is {dtype} there and torch.float32"
+        ValueError,
+        match=f"types differ, nothing was loaded: 0.gralora_A is {dtype} there and torch.float32",
     ):
         gralora.load_adapter_state_dict(model, state)
     assert_same(fingerprint(model), before)
-    gralora.load_adapter_state_dict(model, {k: t.bfloat16() for k, t in gralora.adapter_state_dict(model).items()})
+    gralora.load_adapter_state_dict(
+        model, {k: t.bfloat16() for k, t in gralora.adapter_state_dict(model).items()}
+    )
 
 
 def test_values_that_would_tear_a_tie_are_refused_and_misfits_listed():
@@ -70,7 +76,13 @@ def test_values_that_would_tear_a_tie_are_refused_and_misfits_listed():
         gralora.load_adapter_state_dict(model, state)
     tied = "transformer.wte.weight and lm_head.weight"
     assert str(error.value) == f"{tied} are one tensor here, and differ there: nothing was loaded."
-    state = {"other": torch.zeros(1), **{key: tensor for key, tensor in state.items() if "wte" not in key}}
-    with pytest.raises(KeyError, match="missing: transformer.wte.weight; unexpected: other. strict=False passes them"):
+    state = {
+        "other": torch.zeros(1),
+        **{key: tensor for key, tensor in state.items() if "wte" not in key},
+    }
+    with pytest.raises(
+        KeyError,
+        match="missing: transformer.wte.weight; unexpected: other. strict=False passes them",
+    ):
         gralora.load_adapter_state_dict(model, state)
     assert_same(fingerprint(model), before)

@@ -1,4 +1,6 @@
-"""What training moves besides gradients: the statistics of frozen norms stay, and the base's buffers come back."""
+"""What training moves besides gradients: the statistics of frozen norms stay, and the base's
+buffers come back.
+"""
 
 import copy
 
@@ -68,7 +70,9 @@ def test_a_frozen_norm_keeps_its_statistics_while_the_adapter_trains(name, tmp_p
     gralora.save_adapter(model, tmp_path / "adapter")
     fresh = gralora.load_adapter(copy.deepcopy(base), tmp_path / "adapter")
     assert same_bits(fresh(x), y)
-    assert same_bits(fresh.train()(x), y)  # in training a frozen norm computes as it will when the adapter is used
+    assert same_bits(
+        fresh.train()(x), y
+    )  # in training a frozen norm computes as it will when the adapter is used
     gralora.unload(model).train()
     assert_same({**fingerprint(model), "hooks": {}}, {**before, "hooks": {}})
 
@@ -102,7 +106,9 @@ def test_what_else_a_forward_writes_is_the_models_and_the_bases_values_come_back
     with gralora.disable_adapter(model):
         assert same_bits(model(x), base(x))
     assert same_bits(model(x), y)
-    with pytest.warns(UserWarning, match=r"training has moved buffers that belong to no adapter.*: 1\.codes"):
+    with pytest.warns(
+        UserWarning, match=r"training has moved buffers that belong to no adapter.*: 1\.codes"
+    ):
         gralora.save_adapter(model, tmp_path / "adapter")
     merged = gralora.merge_and_unload(copy.deepcopy(model))  # keeps what the model has learned
     assert relative(merged(x), y) < 1e-5
@@ -110,7 +116,9 @@ def test_what_else_a_forward_writes_is_the_models_and_the_bases_values_come_back
     model = gralora.inject(copy.deepcopy(base), "0", random_config(modules_to_save=["1"]))
     train(model, x)
     gralora.save_adapter(model, tmp_path / "with_codes")
-    assert same_bits(gralora.load_adapter(copy.deepcopy(base), tmp_path / "with_codes")(x), model(x))
+    assert same_bits(
+        gralora.load_adapter(copy.deepcopy(base), tmp_path / "with_codes")(x), model(x)
+    )
 
 
 def test_compiled_and_merged_models_keep_still_too():
@@ -130,9 +138,13 @@ def test_convert_sync_batchnorm_does_not_lose_a_saved_module_in_silence(tmp_path
     model = gralora.inject(model_with(nn.BatchNorm1d(8)), "0", random_config(modules_to_save=["1"]))
     train(model, torch.randn(6, 8, 5))
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    with pytest.raises(ValueError, match="1 of what adapter 'default' was injected into are there no more: 1"):
+    with pytest.raises(
+        ValueError, match="1 of what adapter 'default' was injected into are there no more: 1"
+    ):
         gralora.save_adapter(converted, tmp_path / "adapter")
     gralora.save_adapter(converted, tmp_path / "adapter", allow_missing=True)
-    first = nn.SyncBatchNorm.convert_sync_batchnorm(model_with(nn.BatchNorm1d(8)))  # the other order
+    first = nn.SyncBatchNorm.convert_sync_batchnorm(
+        model_with(nn.BatchNorm1d(8))
+    )  # the other order
     gralora.inject(first, "0", random_config(modules_to_save=["1"]))
     gralora.save_adapter(first, tmp_path / "adapter")

@@ -13,7 +13,20 @@ from ..models import Experts
 
 @pytest.mark.parametrize(
     ("r", "k"),
-    [(1, 1), (2, 2), (8, 2), (32, 2), (48, 2), (64, 4), (128, 4), (3, 1), (9, 1), (66, 3), (100, 4), (65, 1)],
+    [
+        (1, 1),
+        (2, 2),
+        (8, 2),
+        (32, 2),
+        (48, 2),
+        (64, 4),
+        (128, 4),
+        (3, 1),
+        (9, 1),
+        (66, 3),
+        (100, 4),
+        (65, 1),
+    ],
 )
 def test_the_papers_rule_among_the_divisors_of_r(r, k):
     assert suggest_k(GraloraConfig(r=r, gralora_k=1)) == k
@@ -37,7 +50,10 @@ def test_the_papers_rule_among_the_divisors_of_r(r, k):
 def test_what_is_suggested_for_a_layer_is_legal_there(layer, r, k):
     assert suggest_k(layer, GraloraConfig(r=r)) == k
     gralora.inject(
-        nn.Sequential(layer), lambda name, module: name == "0", GraloraConfig(r=r, gralora_k=k), adapter_name="new"
+        nn.Sequential(layer),
+        lambda name, module: name == "0",
+        GraloraConfig(r=r, gralora_k=k),
+        adapter_name="new",
     )
 
 

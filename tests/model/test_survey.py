@@ -1,4 +1,6 @@
-"""What of a model concerns adapters, in one walk; it must agree with the walks that look for each."""
+"""What of a model concerns adapters, in one walk; it must agree with the walks that look for
+each.
+"""
 
 import copy
 
@@ -19,7 +21,9 @@ from ..models import Block, everything, llama, random_config, two_adapters
 
 
 def wrapped():
-    return nn.ModuleDict({"one": checkpoint_wrapper(gralora.inject(Block(), "all-linear", random_config()))})
+    return nn.ModuleDict(
+        {"one": checkpoint_wrapper(gralora.inject(Block(), "all-linear", random_config()))}
+    )
 
 
 def tied():
@@ -27,11 +31,15 @@ def tied():
     return gralora.inject(model, ["v_proj"], random_config(), adapter_name="b")
 
 
-@pytest.mark.parametrize("make", [everything, two_adapters, wrapped, tied, Block], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [everything, two_adapters, wrapped, tied, Block], ids=lambda make: make.__name__
+)
 def test_it_finds_what_the_other_walks_find(make):
     model, found = make(), survey(make())
     assert [name for name, _ in found.layers] == [name for name, _ in gralora_layers(model)]
-    assert sorted(name for name, _ in found.saved) == sorted(name for name, _ in saved_modules(model))
+    assert sorted(name for name, _ in found.saved) == sorted(
+        name for name, _ in saved_modules(model)
+    )
     assert sorted(key for key, _ in found.biases) == sorted(key for key, _, _ in bias_swaps(model))
     named = [name for _, layer in gralora_layers(model) for name in layer.gralora_adapters]
     named += [name for _, module in saved_modules(model) for name in module.gralora_saved]
@@ -43,9 +51,16 @@ def test_it_finds_what_the_other_walks_find(make):
 
 def test_what_has_been_rebuilt_is_gone():
     model = nn.Sequential(Block(), Block())
-    gralora.inject(model[1], ["q", "v"], random_config(modules_to_save=["head"], bias="gralora_only"), adapter_name="x")
+    gralora.inject(
+        model[1],
+        ["q", "v"],
+        random_config(modules_to_save=["head"], bias="gralora_only"),
+        adapter_name="x",
+    )
     model[1].q, model[1].head = nn.Linear(16, 16), nn.Linear(16, 4)
-    assert survey(model).gone("x") == vanished(model, ["x"]) and {"1.q", "1.head"} <= set(survey(model).gone("x"))
+    assert survey(model).gone("x") == vanished(model, ["x"]) and {"1.q", "1.head"} <= set(
+        survey(model).gone("x")
+    )
 
 
 def test_what_a_rebuilt_module_still_carries_is_lost_and_its_adapter_known():
@@ -54,7 +69,9 @@ def test_what_a_rebuilt_module_still_carries_is_lost_and_its_adapter_known():
     rebuilt = nn.SyncBatchNorm.convert_sync_batchnorm(norm)  # which takes the children along
     found = survey(rebuilt)
     assert (len(found.lost), found.saved, found.only_adapters) == (1, [], False)
-    assert found.gone("default") == ["1"] and found.names() == known_adapters(rebuilt) == ["default"]
+    assert found.gone("default") == ["1"] and found.names() == known_adapters(rebuilt) == [
+        "default"
+    ]
     with pytest.warns(UserWarning, match="1: adapted once, and there no more"):
         gralora.set_adapter(rebuilt, "default")
 
@@ -85,7 +102,9 @@ def test_the_short_way_leaves_the_model_as_the_long_one_does(names, trainable, m
     long = copy.deepcopy(short)
     assert survey(short).only_adapters
     gralora.set_adapter(short, names, trainable=trainable)
-    monkeypatch.setattr("gralora.model.control.survey", lambda model: survey(model)._replace(only_adapters=False))
+    monkeypatch.setattr(
+        "gralora.model.control.survey", lambda model: survey(model)._replace(only_adapters=False)
+    )
     gralora.set_adapter(long, names, trainable=trainable)
     for (name, one), (_, other) in zip(gralora_layers(short), gralora_layers(long), strict=True):
         here, there = one.gralora_adapters, other.gralora_adapters
@@ -101,10 +120,14 @@ def test_the_short_way_leaves_the_model_as_the_long_one_does(names, trainable, m
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_scripted_part_is_walked_over():
-    model = gralora.inject(nn.ModuleDict({"fc": nn.Linear(4, 4)}), ["fc"], random_config(bias="all"))
+    model = gralora.inject(
+        nn.ModuleDict({"fc": nn.Linear(4, 4)}), ["fc"], random_config(bias="all")
+    )
     model["jit"] = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match=r"the bias of 'jit.0' is in TorchScript"):
         gralora.inject(model, ["fc"], random_config(bias="all"), adapter_name="b")
     gralora.inject(model, ["fc"], random_config(bias="gralora_only"), adapter_name="b")
     gralora.set_adapter(model, "b")
-    assert gralora.adapter_names(model) == ["default", "b"] and gralora.active_adapters(model) == {"b": 1.0}
+    assert gralora.adapter_names(model) == ["default", "b"] and gralora.active_adapters(model) == {
+        "b": 1.0
+    }

@@ -29,7 +29,10 @@ def adapted(model):
         (("q",), ["q"]),
         ({"v", "q"}, ["q", "v"]),
         ("all-linear", ["q", "k", "v", "mlp.0", "mlp.2", "head"]),
-        (lambda name, module: isinstance(module, nn.Linear) and module.out_features == 32, ["mlp.0"]),
+        (
+            lambda name, module: isinstance(module, nn.Linear) and module.out_features == 32,
+            ["mlp.0"],
+        ),
     ],
 )
 def test_every_form_of_target(targets, expected):
@@ -40,18 +43,27 @@ def test_every_form_of_target(targets, expected):
 def test_a_mapping_gives_each_layer_its_own_config_and_the_first_match_wins():
     small, large = GraloraConfig(r=2, gralora_k=1), GraloraConfig(r=8, gralora_k=4)
     model = gralora.inject(
-        Block(), {"q|k": small, ("k", "v"): large, "all-linear": None}, GraloraConfig(r=6, gralora_k=2)
+        Block(),
+        {"q|k": small, ("k", "v"): large, "all-linear": None},
+        GraloraConfig(r=6, gralora_k=2),
     )
-    ranks = {name: layer.gralora_adapters["default"].config.r for name, layer in gralora_layers(model)}
+    ranks = {
+        name: layer.gralora_adapters["default"].config.r for name, layer in gralora_layers(model)
+    }
     assert ranks == {"q": 2, "k": 2, "v": 8, "mlp.0": 6, "mlp.2": 6, "head": 6}
 
 
 def test_none_falls_back_to_the_config_then_to_the_architecture():
     assert adapted(gralora.inject(Block(), None, GraloraConfig(r=4, target_modules=["k"]))) == ["k"]
-    assert adapted(gralora.inject(Block(), config=GraloraConfig(r=4, target_modules="all-linear")))[-1] == "head"
+    assert (
+        adapted(gralora.inject(Block(), config=GraloraConfig(r=4, target_modules="all-linear")))[-1]
+        == "head"
+    )
     assert all(name.endswith(("query", "value")) for name in adapted(gralora.inject(bert())))
     assert all(name.endswith("c_attn") for name in adapted(gralora.inject(gpt2())))
-    with pytest.raises(ValueError, match=r"no targets given, and this model has no config\.model_type"):
+    with pytest.raises(
+        ValueError, match=r"no targets given, and this model has no config\.model_type"
+    ):
         gralora.inject(Block())
     other = bert()
     other.config.model_type = "unheard-of"
@@ -69,7 +81,9 @@ def test_exclusion_by_regex_and_by_list():
 def test_all_linear_leaves_out_the_output_head_tied_or_not():
     for make in (gpt2, llama):
         for tie in (True, False):
-            names = adapted(gralora.inject(make(tie_word_embeddings=tie), "all-linear", GraloraConfig(r=4)))
+            names = adapted(
+                gralora.inject(make(tie_word_embeddings=tie), "all-linear", GraloraConfig(r=4))
+            )
             assert names and "lm_head" not in names
 
     class Wrapped(nn.Module):
@@ -83,7 +97,11 @@ def test_all_linear_leaves_out_the_output_head_tied_or_not():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embedding, self.body, self.out = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 10, bias=False)
+            self.embedding, self.body, self.out = (
+                nn.Embedding(10, 8),
+                nn.Linear(8, 8),
+                nn.Linear(8, 10, bias=False),
+            )
             self.out.weight = self.embedding.weight
 
     assert adapted(gralora.inject(Tied(), "all-linear", GraloraConfig(r=2))) == ["body"]
@@ -106,17 +124,26 @@ def test_a_module_reached_by_two_paths_is_adapted_once_whichever_is_named():
 
 def test_one_error_names_every_offender_and_the_legal_values_of_k():
     model = nn.ModuleDict(
-        {"a": nn.Linear(100, 36), "b": nn.Linear(9, 12), "c": nn.LayerNorm(4), "d": nn.Linear(12, 12)}
+        {
+            "a": nn.Linear(100, 36),
+            "b": nn.Linear(9, 12),
+            "c": nn.LayerNorm(4),
+            "d": nn.Linear(12, 12),
+        }
     )
     with pytest.raises(ValueError, match="'a'") as error:
         gralora.inject(model, ["a", "b", "c", "d"], GraloraConfig(r=12, gralora_k=3))
     lines = str(error.value).split("\n")
     assert (
-        lines[0] == "gralora_k=3 does not divide in_features=100 of 'a' (r=12). Legal here: 1, 2, 4. suggest_k gives 2."
+        lines[0]
+        == "gralora_k=3 does not divide in_features=100 of 'a' (r=12). Legal here: 1, 2, 4."
+        " suggest_k gives 2."
     )
     assert lines[1].startswith("'c' is a LayerNorm")
     assert len(lines) == 2
-    with pytest.raises(ValueError, match=r"in_features=9 and out_features=14 of '' \(r=8\)\. Legal here: 1\."):
+    with pytest.raises(
+        ValueError, match=r"in_features=9 and out_features=14 of '' \(r=8\)\. Legal here: 1\."
+    ):
         gralora.inject(nn.Linear(9, 14), "", GraloraConfig(r=8, gralora_k=4))
 
 
@@ -130,7 +157,12 @@ class WithWeight(nn.Module):
 
 def test_a_regular_expression_and_a_function_are_filters():
     layers = [nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)) for _ in range(2)]
-    for targets in (".*", r"layers\.1.*", lambda name, module: name.startswith("layers.1"), {r"layers\.1.*": None}):
+    for targets in (
+        ".*",
+        r"layers\.1.*",
+        lambda name, module: name.startswith("layers.1"),
+        {r"layers\.1.*": None},
+    ):
         model = nn.ModuleDict({"layers": nn.ModuleList(copy.deepcopy(layers))})
         gralora.inject(model, targets, GraloraConfig(r=2))
         assert adapted(model)[-2:] == ["layers.1.0", "layers.1.2"]
@@ -138,7 +170,14 @@ def test_a_regular_expression_and_a_function_are_filters():
 
 
 def test_what_a_filter_takes_and_holds_weights_that_cannot_be_adapted_is_named_with_the_ways_out():
-    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "inner": WithWeight(), "rnn": nn.LSTM(4, 4)})
+    model = nn.ModuleDict(
+        {
+            "fc": nn.Linear(4, 4),
+            "norm": nn.LayerNorm(4),
+            "inner": WithWeight(),
+            "rnn": nn.LSTM(4, 4),
+        }
+    )
     with pytest.raises(ValueError) as error:
         gralora.inject(model, ".*", GraloraConfig(r=2))
     first, second, third = str(error.value).splitlines()
@@ -153,16 +192,25 @@ def test_what_a_filter_takes_and_holds_weights_that_cannot_be_adapted_is_named_w
 def test_a_filter_that_takes_nothing_adaptable_and_a_list_that_names_it_are_errors():
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)]), "act": nn.ReLU()})
     with pytest.raises(
-        ValueError, match=r"targets='layers\|act' match nothing that can be adapted.*Nearest names: 'layers\.0'"
+        ValueError,
+        match=(
+            r"targets='layers\|act' match nothing that can be adapted.*Nearest names: 'layers\.0'"
+        ),
     ):
         gralora.inject(model, "layers|act", GraloraConfig(r=2))
-    with pytest.raises(ValueError, match=r"'act' is a ReLU \(torch.nn.modules.activation.ReLU\); adaptable are"):
+    with pytest.raises(
+        ValueError, match=r"'act' is a ReLU \(torch.nn.modules.activation.ReLU\); adaptable are"
+    ):
         gralora.inject(model, ["layers.0", "act"], GraloraConfig(r=2))
 
 
 def test_no_match_shows_the_nearest_names():
-    with pytest.raises(ValueError, match=r"targets='encoder\.querry' match no module.*'encoder\.query'"):
-        gralora.inject(nn.ModuleDict({"encoder": nn.ModuleDict({"query": nn.Linear(4, 4)})}), "encoder.querry")
+    with pytest.raises(
+        ValueError, match=r"targets='encoder\.querry' match no module.*'encoder\.query'"
+    ):
+        gralora.inject(
+            nn.ModuleDict({"encoder": nn.ModuleDict({"query": nn.Linear(4, 4)})}), "encoder.querry"
+        )
     with pytest.raises(ValueError, match="'mlp.0'"):
         gralora.inject(Block(), ["mlp.9"])
     with pytest.raises(ValueError, match="this model has none of nn.Linear"):
@@ -173,7 +221,9 @@ def test_no_match_shows_the_nearest_names():
     with pytest.raises(ValueError) as error:
         gralora.inject(Block(), {"querry_mlp.9": None, r"heads": None})
     text = str(error.value)
-    assert text.startswith("targets=['querry_mlp.9', 'heads'] match no module of this model. Nearest names: ")
+    assert text.startswith(
+        "targets=['querry_mlp.9', 'heads'] match no module of this model. Nearest names: "
+    )
     assert text.endswith("'head'.") and text.count("; ") == 1
 
 
@@ -222,7 +272,9 @@ def test_a_conv1d_is_known_by_its_name_and_shape():
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(3, 4, 5))
 
-    with pytest.raises(ValueError, match=r"weight of shape \(3, 4, 5\), where a Conv1D has \(nx, nf\)"):
+    with pytest.raises(
+        ValueError, match=r"weight of shape \(3, 4, 5\), where a Conv1D has \(nx, nf\)"
+    ):
         gralora.inject(Conv1D(), "")
     assert isinstance(gralora.inject(nn.Conv1d(4, 4, 3), ""), nn.Conv1d)
 
@@ -231,7 +283,10 @@ def test_adapters_are_no_targets():
     model = gralora.inject(mlp(8, 8), "all-linear", GraloraConfig(r=2))
     seen = []
     gralora.inject(
-        model, lambda name, module: bool(seen.append(name)) or name == "0", GraloraConfig(r=2), adapter_name="b"
+        model,
+        lambda name, module: bool(seen.append(name)) or name == "0",
+        GraloraConfig(r=2),
+        adapter_name="b",
     )
     assert not any("gralora_" in name for name in seen)
 
@@ -242,7 +297,10 @@ def test_errors_say_no_more_and_no_less():
         (
             (GraloraConfig(),),
             TypeError,
-            "targets is a GraloraConfig: call inject(model, targets, config), or inject(model, config=config).",
+            (
+                "targets is a GraloraConfig: call inject(model, targets, config), or inject(model,"
+                " config=config)."
+            ),
         ),
     ):
         with pytest.raises(error) as raised:
@@ -252,12 +310,18 @@ def test_errors_say_no_more_and_no_less():
     with pytest.raises(ValueError) as raised:
         gralora.inject(model, ["0", "1", "2"], GraloraConfig(r=4, gralora_k=4))
     first, second, third = str(raised.value).split("\n")  # one does not hide the next
-    assert first == "'0' is a transposed convolution of 2 groups; only those of one group can be adapted."
+    assert (
+        first
+        == "'0' is a transposed convolution of 2 groups; only those of one group can be adapted."
+    )
     assert (
         second
-        == "gralora_k=4 does not divide in_features=6 and out_features=6 of '1' (r=4). Legal here: 1, 2. suggest_k gives 2."
+        == "gralora_k=4 does not divide in_features=6 and out_features=6 of '1' (r=4). Legal here:"
+        " 1, 2. suggest_k gives 2."
     )
-    assert third.startswith("'2' is a ReLU (torch.nn.modules.activation.ReLU); adaptable are nn.Linear, ")
+    assert third.startswith(
+        "'2' is a ReLU (torch.nn.modules.activation.ReLU); adaptable are nn.Linear, "
+    )
 
 
 def test_the_nearest_names():
@@ -270,7 +334,9 @@ def test_the_nearest_names():
     )
     assert "'layers.0.attn.q_proj'" in nearest("some.other.way.of.naming.it.q_prj", known)
     assert nearest("fcc", known) == "'fc'"
-    assert nearest("@@@", known) == "'layers.0.attn.q_proj', 'layers.0.attn.k_proj', 'layers.0.attn.o'"
+    assert (
+        nearest("@@@", known) == "'layers.0.attn.q_proj', 'layers.0.attn.k_proj', 'layers.0.attn.o'"
+    )
     assert nearest("q_poj", ["a.b.q_proj", "c.d.zzz"]) == "'a.b.q_proj'"
 
 
@@ -281,9 +347,13 @@ def test_warnings_point_at_the_caller_and_name_a_few():
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         with pytest.raises(ValueError, match="match no module"):
-            gralora.inject(Block(), ["absent", "gone"], GraloraConfig(r=2))  # an error needs no warning beside it
+            gralora.inject(
+                Block(), ["absent", "gone"], GraloraConfig(r=2)
+            )  # an error needs no warning beside it
     assert not record
-    with pytest.warns(UserWarning, match="the layout of q, k, v and 3 more; the layout is read") as record:
+    with pytest.warns(
+        UserWarning, match="the layout of q, k, v and 3 more; the layout is read"
+    ) as record:
         gralora.inject(Block(), "all-linear", GraloraConfig(r=2, fan_in_fan_out=True))
     assert [each.filename for each in record] == [__file__]
 
@@ -297,9 +367,9 @@ def test_defaults_by_a_config_that_is_a_mapping():
     model.config = {"model_type": "new"}
     with pytest.raises(ValueError) as error:
         gralora.inject(model, config=GraloraConfig(r=2))
-    assert "model_type='new' has no default" in str(error.value) and " bart, beit, bert, biogpt, blip-2, " in str(
+    assert "model_type='new' has no default" in str(
         error.value
-    )
+    ) and " bart, beit, bert, biogpt, blip-2, " in str(error.value)
 
 
 def test_long_lists_are_shortened_where_that_is_shorter():

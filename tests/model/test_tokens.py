@@ -26,16 +26,22 @@ def logits(model, tokens=TOKENS):
 
 
 def trained(base, tokens=NEW, name="default", **config):
-    model = gralora.inject(base, ["q_proj"], random_config(trainable_token_indices=tokens, **config), adapter_name=name)
+    model = gralora.inject(
+        base, ["q_proj"], random_config(trainable_token_indices=tokens, **config), adapter_name=name
+    )
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith(f".{name}.trainable_tokens"):
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+                )
     return model.eval()
 
 
 def rows(model, name="default"):
-    return next(p for key, p in model.named_parameters() if key.endswith(f"{name}.trainable_tokens"))
+    return next(
+        p for key, p in model.named_parameters() if key.endswith(f"{name}.trainable_tokens")
+    )
 
 
 def by_hand(base, model, tied):
@@ -60,7 +66,9 @@ def test_the_rows_are_trained_whole_and_a_tied_head_follows(tied):
     assert relative(logits(model), logits(by_hand(base, model, tied))) < 1e-5
     assert relative(logits(model), logits(base)) > 1e-2
     assert rows(model).shape == (3, 32)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad and p.shape == (3, 32)) == 96
+    assert (
+        sum(p.numel() for p in model.parameters() if p.requires_grad and p.shape == (3, 32)) == 96
+    )
     model.train()(TOKENS).logits.square().sum().backward()
     assert rows(model).grad.abs().amax(1).all() and model.get_input_embeddings().weight.grad is None
     with gralora.disable_adapter(model):
@@ -86,8 +94,15 @@ def test_peft_computes_the_same_and_reads_our_folder(tied, tmp_path):
     model = trained(copy.deepcopy(base))
     gralora.save_adapter(model, tmp_path / "lora", format="lora")
     assert relative(logits(in_peft(base, tmp_path / "lora")), logits(model)) < 1e-5
-    assert relative(logits(gralora.load_adapter(copy.deepcopy(base), tmp_path / "lora")), logits(model)) < 1e-5
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=NEW, init_lora_weights=False)
+    assert (
+        relative(
+            logits(gralora.load_adapter(copy.deepcopy(base), tmp_path / "lora")), logits(model)
+        )
+        < 1e-5
+    )
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices=NEW, init_lora_weights=False
+    )
     theirs = quietly(peft.get_peft_model, copy.deepcopy(base), config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -95,7 +110,10 @@ def test_peft_computes_the_same_and_reads_our_folder(tied, tmp_path):
                 parameter.add_(1.0)
     quietly(theirs.save_pretrained, tmp_path / "theirs")
     ours = gralora.load_adapter(copy.deepcopy(base), tmp_path / "theirs").eval()
-    assert relative(logits(ours), logits(theirs)) < 1e-5 and relative(logits(ours), logits(base)) > 1e-2
+    assert (
+        relative(logits(ours), logits(theirs)) < 1e-5
+        and relative(logits(ours), logits(base)) > 1e-2
+    )
 
 
 def test_the_own_file_holds_these_rows_alone(tmp_path):
@@ -115,10 +133,21 @@ def test_the_own_file_holds_these_rows_alone(tmp_path):
     base.save_pretrained(tmp_path / "base")
     base.model.embed_tokens = nn.Embedding(16, 32)
     with pytest.raises(
-        gralora.AdapterFileError, match=r"token 17 is out of range: 'model.embed_tokens' has tokens 0 to 15"
+        gralora.AdapterFileError,
+        match=r"token 17 is out of range: 'model.embed_tokens' has tokens 0 to 15",
     ):
         gralora.load_adapter(base, tmp_path / "a.safetensors")
-    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "a.safetensors"), str(tmp_path / "merged")]) == 0
+    assert (
+        main(
+            [
+                "merge",
+                str(tmp_path / "base"),
+                str(tmp_path / "a.safetensors"),
+                str(tmp_path / "merged"),
+            ]
+        )
+        == 0
+    )
     merged = type(base).from_pretrained(tmp_path / "merged").eval()
     assert relative(logits(merged), logits(model)) < 1e-5
     in_memory = gralora.merge_and_unload(copy.deepcopy(model))
@@ -131,7 +160,9 @@ def test_after_resizing_with_new_tokens():
     model = llama(tie_word_embeddings=True)
     quietly(model.resize_token_embeddings, 70)
     base = copy.deepcopy(model)
-    gralora.inject(model, ["q_proj"], GraloraConfig(r=4, trainable_token_indices=list(range(64, 70))))
+    gralora.inject(
+        model, ["q_proj"], GraloraConfig(r=4, trainable_token_indices=list(range(64, 70)))
+    )
     tokens = torch.arange(60, 70)[None]
     optimizer = torch.optim.AdamW(gralora.adapter_parameters(model), lr=0.1, weight_decay=0.1)
     first = None
@@ -143,7 +174,10 @@ def test_after_resizing_with_new_tokens():
         optimizer.step()
     assert loss.item() < first
     assert len(optimizer.state) == len(gralora.adapter_parameters(model))
-    assert sum(s["exp_avg"].numel() for s in optimizer.state.values() if s["exp_avg"].shape == (6, 32)) == 6 * 32
+    assert (
+        sum(s["exp_avg"].numel() for s in optimizer.state.values() if s["exp_avg"].shape == (6, 32))
+        == 6 * 32
+    )
     weight = model.get_input_embeddings()._parameters["weight"]
     assert torch.equal(weight, base.get_input_embeddings().weight)
 
@@ -162,7 +196,11 @@ def test_several_adapters_rows_of_a_batch_copies_and_pickles():
     assert relative(mixed[0], each["b"][0]) < 1e-5 and relative(mixed[1], each["a"][1]) < 1e-5
     assert relative(each["a"], each["b"]) > 1e-2
     gralora.set_adapter(model, "a")
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), gralora.shared_copy(model)):
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        gralora.shared_copy(model),
+    ):
         with torch.no_grad():
             rows(other, "a").add_(1.0)
         assert relative(logits(other), each["a"]) > 1e-2
@@ -200,7 +238,9 @@ class Reader(nn.Module):
         return F.linear(self.mid(self.embedding(x)), self.embedding.weight)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # dynamo's own look
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_embedding_with_a_forward_of_its_own_and_whoever_reads_its_weight(compiled):
     torch.manual_seed(0)
@@ -216,17 +256,24 @@ def test_an_embedding_with_a_forward_of_its_own_and_whoever_reads_its_weight(com
     run(x).square().sum().backward()
     base(x).square().sum().backward()
     head_only = torch.autograd.grad(
-        F.linear(base.mid(base.embedding(x)).detach(), base.embedding.weight).square().sum(), base.embedding.weight
+        F.linear(base.mid(base.embedding(x)).detach(), base.embedding.weight).square().sum(),
+        base.embedding.weight,
     )[0]
     assert relative(rows(model).grad[0], base.embedding.weight.grad[3]) < 1e-12
-    assert relative(rows(model).grad[1], head_only[2]) < 1e-12  # padding is trained by the head alone
+    assert (
+        relative(rows(model).grad[1], head_only[2]) < 1e-12
+    )  # padding is trained by the head alone
     with gralora.mixed_batch(model, [None, "default"]):
         rows_of_two = model.embedding(x[:2])
-        with pytest.raises(ValueError, match="'weight' of a Scaled that adapters train is read by another module"):
+        with pytest.raises(
+            ValueError, match="'weight' of a Scaled that adapters train is read by another module"
+        ):
             model(x)
     untrained = Scaled(12, 8).double()
     untrained.load_state_dict({"weight": model.embedding._parameters["weight"]})
-    assert torch.equal(rows_of_two[0], untrained(x[0])) and torch.equal(rows_of_two[1], model.embedding(x[1]))
+    assert torch.equal(rows_of_two[0], untrained(x[0])) and torch.equal(
+        rows_of_two[1], model.embedding(x[1])
+    )
     assert relative(rows_of_two[1], untrained(x[1])) > 1e-2
     assert model.embedding.weight is model.embedding._parameters["weight"]  # outside of any forward
 
@@ -243,18 +290,31 @@ def test_bad_input_is_refused_by_name():
             ValueError,
             "names 'lm_head', a Linear. Legal are embeddings .'model.embed_tokens'.; a head",
         ),
-        ({"wte": [1]}, ValueError, "names 'wte', which this model lacks. Its embeddings: 'model.embed_tokens'"),
+        (
+            {"wte": [1]},
+            ValueError,
+            "names 'wte', which this model lacks. Its embeddings: 'model.embed_tokens'",
+        ),
     ):
         model = llama()
         with pytest.raises(error, match=why):
             gralora.inject(model, ["q_proj"], GraloraConfig(r=4, trainable_token_indices=tokens))
         assert not any("gralora" in name for name, _ in model.named_parameters())
     both = GraloraConfig(r=4, trainable_token_indices=[1])
-    for targets, more in ((["embed_tokens"], {}), (["q_proj"], {"modules_to_save": ["embed_tokens"]})):
+    for targets, more in (
+        (["embed_tokens"], {}),
+        (["q_proj"], {"modules_to_save": ["embed_tokens"]}),
+    ):
         with pytest.raises(ValueError, match="adapted or in modules_to_save as well: one of them"):
-            gralora.inject(llama(), targets, GraloraConfig(r=4, trainable_token_indices=[1], **more))
-    with pytest.raises(ValueError, match="which embedding it means can't be known; there are: '0', '1'"):
-        gralora.inject(nn.Sequential(nn.Embedding(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4)), ["2"], both)
+            gralora.inject(
+                llama(), targets, GraloraConfig(r=4, trainable_token_indices=[1], **more)
+            )
+    with pytest.raises(
+        ValueError, match="which embedding it means can't be known; there are: '0', '1'"
+    ):
+        gralora.inject(
+            nn.Sequential(nn.Embedding(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4)), ["2"], both
+        )
     assert gpt2().get_input_embeddings().num_embeddings == 64
     model = gralora.inject(gpt2(), ["c_attn"], both)
     assert isinstance(model.transformer.wte.gralora_saved["default"], TokenRows)

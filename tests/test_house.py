@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "gralora"
 FOLDERS = ["maths", "engines", "layers", "model", "files", "integrations"]  # from the ground up
-ANYONE = {"gralora.config", "gralora.version"}
+ANYONE = {"gralora.config", "gralora.torch_internals", "gralora.version"}
 DEPENDENCIES = {"gralora", "torch", "einops", "safetensors"}
 
 TREES = {
@@ -51,7 +51,10 @@ def library_imports(module: str) -> Iterator[tuple[str, str, str]]:
 
 def test_every_file_is_in_one_of_the_folders_or_beside_them():
     beside = {path.name for path in ROOT.iterdir() if path.is_file()}
-    assert beside == {"__init__.py", "__main__.py", "config.py", "version.py", "py.typed"}
+    assert beside == {
+        *("__init__.py", "__main__.py", "config.py", "py.typed", "torch_internals.py"),
+        "version.py",
+    }
     assert {
         path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"
     } == set(FOLDERS)

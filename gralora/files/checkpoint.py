@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,19 +35,25 @@ from gralora.layers.base import GraloraLayer, Spot, gralora_layers
 from gralora.layers.class_change import join
 from gralora.layers.loading import FACTORS
 from gralora.layers.pending import set_trained
+from gralora.model.biases import adapted_biases
 from gralora.model.hotswap import placed
+from gralora.model.index import known_adapters, missing
 from gralora.model.inject import Plan, install
-from gralora.model.record import vanished
-from gralora.model.saved import SavedModule, bias_swaps, is_bias, saved_modules, units
+from gralora.model.saved import SavedModule, is_bias, saved_biases, saved_modules, units
 from gralora.model.state import (
     adapter_keys,
     all_or_nothing,
     check_known,
-    known_adapters,
     named_adapter_parameters,
 )
-from gralora.model.state_dict import adapter_state_dict, live_tensors, load_adapter_state_dict, torn
-from gralora.model.statistics import moved_buffers
+from gralora.model.state_dict import (
+    Load,
+    adapter_state_dict,
+    live_tensors,
+    prepared_load,
+    torn,
+    write_values,
+)
 from gralora.model.targets import Names, Target, nearest, shorten, unfit
 from gralora.model.tokens import check_tokens
 
@@ -130,8 +136,8 @@ PIPELINES = ("diffusers", "kohya")
 
 
 def _check_there(model: nn.Module, adapter_name: str, allow_missing: bool) -> None:
-    """Raise unless the model has all of the adapter; warn of what moved without being in it."""
-    gone = vanished(model, [adapter_name])
+    """Raise unless the model has all of the adapter."""
+    gone = missing(model, [adapter_name])
     if gone and not allow_missing:
         raise ValueError(
             f"{len(gone)} of what adapter {adapter_name!r} was injected into are there no more:"
@@ -139,14 +145,6 @@ def _check_there(model: nn.Module, adapter_name: str, allow_missing: bool) -> No
             " inject. allow_missing=True writes what is left."
         )
     check_known(model, adapter_name)
-    moved = moved_buffers(model)
-    if moved:
-        warnings.warn(
-            "training has moved buffers that belong to no adapter, and are not in the file:"
-            f" {shorten(moved)}. Modules that are to learn whole belong in modules_to_save.",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def to_lora(
@@ -185,15 +183,19 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
     check_whole(model)
     tensors = adapter_state_dict(model, adapter_name)
     _check_shapes(layers, adapter_name, tensors)
+    only_biases = saved_biases(model, adapter_name)
+    copies = [join(path, name) for path, (_, names) in only_biases.items() for name in names]
     config = getattr(model, "config", None)
     origin = getattr(config, "_name_or_path", None)
     return AdapterFile(
         tensors=tensors,
         configs={name: layer.gralora_adapters[adapter_name].config for name, layer in layers},
         modules_to_save=[
-            name for name, saved in saved_modules(model) if _has_own(saved, adapter_name)
+            name
+            for name, saved in saved_modules(model)
+            if _has_own(saved, adapter_name) and name not in only_biases
         ],
-        biases=[key for key, _, swap in bias_swaps(model) if adapter_name in swap.names],
+        biases=[*adapted_biases(model, adapter_name), *copies],
         base={name: _base_of(layer.spot) for name, layer in layers},
         module_names=[name for name, _ in named_modules(model) if "gralora_" not in name],
         base_name=origin if isinstance(origin, str) and origin else None,
@@ -273,30 +275,33 @@ def load_adapter(
     else:
         parts = [(model, _in_names_of(model, file))]
     plans = [_plan(module, own) for module, own in parts]
-    with ExitStack() as stack:
-        for (module, own), plan in zip(parts, plans, strict=True):
-            _warn_of_another_base(source, plan, own)
-            stack.enter_context(all_or_nothing(module))
-        for (module, own), plan in zip(parts, plans, strict=True):
-            _load(source, module, own, plan, adapter_name, trainable)
+    for (_, own), plan in zip(parts, plans, strict=True):
+        _warn_of_another_base(source, plan, own)
+    with all_or_nothing(*(module for module, _ in parts)):
+        loads = [
+            _prepared(source, module, own, plan, adapter_name, trainable)
+            for (module, own), plan in zip(parts, plans, strict=True)
+        ]
+        write_values(loads)
     return model
 
 
-def _load(
+def _prepared(
     source: Path,
     model: nn.Module,
     file: AdapterFile,
     plan: Plan,
     adapter_name: str,
     trainable: bool,
-) -> None:
+) -> Load:
+    """Make the adapter ready for the file's values, and check these; none is copied yet."""
     try:
         values = file.tensors
         if adapter_name in known_adapters(model):
             values = _swapped(model, file, adapter_name, trainable)
         else:
             install(model, plan, adapter_name, trainable=trainable)
-        load_adapter_state_dict(model, values, adapter_name)
+        return prepared_load(model, values, adapter_name)
     except (KeyError, ValueError) as error:
         raise AdapterFileError(f"{source} does not fit this model: {error.args[0]}") from error
 
@@ -368,13 +373,19 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
             check_tokens(name, module, indices, "any")
         except ValueError as error:
             raise AdapterFileError(str(error)) from error
-    biases = {}
+    biases: dict[str, tuple[nn.Module, list[str]]] = {}
     for key in file.biases:
-        owner = module_at(key.rpartition(".")[0])
-        parameter = key.rpartition(".")[2]
+        path, _, parameter = key.rpartition(".")
+        owner = module_at(path)
         if not is_bias(parameter) or owner._parameters.get(parameter) is None:
-            raise AdapterFileError(f"the file holds {key!r}, which is no bias of this model.")
-        biases[key] = owner, parameter
+            raise AdapterFileError(f"the file holds {key!r}, which is not a bias of this model.")
+        own = [t for t in targets if t.map.bias_place == (owner, parameter)]
+        targets = [
+            replace(t, config=replace(t.config, bias="gralora_only")) if t in own else t
+            for t in targets
+        ]
+        if not own:
+            biases.setdefault(path, (owner, []))[1].append(parameter)
     parameters = {
         join(name, key): p for name, unit in saved.items() for key, p in unit.named_parameters()
     }
@@ -443,6 +454,7 @@ def _swapped(
             f" {shorten(sorted(others))}. Delete it first, or load under another name."
         )
     values = dict(file.tensors)
+    zeroed = [here[name] for name in lacking]
     for name, adapters in here.items():
         adapter = adapters[adapter_name]
         keys = list(adapter_keys(name, dict.fromkeys(FACTORS)))
@@ -464,6 +476,9 @@ def _swapped(
             {key: value for key, value in zip(keys, found[0], strict=True) if value is not None}
         )
         _keep_or_replace_config(adapter, found[1])
+    for key, layers in adapted_biases(model, adapter_name).items():
+        if all(layer.gralora_adapters in zeroed for layer in layers):
+            values[key] = layers[0].map.base_bias
     for parameter in named_adapter_parameters(model, adapter_name).values():
         set_trained(parameter, trainable)
     return values

@@ -13,14 +13,12 @@ from typing import Any, cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules import module as _all
 
 from gralora.config import GraloraConfig, legal_k
 from gralora.engines.distributed import copy_into, is_spread, spread_like, spread_update, whole
 from gralora.engines.offload import HOOK, bring_back
 from gralora.layers.class_change import LOADED
-from gralora.layers.pending import check_unchanged
-from gralora.layers.scope import OFF, Only, Switchable
+from gralora.layers.scope import Mode, Only, Rows, Switchable
 from gralora.maths import functional
 from gralora.maths.functional import Tensors
 from gralora.maths.starts import orthonormal_rows
@@ -29,15 +27,18 @@ MERGED = ".merged"
 FULL = (torch.float32, torch.float64)
 _told: ContextVar[bool] = ContextVar("gralora_told", default=False)
 Update = Callable[[Tensor, Tensors, float, float], Tensor]
+Shares = tuple[tuple["GraloraAdapter", float], ...]
 
 
 class GraloraAdapter(nn.Module):
     """One GraLoRA pair, and with `hybrid_r` the plain LoRA pair beside it, for one linear map.
 
     Shapes: A (k, in / k, r), B (k, r, out / k), A_general (hybrid_r, in), B_general (out,
-    hybrid_r); with `copies`, that many of each, on a leading axis.
+    hybrid_r); with `copies`, that many of each, on a leading axis. `bias` is what is added to the
+    bias of the map, and zero at the start.
 
     Args:
+        bias: the shape of the map's bias, if it is trained.
         copies: how many maps of one shape lie in one weight, as a mixture of experts has them; None
             for a single one.
         dtype: of the parameters.
@@ -54,6 +55,7 @@ class GraloraAdapter(nn.Module):
     B: nn.Parameter
     A_general: nn.Parameter | None
     B_general: nn.Parameter | None
+    bias: nn.Parameter | None
     config: GraloraConfig
     init_dtype: torch.dtype | None
     roomy: bool = False  # `prepare_hotswap` has made it a place for others
@@ -65,6 +67,7 @@ class GraloraAdapter(nn.Module):
         config: GraloraConfig,
         *,
         copies: int | None = None,
+        bias: tuple[int, ...] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         init_dtype: torch.dtype | None = None,
@@ -90,6 +93,8 @@ class GraloraAdapter(nn.Module):
         self._parameters["B"] = empty(k, r, out_features // k)
         self._parameters["A_general"] = empty(hybrid_r, in_features) if hybrid_r else None
         self._parameters["B_general"] = empty(out_features, hybrid_r) if hybrid_r else None
+        zeros = None if bias is None else torch.zeros(bias, device=device, dtype=dtype)
+        self._parameters["bias"] = None if zeros is None else nn.Parameter(zeros)
         if reset:
             self.reset_parameters()
 
@@ -117,6 +122,8 @@ class GraloraAdapter(nn.Module):
             return
         for tensors in each(self.tensors) if self.A.dim() > 3 else [self.tensors]:
             self._reset(*tensors)
+        if self.bias is not None:
+            self.bias.zero_()
 
     def spread_like(self, weight: Tensor, transposed: bool) -> None:
         """Spread the parameters over processes, as `weight` is that they adapt."""
@@ -168,6 +175,15 @@ class GraloraAdapter(nn.Module):
         if "A" in own and "B" in own:
             return own["A"], own["B"], own.get("A_general"), own.get("B_general")
         return self.A, self.B, self.A_general, self.B_general  # parametrised
+
+    def bias_times(self, weight: float) -> Tensor | None:
+        """What it adds to the bias of the map, times `weight`; None if it does not train that."""
+        bias: Tensor | None = self.__dict__["_parameters"].get("bias")
+        return bias if bias is None or weight == 1.0 else bias * weight
+
+    def copy_bias_from(self, other: GraloraAdapter) -> None:
+        if self.bias is not None and other.bias is not None:
+            self.bias.data.copy_(other.bias.data)
 
     def arguments(self, weight: float = 1.0) -> tuple[Tensors, float, float]:
         """(tensors, scaling, dropout) that hold for a forward now, the scaling times `weight`."""
@@ -280,29 +296,25 @@ class GraloraAdapters(Switchable):
     """The adapters of one map by name, and their state.
 
     Attributes:
-        active: name -> weight of those that act.
-        merged: name -> weight of those now within the map's weight.
-        base_weight: the parameter that holds the weight without them, while any is merged, else
-            None.
-        acting: what a forward must add, with its weights. Compiled code takes it from here and not
-            by name, so that it need not be compiled anew for an adapter of the same shape.
-        sole: the name and the weight of what acts, where it is one adapter.
-        changed: when other adapters became active, by `pending.moment`.
+        active: name -> weight of the active adapters.
+        merged: name -> weight of those that are merged into the map's weight.
+        base_weight, base_bias: the parameters without them, set aside while any is merged, else
+            None. They are not registered: while set aside they are not parameters of the model.
+        to_apply: the adapters that are active and not merged, with their weights. Compiled code
+            finds them here and not by name, so an adapter of the same shape needs no recompilation.
     """
 
     active: dict[str, float]
     merged: dict[str, float]
     base_weight: nn.Parameter | None
-    acting: tuple[tuple[GraloraAdapter, float], ...]
-    sole: tuple[str, float] | None = None
-    changed: int = 0
+    base_bias: nn.Parameter | None
+    to_apply: Shares
 
     def __init__(self) -> None:
         super().__init__()
-        # the base weight is not registered: it is no parameter of the model while it is put aside
-        self.__dict__.update(
-            active={}, merged={}, base_weight=None, acting=(), sole=None, changed=0
-        )
+        self.base_weight = self.base_bias = None
+        self.merged = {}
+        self.active = {}
 
     def __getitem__(self, name: str) -> GraloraAdapter:
         return cast(GraloraAdapter, self._modules[name])
@@ -314,28 +326,35 @@ class GraloraAdapters(Switchable):
         return iter(self._modules)
 
     def add(self, name: str, adapter: GraloraAdapter) -> None:
-        self._modules[name] = adapter  # not add_module: names such as "forward" are as good as any
-        self._find_acting()
+        self._modules[name] = adapter  # add_module refuses names such as "forward"
+        self.active = self.active
 
     def remove(self, name: str) -> None:
-        self.active = {other: weight for other, weight in self.active.items() if other != name}
+        active = {other: weight for other, weight in self.active.items() if other != name}
         del self._modules[name]
+        self.active = active
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module) or name.startswith("__"):
-            super().__setattr__(name, value)
-            return
-        self.__dict__[name] = value  # an adapter may have any name, that of a field of ours too
-        if name in ("active", "merged"):
-            self._find_acting()
+        super().__setattr__(name, value)
+        if name in ("active", "merged") or isinstance(value, nn.Module):
+            found = self.active_adapters() if "active" in self.__dict__ else ()
+            self.__dict__["to_apply"] = found
 
-    def _find_acting(self) -> None:
-        merged = self.__dict__.get("merged", ())
-        acting = [(name, weight) for name, weight in self.active.items() if name not in merged]
-        self.__dict__.update(
-            acting=tuple([(self[name], weight) for name, weight in acting]),
-            sole=acting[0] if len(acting) == 1 else None,
-        )
+    def active_adapters(self) -> Shares:
+        """The adapters that are active and not merged, with their weights."""
+        weights = self.active.items()
+        return tuple([(self[name], w) for name, w in weights if name not in self.merged])
+
+    def applied_in(self, mode: Mode | None) -> Shares:
+        """The adapters that a forward uses in this mode, with their weights: within `mixed_batch`
+        all those that some row has.
+        """
+        if mode is None:
+            return self.to_apply
+        if isinstance(mode, Rows):
+            names = dict.fromkeys(name for name in mode.names if name is not None)
+            return tuple([(self[name], 1.0) for name in names if name in self])
+        return ((self[mode.name], 1.0),) if isinstance(mode, Only) and mode.name in self else ()
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As `GraloraAdapter.to`, of all of them."""
@@ -344,7 +363,9 @@ class GraloraAdapters(Switchable):
 
     def with_effect(self) -> list[str]:
         return [
-            name for name in self if any(_is_set(t) for t in (self[name].B, self[name].B_general))
+            name
+            for name in self
+            if any(_is_set(t) for t in (self[name].B, self[name].B_general, self[name].bias))
         ]
 
     def is_mark(self, key: str) -> bool:
@@ -357,11 +378,8 @@ class GraloraAdapters(Switchable):
         for name, weight in self.merged.items():  # so that nobody counts it twice
             destination[prefix + name + MERGED] = torch.tensor(weight)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "changed": 0}  # a moment of this process
-
     def describe(self) -> str:
-        """r, k and so on of all, and which of them act."""
+        """r, k and so on of all, and which of them are active."""
         configs = [self[name].config for name in self]
         parts = []
         for field in ("r", "gralora_k", "hybrid_r", "alpha", "use_rslora"):
@@ -372,44 +390,6 @@ class GraloraAdapters(Switchable):
         if self.merged:
             parts.append(f"merged={' + '.join(self.merged)}")
         return ", ".join(parts)
-
-    def alone(self) -> tuple[Tensors, float] | None:
-        """(tensors, scaling) where one adapter acts, in this place and now, and nothing but its
-        product is asked of it.
-
-        The short way through what `applied`, `arguments` and `is_hooked` ask, for calls that take
-        no longer than asking.
-        """
-        sole = self.__dict__.get("sole")
-        if sole is None or self.__dict__["scopes"]:
-            return None
-        if (
-            self.__dict__["changed"] and torch._C._current_graph_task_id() != -1
-        ):  # a checkpoint may run again
-            return None
-        adapter = self.__dict__["_modules"].get(sole[0])
-        if type(adapter) is not GraloraAdapter or is_hooked(adapter):
-            return None
-        own, config = adapter.__dict__, adapter.config
-        if "raw" in own or (own["training"] and config.gralora_dropout):
-            return None
-        return adapter.tensors, sole[1] * config.scaling
-
-    def applied(self) -> list[tuple[GraloraAdapter, float]]:
-        """The adapters that a forward must add now, with their weights."""
-        mode = self.mode if self.scopes else None
-        if isinstance(mode, Only):
-            return [(self[mode.name], 1.0)] if mode.name in self else []
-        if torch.compiler.is_compiling():
-            return [] if mode is OFF else list(self.acting)
-        if self.changed:
-            check_unchanged(self.changed)
-        if not self.active or mode is OFF:
-            return []
-        # by name: a replica's own, or what has taken an adapter's place
-        return [
-            (self[name], weight) for name, weight in self.active.items() if name not in self.merged
-        ]
 
 
 @contextmanager
@@ -429,23 +409,6 @@ def _is_set(tensor: Tensor | None) -> bool:
         and not is_spread(tensor)
         and bool(tensor.detach().any())
     )
-
-
-_for_all = [
-    getattr(_all, f"_global_{kind}_hooks")
-    for kind in ("forward", "forward_pre", "backward", "backward_pre")
-]
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook waits for `module` to be called."""
-    own = (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-    return bool(own) or any(_for_all)
 
 
 def each(tensors: Tensors) -> list[Tensors]:

@@ -8,6 +8,7 @@ which projects with the adapters beside the weights. While none acts, it runs it
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,6 @@ from torch.nn import functional as F
 from gralora.layers.base import PREFIX, GraloraLayer
 from gralora.layers.class_change import InPlaceModule, change_class, held, restore_class, traced
 from gralora.layers.parts import PartHost, PartLayer
-from gralora.layers.scope import OFF
 
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 PACKED = PARTS[:3]
@@ -108,18 +108,16 @@ class Projection(PartLayer):
     def acts(self) -> bool:
         """Whether some adapter changes what this projection computes now."""
         adapters = self.gralora_adapters
-        return bool(adapters.applied()) if adapters.mode in (None, OFF) else len(list(adapters)) > 0
+        return bool(adapters.applied_in(adapters.mode))
 
     def forward(self, x: Tensor, dim: int | None) -> Tensor:
         """x (..., in) -> (..., out); the batch is on axis `dim`."""
-        return self.run(x, self._base, (x,), {}, dim=dim)
+        base = partial(F.linear, x, *self._weight_and_bias())
+        return cast(Tensor, self.apply_adapters(x, base, plain=self.plain(), dim=dim))
 
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
         weight, bias = self._weight_and_bias()
         return (weight, bias) if type(weight) in (nn.Parameter, Tensor) else None
-
-    def _base(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self._weight_and_bias())
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         owner, name = self.weight_at(self.host, self.part)

@@ -22,13 +22,14 @@ from gralora.config import GraloraConfig
 from gralora.engines.distributed import is_spread
 from gralora.engines.offload import device_of
 from gralora.engines.walk import named_modules
-from gralora.layers.adapter import FULL, GraloraAdapter, GraloraAdapters, is_hooked
+from gralora.layers.adapter import FULL, GraloraAdapter, GraloraAdapters, Shares
 from gralora.layers.class_change import join
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import Rows
 from gralora.layers.sums import Share, Sum, evaluation, part_of
 from gralora.layers.unevaluated import unevaluated
 from gralora.maths import autograd, functional
+from gralora.torch_internals import has_hooks
 
 PREFIX = "gralora_"
 CHILD = "gralora_adapters"
@@ -235,116 +236,102 @@ class GraloraLayer(nn.Module):
     def spot(self) -> Spot:
         return Spot(type(self), self.host, self.part)
 
-    def run(
+    def apply_adapters(
         self,
         x: Tensor,
-        base: Callable[..., Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dim: int | None = None,
+        base: partial[Any],
+        *,
         plain: tuple[Tensor, Tensor | None] | None = None,
+        dim: int | None = None,
         update: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
-        """base(*args, **kwargs) plus what the adapters add to it for the input `x`, in the dtype of
-        the base.
+    ) -> Any:
+        """base() plus the updates of the adapters in use, in the dtype of base().
 
         Args:
-            dim: the axis of the batch in `x`, where the map knows it.
-            plain: as `plain()` gives it, where the caller knows it.
-            update: as `self.update`, where that depends on more than x.
+            x: the input of the map.
+            base: the base layer's forward with its arguments.
+            plain: (weight (out, in), bias), if base() is exactly x @ Wᵀ + b with these.
+            dim: the axis of the batch in `x`; None where the map takes any.
+            update: computes one adapter's update, in place of `self.update`.
         """
-        adapters = cast(GraloraAdapters, self._modules[CHILD])
-        mode = adapters.mode if adapters.scopes else None
-        if isinstance(mode, Rows):
-            y = base(*args, **kwargs)
-            if not isinstance(y, Tensor):
-                return self.reading(args, kwargs)
-            return self._run_rows(x, y, mode, dim, update or self.update)
-        applied = adapters.applied()
+        adapters = cast(GraloraAdapters, self.__dict__["_modules"][CHILD])
+        mode = adapters.mode
+        applied = adapters.to_apply if mode is None else adapters.applied_in(mode)
         if not applied:
-            return base(*args, **kwargs)
-        if not self.fast(x, applied[0][0].tensors[0]) or any(
-            is_hooked(adapter) for adapter, _ in applied
-        ):
-            update = update or self.update
-            y = base(*args, **kwargs)
-            if not isinstance(y, Tensor):
-                return self.reading(args, kwargs)
-            for adapter, share in applied:
-                y = (y + functional.within(x, partial(update, adapter=adapter, share=share))).to(
-                    y.dtype
-                )
-            return y
-        plain = plain or self.plain()
-        if plain is not None:
-            adapter, share = applied.pop(0)
-            y = autograd.linear_with_adapter(x, plain[0], plain[1], *adapter.arguments(share))
+            return base()
+        fused = self.can_fuse(x, applied)
+        if fused and plain is not None and not isinstance(mode, Rows):
+            (adapter, weight), *applied = applied
+            bias = add_bias(plain[1], adapter.bias_times(weight))
+            y = autograd.linear_with_adapter(x, plain[0], bias, *adapter.arguments(weight))
         else:
-            y = base(*args, **kwargs)
+            y = base()
             if not isinstance(y, Tensor):
-                return self.reading(args, kwargs)
-        for adapter, share in applied:
-            y = autograd.add_adapter_(y, x, *adapter.arguments(share))
+                return self.forward_with_effective_weight(*base.args, **base.keywords)
+        if isinstance(mode, Rows):
+            return self._add_by_row(y, x, mode, dim, update or self.update, fused)
+        for adapter, weight in applied:
+            if fused:
+                y = autograd.add_adapter_(y, x, *adapter.arguments(weight))
+            else:
+                own = partial(update or self.update, adapter=adapter, share=weight)
+                y = (y + functional.within(x, own)).to(y.dtype)
+            y = self.add_to_output(y, adapter.bias_times(weight))
         return y
 
-    def reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The base's forward where it returns more than one tensor, to which nothing can be
-        added.
+    def add_to_output(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """y plus a difference of the bias, in the dtype of y."""
+        return y if bias is None else (y + bias).to(y.dtype)
+
+    def can_fuse(self, x: Tensor, applied: Shares) -> bool:
+        """Whether `maths.autograd` can compute these updates; else the definition does."""
+        if not autograd.usable(x, applied[0][0].tensors[0]):
+            return False
+        return not any([has_hooks(adapter) for adapter, _ in applied])
+
+    def forward_with_effective_weight(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward with W + ΔW as its weight: of a layer that returns more than one
+        tensor, to which no update can be added.
         """
         name = getattr(type(self), "_base_class", type(self)).__name__
         raise TypeError(
-            f"the forward of {name} returns no tensor, so no update can be added to it. Leave the"
-            " layer out, with exclude_modules."
+            f"the forward of {name} does not return a tensor, so no update can be added to it."
+            " Exclude the layer with exclude_modules."
         )
-
-    def fast(self, x: Tensor, A: Tensor) -> bool:
-        """Whether `gralora.maths.autograd` serves here."""
-        return autograd.usable(x, A)
-
-    def plain(self) -> tuple[Tensor, Tensor | None] | None:
-        """(weight (out, in), bias), if the base is exactly x @ Wᵀ + b with these; None if it must
-        be called to know.
-        """
-        return None
 
     def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
         """What `adapter` adds for the input `x`, times `share`."""
         return cast(Tensor, adapter(x, share))
 
-    def _run_rows(
-        self, x: Tensor, y: Tensor, rows: Rows, dim: int | None, update_of: Callable[..., Tensor]
+    def _add_by_row(
+        self,
+        y: Tensor,
+        x: Tensor,
+        rows: Rows,
+        dim: int | None,
+        update_of: Callable[..., Tensor],
+        fused: bool,
     ) -> Tensor:
         if is_spread(x):
-            raise ValueError(
-                "mixed_batch does not reach layers whose weights are spread over processes."
-            )
+            raise ValueError("mixed_batch does not support layers whose weights are sharded.")
         adapters = self.gralora_adapters
         dim = rows.axis(x, dim)
         order, _, names, counts = rows.sort(x.shape[dim], list(adapters), x.device)
-        adapted = order[: len(order) - counts[-1]]
+        adapted = order[: len(order) - counts.pop()]
         if not len(adapted):
             return y
-        sorted_x, chosen = (
-            x.index_select(dim, adapted),
-            [adapters[cast(str, name)] for name in names[:-1]],
-        )
-        groups = [adapter.arguments() for adapter in chosen]
-        plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or dim != 0
-        plain = (
-            plain
-            or any(dropout for *_, dropout in groups)
-            or len({adapter.A.dtype for adapter in chosen}) > 1
-        )
-        plain = plain or any(map(is_hooked, chosen))
-        if plain or not self.fast(x, chosen[0].A):
-            parts = torch.split(sorted_x, counts[:-1], dim)
-            update = torch.cat(
-                [update_of(part, a, 1.0) for a, part in zip(chosen, parts, strict=True)], dim
-            )
+        chosen = [adapters[name] for name in names if name is not None]
+        groups, x = [adapter.arguments() for adapter in chosen], x.index_select(dim, adapted)
+        one_type = len({adapter.A.dtype for adapter in chosen}) == 1
+        no_dropout = not any(dropout for *_, dropout in groups)
+        no_graph = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+        no_bias = all(adapter.bias is None for adapter in chosen)
+        if fused and one_type and no_dropout and no_graph and no_bias and dim == 0:
+            update = autograd.updates_of_groups(x, counts, [group[:2] for group in groups])
         else:
-            update = autograd.updates_of_groups(
-                sorted_x, counts[:-1], [group[:2] for group in groups]
-            )
+            parts = zip(chosen, torch.split(x, counts, dim), strict=True)
+            updates = (self.add_to_output(update_of(part, a, 1.0), a.bias) for a, part in parts)
+            update = torch.cat(list(updates), dim)
         return y.index_add(dim, adapted, update.to(y.dtype))
 
     def read(self, weight: Tensor) -> Tensor:
@@ -357,21 +344,14 @@ class GraloraLayer(nn.Module):
         adapters = cast("GraloraAdapters | None", self._modules.get(CHILD))
         if (
             adapters is None
-            or not (adapters.active or adapters.scopes)
+            or not (adapters.active or adapters.blocks or adapters.replica_mode)
             or type(weight) not in (Tensor, nn.Parameter)
         ):
             return weight
         if not self.is_read(weight):
             return weight
         mode = adapters.mode
-        if isinstance(mode, Rows):
-            applied = [
-                (adapters[name], 1.0)
-                for name in dict.fromkeys(mode.names)
-                if name is not None and name in adapters
-            ]
-        else:
-            applied = adapters.applied()
+        applied = adapters.to_apply if mode is None else adapters.applied_in(mode)
         if not applied:
             return weight
         sum = self.sum(weight, [adapter.arguments(share) for adapter, share in applied])
@@ -429,6 +409,13 @@ class GraloraLayer(nn.Module):
     def _attach_container(self) -> None:
         self.gralora_adapters = GraloraAdapters()
         self.gralora_adapters.training = self.training
+
+
+def add_bias(bias: Tensor | None, difference: Tensor | None) -> Tensor | None:
+    """A bias plus what an adapter adds to it, in the dtype of the bias."""
+    if bias is None or difference is None:
+        return bias
+    return (bias + difference).to(bias.dtype)
 
 
 def name_of(path: str, layer: GraloraLayer) -> str:

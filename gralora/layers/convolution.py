@@ -26,7 +26,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
-from gralora.layers.adapter import GraloraAdapter
+from gralora.layers.adapter import GraloraAdapter, Shares
 from gralora.layers.class_change import held, traced
 from gralora.layers.in_place import InPlaceLayer
 from gralora.maths import functional
@@ -65,8 +65,8 @@ class GraloraConv(InPlaceLayer):
     def accepts(cls, original: type[nn.Module]) -> bool:
         return issubclass(original, _PLAIN)
 
-    def plain_forward(self, x: Tensor) -> Tensor:
-        return self._conv._conv_forward(x, held(self, "weight"), held(self, "bias"))
+    def plain_forward(self, input: Tensor) -> Tensor:
+        return self._conv._conv_forward(input, held(self, "weight"), held(self, "bias"))
 
     @classmethod
     def is_plain(cls) -> bool:
@@ -117,7 +117,7 @@ class GraloraConv(InPlaceLayer):
         seen = self._down(x, torch.eye(n_in, dtype=x.dtype, device=x.device), 1)
         return rearrange(seen, "b m ... -> (b ...) m"), rearrange(y, "b o ... -> (b ...) o")
 
-    def fast(self, x: Tensor, A: Tensor) -> bool:
+    def can_fuse(self, x: Tensor, applied: Shares) -> bool:
         return False
 
     def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
@@ -230,25 +230,27 @@ class GraloraConvTranspose(InPlaceLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (b, in, *positions), output_size -> (b, out, *positions)."""
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if len(args) == 1 and not kwargs else self.input_of(args, kwargs)
         if isinstance(x, Proxy):
             return cast(Tensor, traced(self, args, kwargs))
+        plain = self.is_plain() and "_base_instance_forward" not in self.__dict__
+        base = partial(self.plain_forward if plain else self.own_forward, *args, **kwargs)
         size = args[1] if len(args) > 1 else kwargs.get("output_size")
         update = partial(self.update, output_size=size)
-        if self.is_plain() and "_base_instance_forward" not in self.__dict__:
-            return self.run(
-                x, self.plain_forward, (x, size), {}, dim=self.batch_axis, update=update
-            )
-        return self.run(x, self.own_forward, args, kwargs, dim=self.batch_axis, update=update)
+        return cast(Tensor, self.apply_adapters(x, base, dim=self.batch_axis, update=update))
 
-    def plain_forward(self, x: Tensor, output_size: Any = None) -> Tensor:
-        batched = x.dim() == len(cast(_ConvNd, self).kernel_size) + 2
+    def plain_forward(self, input: Tensor, output_size: Any = None) -> Tensor:
+        batched = input.dim() == len(cast(_ConvNd, self).kernel_size) + 2
         y = self._convolve(
-            x if batched else x[None], held(self, "weight"), held(self, "bias"), 1, output_size
+            input if batched else input[None],
+            held(self, "weight"),
+            held(self, "bias"),
+            1,
+            output_size,
         )
         return y if batched else y[0]
 
-    def fast(self, x: Tensor, A: Tensor) -> bool:
+    def can_fuse(self, x: Tensor, applied: Shares) -> bool:
         return False
 
     def update(

@@ -18,7 +18,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
-from gralora.layers.adapter import GraloraAdapter
+from gralora.layers.adapter import GraloraAdapter, Shares
 from gralora.layers.class_change import held, traced
 from gralora.layers.in_place import InPlaceLayer
 from gralora.layers.running import forward_runs
@@ -86,20 +86,17 @@ class GraloraEmbedding(InPlaceLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """tokens (...), and whatever else the base layer takes -> (..., H)."""
-        if isinstance(args[0] if args else kwargs.get("input"), Proxy):
+        tokens = args[0] if len(args) == 1 and not kwargs else self.input_of(args, kwargs)
+        if isinstance(tokens, Proxy):
             return cast(Tensor, traced(self, args, kwargs))
         if type(held(self, "weight")) not in (
             nn.Parameter,
             Tensor,
         ):  # quantised: it knows alone how to look up
-            tokens = args[0] if args else next(iter(kwargs.values()))
-            return self.run(tokens[..., None], self.own_forward, args, kwargs)
+            base = partial(self.own_forward, *args, **kwargs)
+            return cast(Tensor, self.apply_adapters(tokens[..., None], base))
         if self.is_plain() and "_base_instance_forward" not in self.__dict__:
-            return self._look_up(
-                held(self, "weight"),
-                args[0] if args else kwargs["input"],
-                self._embedding.padding_idx,
-            )
+            return self._look_up(held(self, "weight"), tokens, self._embedding.padding_idx)
         return cast(Tensor, self.base_forward(*args, **kwargs))  # which reads W + ΔW
 
     def is_read(self, weight: Tensor) -> bool:
@@ -110,12 +107,12 @@ class GraloraEmbedding(InPlaceLayer):
 
     def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         """As a head that uses the embedding's weight."""
-        return lambda x, bias: self.run(
-            x, partial(F.linear, weight=weight, bias=bias), (x,), {}, plain=(weight, bias)
+        return lambda x, bias: self.apply_adapters(
+            x, partial(F.linear, x, weight, bias), plain=(weight, bias)
         )
 
-    def fast(self, x: Tensor, A: Tensor) -> bool:
-        return x.is_floating_point() and super().fast(x, A)
+    def can_fuse(self, x: Tensor, applied: Shares) -> bool:
+        return x.is_floating_point() and super().can_fuse(x, applied)
 
     def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
         """x: tokens (..., 1) -> (..., H); or as a head's input, (..., H) -> (..., V)."""
@@ -129,9 +126,8 @@ class GraloraEmbedding(InPlaceLayer):
 
     def _look_up(self, weight: Tensor, tokens: Tensor, padding_idx: int | None) -> Tensor:
         # an axis more, so that what is said of the axes of inputs holds for tokens too
-        return self.run(
-            tokens[..., None], partial(F.embedding, tokens, weight, padding_idx), (), {}
-        )
+        base = partial(F.embedding, tokens, weight, padding_idx)
+        return cast(Tensor, self.apply_adapters(tokens[..., None], base))
 
     def _rows(self, x: Tensor, tensors: Tensors, scaling: float, dropout: float) -> Tensor:
         size, held_rows = self._embedding.num_embeddings, tensors[1].shape[0] * tensors[1].shape[2]

@@ -138,23 +138,18 @@ class GraloraExperts(PartHost):
         containers = [layer.gralora_adapters for layer in self.part_layers()]
         known = dict.fromkeys(name for container in containers for name in container)
         rows.axis(x)
-        order, back, names, counts = rows.sort(len(x), known, x.device)
 
         def own(value: Any, tokens: Tensor) -> Any:
             per_token = isinstance(value, Tensor) and value.shape[:1] == x.shape[:1]
             return value.index_select(0, tokens) if per_token else value
 
-        done = []
-        for name, tokens in zip(names, torch.split(order, counts), strict=True):
-            if len(tokens):
-                with switched(containers, OFF if name is None else Only(name)):
-                    mine = [own(value, tokens) for value in args]
-                    done.append(
-                        self._reading(
-                            *mine, **{key: own(value, tokens) for key, value in kwargs.items()}
-                        )
-                    )
-        return torch.cat(done).index_select(0, back)
+        def run(name: str | None, tokens: Tensor) -> Tensor:
+            with switched(containers, OFF if name is None else Only(name)):
+                mine = [own(value, tokens) for value in args]
+                named = {key: own(value, tokens) for key, value in kwargs.items()}
+                return cast(Tensor, self._reading(*mine, **named))
+
+        return rows.run_by_adapter(x, 0, known, run)
 
     def _reading(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

@@ -5,7 +5,9 @@ The other kind, maps that are parts of a module, is in `parts.py`.
 
 from __future__ import annotations
 
+import inspect
 import threading
+from functools import partial
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -47,44 +49,64 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
     _prefix = "Gralora"
     batch_axis: ClassVar[int | None] = None  # of inputs; None where the layer takes any
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's
         dtype.
         """
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if len(args) == 1 and not kwargs else self.input_of(args, kwargs)
         if isinstance(x, Proxy):
-            return cast(Tensor, traced(self, args, kwargs))
+            return traced(self, args, kwargs)
         if self.is_plain() and "_base_instance_forward" not in self.__dict__:
-            return self.run(x, self.plain_forward, (x,), {}, dim=self.batch_axis)
-        return self.run(x, self.own_forward, args, kwargs, dim=self.batch_axis)
+            plain, base = self.plain(), partial(self.plain_forward, *args, **kwargs)
+        else:
+            plain, base = None, partial(self.own_forward, *args, **kwargs)
+        return self.apply_adapters(x, base, plain=plain, dim=self.batch_axis)
 
-    def own_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's forward, to which the weight is the parameter, whoever in it reads it: the
-        update comes on top.
+    def plain(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight (out, in), bias), if `plain_forward` is exactly x @ Wᵀ + b with these."""
+        return None
+
+    def plain_forward(self, input: Tensor) -> Tensor:
+        """What the base's forward computes where `is_plain`, without reading `self.weight`."""
+        raise NotImplementedError
+
+    def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The input of the map: what the base's forward takes first.
+
+        Raises:
+            TypeError: the arguments do not fit the base's forward, as it would raise itself.
+        """
+        base = self.__dict__.get("_base_instance_forward")
+        signature = inspect.signature(self._base_class.forward if base is None else base)
+        bound = signature.bind(*(args if base is not None else (self, *args)), **kwargs)
+        values = list(bound.arguments.values())[0 if base is not None else 1 :]
+        first = values[0] if values else None
+        if isinstance(first, tuple):  # *args
+            first = first[0] if first else values[1]
+        if isinstance(first, dict):  # **kwargs
+            first = next(iter(first.values()))
+        return first
+
+    def own_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward, in which the weight is the parameter, whoever reads it there: the
+        update is added to what it returns.
         """
         if torch.compiler.is_compiling():
-            return cast(Tensor, self.base_forward(*args, **kwargs))
+            return self.base_forward(*args, **kwargs)
         outer, _running.layer = _running.layer, self
         try:
-            return cast(Tensor, self.base_forward(*args, **kwargs))
+            return self.base_forward(*args, **kwargs)
         finally:
             _running.layer = outer
 
-    def reading(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The base's forward with W + ΔW as its weight, where it returns more than a tensor, as a
-        router does.
-        """
+    def forward_with_effective_weight(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return super().reading(args, kwargs)
+            return super().forward_with_effective_weight(*args, **kwargs)
         outer, _running.reading = _running.reading, self
         try:
             return self.base_forward(*args, **kwargs)
         finally:
             _running.reading = outer
-
-    def plain_forward(self, x: Tensor) -> Tensor:
-        """What the base's forward computes where `is_plain`, without asking for `self.weight`."""
-        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from einops import rearrange
@@ -15,10 +15,8 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gralora.config import GraloraConfig
-from gralora.layers.base import CHILD
 from gralora.layers.class_change import held
 from gralora.layers.in_place import InPlaceLayer
-from gralora.maths import autograd
 
 
 class LinearLayer(InPlaceLayer):
@@ -26,64 +24,20 @@ class LinearLayer(InPlaceLayer):
 
     stored_transposed: ClassVar[bool] = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., in), and whatever else the base layer takes -> (..., out), in the base layer's
-        dtype.
-        """
-        if len(args) == 1 and not kwargs:
-            y = self._alone(args[0])
-            if y is not None:
-                return y
-        return super().forward(*args, **kwargs)
-
-    def _alone(self, x: Tensor) -> Tensor | None:
-        """The forward where one adapter acts on a plain layer without dropout; None where it is not
-        so.
-
-        What it asks, it asks on every call, so nothing can be out of date; it only asks in the
-        cheapest way.
-        """
-        if torch.compiler.is_compiling():
-            return None
-        own = self.__dict__
-        found = own["_modules"][CHILD].alone()
-        if (
-            found is None
-            or type(x) is not Tensor
-            or "_base_instance_forward" in own
-            or not self.is_plain()
-        ):
-            return None
-        tensors, scaling = found
-        parameters = own["_parameters"]
-        weight = parameters.get("weight")
-        if (
-            type(weight) is not nn.Parameter
-            or type(tensors[0]) is not nn.Parameter
-            or "bias" not in parameters
-        ):
-            return None  # or parametrised
-        if not autograd.usable(x, tensors[0]):
-            return None
-        matrix = weight.t() if self.stored_transposed else weight
-        return autograd.linear_with_adapter(x, matrix, parameters["bias"], tensors, scaling, 0.0)
-
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
         weight = held(self, "weight")
-        if type(weight) not in (nn.Parameter, Tensor) or "_base_instance_forward" in self.__dict__:
-            return None
-        if not self.is_plain():
+        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             return None
         return weight.t() if self.stored_transposed else weight, held(self, "bias")
 
-    def plain_forward(self, x: Tensor) -> Tensor:
+    def plain_forward(self, input: Tensor) -> Tensor:
         weight = held(self, "weight")
-        return F.linear(x, weight.t() if self.stored_transposed else weight, held(self, "bias"))
+        return F.linear(input, weight.t() if self.stored_transposed else weight, held(self, "bias"))
 
     def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         matrix = weight.t() if self.stored_transposed else weight
-        return lambda x, bias: self.run(
-            x, partial(F.linear, weight=matrix, bias=bias), (x,), {}, plain=(matrix, bias)
+        return lambda x, bias: self.apply_adapters(
+            x, partial(F.linear, x, matrix, bias), plain=(matrix, bias)
         )
 
     @classmethod

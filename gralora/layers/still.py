@@ -1,46 +1,53 @@
-"""Modules that keep their statistics while an adapter trains: what is frozen is frozen whole.
+"""Frozen norms: they run in eval mode while an adapter is attached.
 
-A norm with running statistics moves them in every training forward, trained or not; so does
-spectral norm its vectors. Under an adapter they would belong to nobody: the file does not hold
-them, `unload` could not give the base's back. So a frozen one runs as in eval, with its statistics
-as they are, which is also how it will run when the adapter is used. One that is to move is named in
-`modules_to_save`, or has a parameter that is trained.
+A norm with running statistics updates them in every training forward, and spectral norm its
+vectors. Under an adapter these would belong to nobody: the file does not hold them, and `unload`
+could not restore the base's. So a frozen norm runs as in eval, which is also how it runs when the
+adapter is used. A norm that is to move is named in `modules_to_save`, or has a trained parameter of
+its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import parametrizations
 
 from gralora.layers.class_change import InPlaceModule
-
-_SPECTRAL: type[nn.Module] = parametrizations._SpectralNorm
+from gralora.torch_internals import NormBase, SpectralNorm
 
 
 class StillModule(InPlaceModule):
-    """Mixin of a module that runs as in eval while nothing in it is trained."""
+    """Mixin of a norm that runs as in eval while nothing in it is trained."""
 
     _prefix = "Still"
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether `module` has statistics that a training forward moves."""
-        if isinstance(module, InPlaceModule):
-            return False
-        return isinstance(module, _SPECTRAL) or (
-            isinstance(module, _NormBase) and module.running_mean is not None
-        )
+        return not isinstance(module, InPlaceModule) and has_statistics(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or any(
-            p is not None and p.requires_grad for p in self._parameters.values()
-        ):
+        with frozen_statistics(self):
             return self.base_forward(*args, **kwargs)
-        self.training = False
-        try:
-            return self.base_forward(*args, **kwargs)
-        finally:
-            self.training = True
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a training forward of `module` updates statistics."""
+    norm = isinstance(module, NormBase) and module.running_mean is not None
+    return norm or isinstance(module, SpectralNorm)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Within it a norm without a trained parameter of its own runs in eval mode."""
+    trained = any(p is not None and p.requires_grad for p in module._parameters.values())
+    if not module.training or trained or not has_statistics(module):
+        yield
+        return
+    module.training = False
+    try:
+        yield
+    finally:
+        module.training = True

@@ -18,11 +18,17 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from gralora.maths import functional
 from gralora.maths.functional import Tensors
+from gralora.torch_internals import (
+    any_autocast_enabled,
+    functorch_active,
+    get_tracing_state,
+    in_forward_ad,
+    storage_use_count,
+)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -42,9 +48,9 @@ def eager() -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
+        and not functorch_active()
+        and not in_forward_ad()
+        and get_tracing_state() is None
     )
 
 
@@ -83,10 +89,7 @@ def add_adapter_(y: Tensor, x: Tensor, tensors: Tensors, scaling: float, dropout
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x, tensors = x.to(dtype), _cast(tensors, dtype)
-    alone = (
-        sys.getrefcount(y) <= _ALONE
-        and torch._C._storage_Use_Count(y.untyped_storage()._cdata) <= _STORAGE_ALONE
-    )
+    alone = sys.getrefcount(y) <= _ALONE and storage_use_count(y) <= _STORAGE_ALONE
     if not alone or not y.is_contiguous():
         y = y.clone(memory_format=torch.contiguous_format)
     return _run(y, x, None, None, tensors, scaling, dropout)
@@ -125,7 +128,7 @@ def _count_alone() -> tuple[int, int]:
     # counted in a call of the very form in which `GraloraLayer.forward` calls: the numbers differ
     # between Pythons
     y = torch.empty(1)
-    return _references(y, *(None, None)), torch._C._storage_Use_Count(y.untyped_storage()._cdata)
+    return _references(y, *(None, None)), storage_use_count(y)
 
 
 _ALONE, _STORAGE_ALONE = _count_alone()
@@ -412,7 +415,7 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if (
-        not torch._C._is_any_autocast_enabled()
+        not any_autocast_enabled()
     ):  # asked for on every call, and five times as fast as what follows
         return None
     device = x.device.type

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -17,10 +17,11 @@ from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import PREFIX, GraloraLayer, gralora_layers
 from gralora.maths import functional, merging
 from gralora.maths.functional import Tensors
+from gralora.model.biases import adapted_biases
 from gralora.model.control import weights_of
 from gralora.model.fit import fill, is_share, rank_for, widened
 from gralora.model.inject import Plan, install
-from gralora.model.saved import bias_swaps, saved_modules, token_modules
+from gralora.model.saved import saved_biases, saved_modules, token_modules
 from gralora.model.state import all_or_nothing, check_known, check_new
 from gralora.model.state_dict import adapter_state_dict, load_adapter_state_dict
 from gralora.model.targets import Target
@@ -114,22 +115,18 @@ class _Layer(NamedTuple):
 def _plan(model: nn.Module, layers: Mapping[str, _Layer], names: Collection[str]) -> Plan:
     tokens = {path: own for name in names for path, own in token_modules(model, name).items()}
     follow = {id(tied) for module, _ in tokens.values() for tied in tied_to(model, module)}
-    saved = {
+    biases = {path: own for name in names for path, own in saved_biases(model, name).items()}
+    saved: dict[str, nn.Module] = {
         path: m
         for path, m in saved_modules(model)
         if any(name in m.gralora_saved for name in names)
-        and path not in tokens
+        and path not in (*tokens, *biases)
         and id(m) not in follow
     }
-    swaps = [
-        (key, owner, swap)
-        for key, owner, swap in bias_swaps(model)
-        if any(name in swap.names for name in names)
-    ]
     return Plan(
-        [Target(path, each.layer.spot, each.config) for path, each in layers.items()],
-        cast(dict[str, nn.Module], saved),
-        {key: (owner, swap.parameter) for key, owner, swap in swaps},
+        [Target(path, each.layer.map, each.config) for path, each in layers.items()],
+        saved,
+        biases,
         {
             path: reduce(torch.promote_types, (a.A.dtype for a, _ in each.parts))
             for path, each in layers.items()
@@ -190,21 +187,23 @@ def _config(
             rank_for(asked, r, k, max(c.r for c in configs)),
             max(c.hybrid_r for c in configs),
         )
-    dropout = max(c.gralora_dropout for c in configs)
     return GraloraConfig(
-        r=rank, hybrid_r=hybrid_r, alpha=rank + hybrid_r, gralora_k=k, gralora_dropout=dropout
+        r=rank,
+        hybrid_r=hybrid_r,
+        alpha=rank + hybrid_r,
+        gralora_k=k,
+        gralora_dropout=max(c.gralora_dropout for c in configs),
+        bias="gralora_only" if any(a.bias is not None for a, _ in parts) else "none",
     )
 
 
 def _sources(model: nn.Module, names: Mapping[str, float]) -> dict[str, Tensor]:
-    """The values of biases and saved modules, which have one of the adapters each."""
+    """The values of the copies of modules, which belong to one of the adapters each."""
     sources: dict[str, Tensor] = {}
     for name in names:
-        own = {
-            key: tensor
-            for key, tensor in adapter_state_dict(model, name).items()
-            if PREFIX not in key
-        }
+        added_up = adapted_biases(model, name)
+        state = adapter_state_dict(model, name)
+        own = {k: t for k, t in state.items() if PREFIX not in k and k not in added_up}
         shared = [key for key in own if key in sources]
         if shared:
             raise ValueError(
@@ -222,6 +221,9 @@ def _fill(
     how: str,
     density: float | None,
 ) -> float:
+    biases = [own for a, share in parts if (own := a.bias_times(share)) is not None]
+    if new.bias is not None and biases:
+        copy_into(new.bias, sum(biases, start=torch.zeros_like(biases[0])))
     if how != "exact":
         return fill(new.tensors, _asked(parts, how, density), config)
     scaled = [

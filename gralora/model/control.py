@@ -4,34 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gralora.config import LARGEST_WEIGHT, GraloraConfig
 from gralora.engines.distributed import no_more_trained, reshard
 from gralora.engines.walk import modules
-from gralora.layers.adapter import GraloraAdapters
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import freeze_own
-from gralora.layers.pending import moment, set_trained
-from gralora.layers.scope import OFF, Switchable, rows_of, switched
-from gralora.model.record import forget, vanished, warn_of
-from gralora.model.saved import BiasSwap, SavedCopies, bias_swaps, saved_modules, slot
+from gralora.layers.pending import set_trained
+from gralora.layers.scope import OFF, Rows, Switchable, switched
+from gralora.model.index import Index, forget, index, known_adapters, missing, warn_of
+from gralora.model.saved import saved_modules
 from gralora.model.state import (
     activate,
     all_or_nothing,
     check_among,
     check_known,
     check_unmerged,
-    known_adapters,
     named_adapter_parameters,
     put_back_weight,
-    switch,
+    unchanged_on_error,
 )
-from gralora.model.statistics import put_back
-from gralora.model.survey import survey
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -61,19 +56,19 @@ class AdapterStatus(NamedTuple):
             weights, None if it is not.
         trained: whether its parameters require gradients.
         configs: of every layer by name.
-        vanished: what it was injected into and that is there no more.
+        missing: what it was injected into and is no longer in the model.
     """
 
     active: float | None
     merged: float | None
     trained: bool
     configs: dict[str, GraloraConfig]
-    vanished: list[str]
+    missing: list[str]
 
 
 def adapter_status(model: nn.Module, name: str = "default") -> AdapterStatus:
     """Whether an adapter acts, is merged, is trained, with which config on each layer, and what of
-    it has vanished.
+    is missing.
 
     Raises:
         KeyError: no such adapter.
@@ -92,7 +87,7 @@ def adapter_status(model: nn.Module, name: str = "default") -> AdapterStatus:
     )
     configs = {path: adapters[name].config for path, adapters in layers}
     return AdapterStatus(
-        active_adapters(model).get(name), merged, trained, configs, vanished(model, [name])
+        active_adapters(model).get(name), merged, trained, configs, missing(model, [name])
     )
 
 
@@ -105,32 +100,34 @@ def set_adapter(
     """Make exactly these adapters active, and trainable: one name, several, or {name: weight}.
 
     The updates of several add up. Merged adapters are unmerged first, exactly. An empty list leaves
-    the base model. Gradients belong to what acted in the forward: a backward that comes after the
-    switch still reaches the parameters of then. Only activation checkpointing, which runs the
-    forward again, can't: it raises.
+    the base model. Gradients of an earlier forward still reach the adapters of that forward, except
+    under activation checkpointing, which runs the forward again in the backward: there, call
+    backward before `set_adapter`.
 
     Args:
-        trainable: which are trained, whatever acts: names, or True for the active ones and False
-            for none; None is True.
+        trainable: which adapters are trained, independently of which are active: names, or True for
+            the active ones and False for none; None is True.
 
     Raises:
-        KeyError: an unknown name; those there are, are listed. ValueError: two of them train the
-            same bias or saved module; or the model is under `DistributedDataParallel`, and would
-            train what it did not when it was wrapped. The model is then unchanged.
+        KeyError: an unknown name; the message lists the known ones. ValueError: two of them train
+            copies of the same module; or the model is under `DistributedDataParallel`, and would
+            train parameters that were frozen when it was wrapped. The model is then unchanged.
     """
     weights = weights_of(names)
     trained = weights if trainable is None or trainable is True else weights_of(trainable or ())
-    found = survey(model)
-    check_among(found.names(), *weights, *trained)
-    warn_of([part for name in weights for part in found.gone(name)])
-    if found.only_adapters:
-        switch((adapters for _, adapters in found.layers), weights, trained, moment())
-        return
-    _refuse_shared(model, weights)
-    with all_or_nothing(model), no_more_trained(model):
-        for _, layer in gralora_layers(model):
+    found = index(model)
+    check_among(found.adapter_names(), *weights, *trained)
+    warn_of([part for name in weights for part in found.missing(name)])
+    _check_one_copy(found, weights)
+    reshard(model)
+    containers = found.containers()
+    merged = [layer for _, layer in found.layers if layer.gralora_adapters.merged]
+    changing: list[nn.Module] = [module for each in containers for module in modules(each)]
+    changing += [owner for layer in merged for owner, _ in layer.map.places.values()]
+    with unchanged_on_error(changing), no_more_trained(model):
+        for layer in merged:
             put_back_weight(layer)
-        activate(model, weights, trained=trained, now=moment())
+        activate(found, weights, trained)
 
 
 @contextmanager
@@ -138,31 +135,17 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within the block the model is the base model, bit for bit; afterwards it is as it was. May be
     nested.
 
-    Of blocks within blocks the innermost counts: a `mixed_batch` within this one acts.
-    `set_adapter` within it says what acts once it ends. Other threads are not affected, save by
-    what is changed in the model itself for the time of the block: merged weights, biases that an
-    adapter trains, and buffers that its training has moved.
+    Of nested blocks the innermost applies: a `mixed_batch` within this one uses its adapters.
+    `set_adapter` within it sets what is active once it ends. The block holds for the thread or task
+    that opened it, as `torch.no_grad` does; only merged weights are replaced in the model itself,
+    and so for all threads. Buffers that the model writes are left as they are.
     """
     with ExitStack() as stack:
         for _, layer in gralora_layers(model):
-            base = layer.gralora_adapters.base_weight
-            if base is not None:
-                owner, name = layer.place
-                # undone in reverse: where maps share a parameter, the first of them puts the merged
-                # one back
-                stack.callback(
-                    _merge_again,
-                    layer,
-                    owner._parameters[name],
-                    base,
-                    dict(layer.gralora_adapters.merged),
-                )
+            if layer.gralora_adapters.merged:
+                # undone in reverse: of maps that share a parameter, the first puts it back last
+                stack.callback(_merge_again, layer, layer.gralora_adapters.merged, _placed(layer))
                 put_back_weight(layer)
-        _put_base_biases(model, stack)
-        for module in modules(model):
-            moved = put_back(module)
-            if moved:
-                stack.callback(_move_again, module, moved)
         stack.enter_context(switched(_containers(model), OFF))
         yield
 
@@ -178,9 +161,10 @@ def mixed_batch(
     """Within the block every row of a batch goes through its own adapter: one name per row, None
     for the base.
 
-    Which adapters are active does not matter; each acts with weight 1. Rows are grouped by adapter,
-    so the base runs once for all. Other threads are not affected. In a generator that holds the
-    block open over its yields, the block holds while the generator runs, whoever resumes it.
+    Which adapters are active does not matter; each is used with weight 1. Rows are grouped by
+    adapter, so the base runs once for all. The block holds for the thread or task that opened it,
+    as `torch.no_grad` does. A generator that yields inside the block runs inside it whoever resumes
+    it, and may leak it to its consumer between its steps.
 
     Args:
         dim: the axis of the batch in what the layers get; 1 for models that put the sequence first.
@@ -190,9 +174,8 @@ def mixed_batch(
             guidance). None: such a layer raises.
 
     Raises:
-        KeyError: an unknown name. ValueError: an adapter is merged, trains biases, or is one of
-            fused experts, whose rows can't be told apart; or, in a forward, a batch that does not
-            fit.
+        KeyError: an unknown name. ValueError: an adapter is merged, or, in a forward, a batch does
+            not fit or the rows of fused experts are unknown.
     """
     if isinstance(names_per_sample, str) or not names_per_sample:
         raise ValueError(
@@ -205,12 +188,12 @@ def mixed_batch(
         )
     wanted = dict.fromkeys(name for name in names_per_sample if name is not None)
     check_known(model, *wanted)
-    _refuse_mixing(model, wanted)
-    with ExitStack() as stack:
-        _put_base_biases(model, stack)
-        stack.enter_context(
-            switched(_containers(model), rows_of(tuple(names_per_sample), dim, repeat))
-        )
+    for path, layer in gralora_layers(model):
+        if layer.gralora_adapters.merged:
+            raise ValueError(
+                f"{path!r} has an adapter merged into it, for every row alike: unmerge first."
+            )
+    with switched(_containers(model), Rows(names_per_sample, dim, repeat)):
         yield
 
 
@@ -234,12 +217,6 @@ def delete_adapter(model: nn.Module, name: str) -> None:
                     None if saved.gralora_saved.active == name else saved.gralora_saved.active
                 )
                 del saved.gralora_saved._modules[name]
-        for _, owner, swap in bias_swaps(model):
-            if name in swap.names:
-                if swap.in_place == name:
-                    swap.put(owner, BiasSwap.BASE)
-                del swap._parameters[slot(name)]
-                swap.names.remove(name)
         forget(model, name)
 
 
@@ -258,23 +235,15 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     """Freeze everything but the active adapters and what is trained with them. `unload` undoes
     it.
     """
-    ours = (GraloraAdapters, SavedCopies, BiasSwap)
-    mine = {id(m) for module in modules(model) if isinstance(module, ours) for m in modules(module)}
-    active: set[str] = set()
+    found = index(model)
+    active = {name for _, layer in found.layers for name in layer.gralora_adapters.active}
+    active |= {saved.gralora_saved.active or "" for _, saved in found.saved}
+    ours = {id(m) for container in found.containers() for m in modules(container)}
     reshard(model)
-    for _, layer in gralora_layers(model):
-        active.update(layer.gralora_adapters.active)
-    for _, saved in saved_modules(model):
-        active.update([saved.gralora_saved.active] if saved.gralora_saved.active else [])
-    for _, owner, swap in bias_swaps(model):
-        active.add(swap.in_place)
-        swap.get(owner, BiasSwap.BASE).requires_grad_(False)
-    for parameter in adapter_parameters(model):
-        set_trained(parameter, False)
     for module in modules(model):
-        if id(module) not in mine:
+        if id(module) not in ours:
             freeze_own(module)
-    for name in known_adapters(model):
+    for name in found.adapter_names():
         for parameter in named_adapter_parameters(model, name).values():
             set_trained(parameter, name in active)
 
@@ -294,26 +263,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 def _containers(model: nn.Module) -> Iterator[Switchable]:
     return (module for module in modules(model) if isinstance(module, Switchable))
-
-
-def _put_base_biases(model: nn.Module, stack: ExitStack) -> None:
-    for _, owner, swap in bias_swaps(model):
-        stack.callback(swap.put, owner, swap.in_place)
-        swap.put(owner, BiasSwap.BASE)
-
-
-def _refuse_mixing(model: nn.Module, names: Collection[str]) -> None:
-    for path, layer in gralora_layers(model):
-        if layer.gralora_adapters.merged:
-            raise ValueError(
-                f"{path!r} has an adapter merged into it, for every row alike: unmerge first."
-            )
-    for key, _, swap in bias_swaps(model):
-        both = [name for name in names if name in swap.names]
-        if both:
-            raise ValueError(
-                f"adapter {both[0]!r} trains {key!r}, a bias, which can't be chosen per row."
-            )
 
 
 def weights_of(names: Any) -> dict[str, float]:
@@ -338,28 +287,32 @@ def weights_of(names: Any) -> dict[str, float]:
     )
 
 
-def _refuse_shared(model: nn.Module, names: Collection[str]) -> None:
-    places: list[tuple[str, list[str]]] = [(key, swap.names) for key, _, swap in bias_swaps(model)]
-    places += [(path, list(saved.gralora_saved)) for path, saved in saved_modules(model)]
-    for place, users in places:
-        both = [name for name in names if name in users]
+def _check_one_copy(found: Index, names: Collection[str]) -> None:
+    for path, saved in found.saved:
+        both = [name for name in names if name in saved.gralora_saved]
         if len(both) > 1:
             raise ValueError(
-                f"adapters {' and '.join(map(repr, both))} both train {place!r}: only one can be"
-                " active."
+                f"adapters {' and '.join(map(repr, both))} both train a copy of {path!r}: only one"
+                " can be active."
             )
 
 
-@torch.no_grad()
-def _move_again(module: nn.Module, moved: Mapping[str, Tensor]) -> None:
-    for key, value in moved.items():
-        cast(Tensor, module._buffers[key]).copy_(value)
+Placed = dict[str, tuple[nn.Parameter | None, nn.Parameter | None]]
 
 
-def _merge_again(
-    layer: GraloraLayer, merged: nn.Parameter | None, base: nn.Parameter, state: dict[str, float]
-) -> None:
-    owner, name = layer.place
-    owner._parameters[name] = merged
-    layer.gralora_adapters.__dict__["base_weight"] = base
-    layer.gralora_adapters.merged = state
+def _placed(layer: GraloraLayer) -> Placed:
+    """(the parameter in place, the one that is set aside) for weight and bias."""
+    adapters, places = layer.gralora_adapters, layer.map.places
+    return {
+        aside: (owner._parameters.get(name), getattr(adapters, aside))
+        for aside, (owner, name) in places.items()
+    }
+
+
+def _merge_again(layer: GraloraLayer, merged: dict[str, float], placed: Placed) -> None:
+    for aside, (owner, name) in layer.map.places.items():
+        parameter, base = placed[aside]
+        if base is not None:
+            owner._parameters[name] = parameter
+            setattr(layer.gralora_adapters, aside, base)
+    layer.gralora_adapters.merged = merged

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import gralora_layers
-from gralora.model.record import story, vanished
-from gralora.model.state import known_adapters
+from gralora.model.index import known_adapters, missing, replaced_since_inject
 
 
 def check_effect(
@@ -51,9 +50,9 @@ def check_effect(
             "no adapter acts beside the weights of this model, so there is nothing to check; it"
             f" has: {known}."
         )
-    gone = vanished(model, known_adapters(model))
+    gone = missing(model, known_adapters(model))
     if gone:
-        raise ValueError(story(gone))
+        raise ValueError(replaced_since_inject(gone))
     parameters = [p for _, _, adapter in active for p in adapter.parameters()]
     run = model if forward is None else forward
     with _untouched(model, parameters):

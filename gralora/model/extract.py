@@ -8,7 +8,7 @@ import warnings
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gralora.config import GraloraConfig
 from gralora.engines.distributed import check_unwrapped, copy_into
@@ -16,6 +16,7 @@ from gralora.engines.walk import named_modules
 from gralora.layers.base import gralora_layers
 from gralora.layers.class_change import join
 from gralora.maths import functional
+from gralora.model.biases import adapted_biases, bias_differences
 from gralora.model.fit import difference, fill, rank_for, widened
 from gralora.model.inject import inject
 from gralora.model.state import (
@@ -64,21 +65,24 @@ def extract(
         covered = set()
         paths = {id(module): path for path, module in named_modules(base)}
         for name, layer in layers:
-            owner, parameter = layer.place
+            owner, parameter = layer.map.place
             key = join(paths[id(owner)], parameter)
             covered.add(key)
-            delta = layer.matrix(
-                layer.host, layer.part, difference(key, layer.spot.base_weight, there.get(key))
-            )
+            delta = layer.map.matrix(difference(key, layer.map.base_weight, there.get(key)))
             adapter = layer.gralora_adapters[adapter_name]
             error = fill(adapter.tensors, delta, adapter.config)
             if errors is not None:
                 errors[name] = error
         with torch.no_grad():
+            own: Tensor
             for key, own in named_adapter_parameters(base, adapter_name).items():
                 if key in there:
                     covered.add(key)
                     copy_into(own, there[key])
+            biases = adapted_biases(base, adapter_name)
+            covered.update(biases)
+            for own, value in bias_differences(biases, adapter_name, there):
+                copy_into(own, value)
     rest = [
         k
         for k, p in there.items()
@@ -130,10 +134,11 @@ def reblock(
                 config = replace(old.config, r=r_new, gralora_k=gralora_k).scaled(
                     old.config.scaling
                 )
-                new = layer.spot.new_adapter(config, old.A.dtype, reset=False)
+                new = layer.map.new_adapter(config, old.A.dtype, reset=False)
             except ValueError as problem:
                 raise ValueError(f"{name!r}: {problem}") from None
             error = fill(new.tensors, delta, new.config)
+            new.copy_bias_from(old)
             for parameter in new.parameters():
                 parameter.requires_grad_(old.A.requires_grad)
             layer.gralora_adapters.add(adapter_name, new)

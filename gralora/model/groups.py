@@ -9,7 +9,7 @@ from torch import nn
 
 from gralora.layers.base import gralora_layers
 from gralora.model.control import adapter_parameters
-from gralora.model.saved import bias_swaps, saved_modules
+from gralora.model.saved import saved_modules
 from gralora.model.tokens import TokenRows
 
 
@@ -54,9 +54,7 @@ def adapter_parameter_groups(
     ]
     down = {id(p) for a in adapters for p in (a.A, a.A_general)}
     up = {id(p) for a in adapters for p in (a.B, a.B_general)}
-    undecayed = {
-        id(swap.get(owner, name)) for _, owner, swap in bias_swaps(model) for name in swap.names
-    }
+    undecayed = {id(a.bias) for a in adapters}
     for _, saved in saved_modules(model):
         for copy in saved.gralora_saved.children():
             rows = isinstance(copy, TokenRows)

@@ -75,6 +75,9 @@ def _roomy(old: GraloraAdapter, new: GraloraAdapter) -> GraloraAdapter:
         if own is not None and value is not None:
             own.copy_(value)
             own.requires_grad_(old.A.requires_grad)
+    new.copy_bias_from(old)
+    if new.bias is not None:
+        new.bias.requires_grad_(old.A.requires_grad)
     new.train(old.training)
     new.roomy = True
     return new
@@ -94,6 +97,7 @@ def placed(
         return None
     A, B, A_general, B_general = with_room(tensors, own.r, own.hybrid_r)
     if not adapter.roomy:
+        config = replace(config, bias=own.bias)
         same = (config.r, config.hybrid_r) == (own.r, own.hybrid_r)
         larger = (
             config

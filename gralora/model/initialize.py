@@ -345,7 +345,8 @@ def _start(method: str, place: _Place, r: int) -> _Start:
 def _give(place: _Place, start: _Start, name: str) -> None:
     old = new = place.adapter
     if start.config is not old.config:
-        new = place.layer.spot.new_adapter(start.config, old.A.dtype)
+        new = place.layer.map.new_adapter(start.config, old.A.dtype)
+        new.copy_bias_from(old)
         for parameter in new.parameters():
             parameter.requires_grad_(old.A.requires_grad)
         for layer in place.layers:

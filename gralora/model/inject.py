@@ -16,21 +16,18 @@ from gralora.engines.offload import is_offloaded
 from gralora.engines.walk import modules
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import GraloraLayer, gralora_layers
-from gralora.layers.class_change import freeze_own, join, restore_class, thaw_own
+from gralora.layers.class_change import freeze_own, restore_class, thaw_own
+from gralora.layers.parts import PartHost
 from gralora.model.defaults import peft_layers, settled, task_heads, untrained
+from gralora.model.index import LEFT_OUT, forget, index, known_adapters, record
 from gralora.model.loftq import Reference, start_near
-from gralora.model.record import LEFT_OUT, forget, record
+from gralora.model.partial_copies import SavedBiases
 from gralora.model.saved import (
     SAVED_CHILD,
-    BiasSwap,
-    add_bias,
     add_copy,
-    base_bias,
-    bias_swaps,
     check_units,
     copies_of,
     is_bias,
-    remove_swap,
     saved_modules,
     units,
 )
@@ -38,11 +35,10 @@ from gralora.model.state import (
     activate,
     all_or_nothing,
     check_new,
-    known_adapters,
     named_adapter_parameters,
     put_back_weight,
 )
-from gralora.model.statistics import keep_still, let_move
+from gralora.model.statistics import freeze_norms, restore_norms
 from gralora.model.targets import Names, Target, Targets, nearest, resolve
 from gralora.model.tokens import TiedRows, TokenRows, tied_to, wanted_tokens
 
@@ -55,7 +51,7 @@ class Plan:
 
     targets: list[Target]
     saved: dict[str, nn.Module] = field(default_factory=dict)
-    biases: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    biases: dict[str, tuple[nn.Module, list[str]]] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     reset: bool = True
     tied: bool = True
@@ -159,9 +155,7 @@ def install(
     rows = _token_rows(model, plan)
     adapters = _adapters(plan)
     copies = copies_of(plan.saved.values(), tied=plan.tied)
-    shared: dict[int, nn.Parameter] = {}
-    bases = [base_bias(owner, parameter) for owner, parameter in plan.biases.values()]
-    biases = [shared.setdefault(id(base), nn.Parameter(base.detach().clone())) for base in bases]
+    biases = [SavedBiases(owner, names) for owner, names in plan.biases.values()]
     if first:
         for module in modules(model):
             freeze_own(module)
@@ -172,17 +166,17 @@ def install(
         add_copy(unit, adapter_name, replica)
     for unit, own in rows:
         add_copy(unit, adapter_name, own)
-    for (owner, parameter), bias in zip(plan.biases.values(), biases, strict=True):
-        add_bias(owner, parameter, adapter_name, bias)
+    for (owner, _), own in zip(plan.biases.values(), biases, strict=True):
+        add_copy(owner, adapter_name, own)
     _keep_nested_tensors_out(model)
-    keep_still(model)
+    freeze_norms(model)
     record(
         model,
         adapter_name,
         [*(t.name for t in plan.targets), *plan.saved, *plan.tokens, *plan.biases],
     )
     if first:
-        activate(model, {adapter_name: 1.0}, trained=[adapter_name] if trainable else ())
+        activate(index(model), {adapter_name: 1.0}, [adapter_name] if trainable else ())
     else:
         for trained in named_adapter_parameters(model, adapter_name).values():
             trained.requires_grad_(trainable)
@@ -270,9 +264,6 @@ def unload(model: nn.Module) -> nn.Module:
     `merge_and_unload` to keep the effect.
     """
     with all_or_nothing(model):
-        for _, owner, swap in list(bias_swaps(model)):
-            swap.put(owner, BiasSwap.BASE)
-            remove_swap(owner, swap)
         for _, saved in list(saved_modules(model)):
             del saved._modules[SAVED_CHILD]
             restore_class(saved)
@@ -281,7 +272,7 @@ def unload(model: nn.Module) -> nn.Module:
             put_back_weight(layer)
         for layer in layers:
             layer.detach()
-        let_move(model)
+        restore_norms(model)
         forget(model)
         model.__dict__.pop(LEFT_OUT, None)
         for module in modules(model):
@@ -326,38 +317,44 @@ def _saved_units(
 
 def _biases(
     plan: Plan, configs: list[GraloraConfig], names: Names
-) -> dict[str, tuple[nn.Module, str]]:
-    """The (owner, parameter) of every bias that is trained. "all" in one config means all; saved
-    modules are whole.
+) -> dict[str, tuple[nn.Module, list[str]]]:
+    """The modules whose biases are trained in a copy, with their names: with bias="all", those
+    outside of the adapted maps and saved modules.
     """
-    if any(config.bias == "all" for config in configs):
-        owners = [module for _, _, module in names]
-        scripted = [
-            m
-            for m in owners
-            if isinstance(m, torch.jit.ScriptModule) and any(map(is_bias, m._parameters.keys()))
-        ]
-        if scripted:
-            at = names.names[id(scripted[0])][0]
+    maps = [t.map for t in plan.targets if t.config.bias != "none"]
+    for each in maps:
+        check_bias_is_here(each.bias_place, names)
+    if not any(config.bias == "all" for config in configs):
+        return {}
+    adapted = {id(owner) for each in maps for owner in (each.module, each.bias_place[0])}
+    covered = {(id(owner), name) for owner, name in (each.bias_place for each in maps)}
+    saved = {id(m) for unit in plan.saved.values() for m in modules(unit)}
+    found: dict[str, tuple[nn.Module, list[str]]] = {}
+    for key, its_names, module in names:
+        owned = [name for name in module._parameters.keys() if is_bias(name)]
+        own = [n for n in owned if (key, n) not in covered and module._parameters[n] is not None]
+        if not own or key in saved:
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"the bias of {at!r} is in TorchScript, where it can't be trained:"
+                f"the bias of {its_names[0]!r} is in TorchScript, where it can't be trained:"
                 " bias='gralora_only' leaves it."
             )
-        candidates = [
-            (module, name) for module in owners for name in module._parameters if is_bias(name)
-        ]
-    else:
-        spots = [t.spot for t in plan.targets if t.config.bias == "gralora_only"]
-        candidates = [spot.kind.bias_at(spot.module, spot.part) for spot in spots]
-    saved = {id(m) for unit in plan.saved.values() for m in modules(unit)}
-    away = [names.names[id(owner)][0] for owner, name in candidates if is_offloaded(owner, name)]
-    if away:
+        if key in adapted or isinstance(module, (GraloraLayer, PartHost)):
+            raise ValueError(
+                f"bias='all' includes {own[0]!r} of {its_names[0]!r}, a module that is adapted in"
+                " part or by another adapter, so its biases have no copy. Adapt all of it, or use"
+                " bias='gralora_only'."
+            )
+        check_bias_is_here((module, own[0]), names)
+        found[its_names[0]] = module, own
+    return found
+
+
+def check_bias_is_here(place: tuple[nn.Module, str], names: Names) -> None:
+    """Raise ValueError if a bias is offloaded."""
+    if is_offloaded(*place):
         raise ValueError(
-            f"the bias of {away[0]!r} is offloaded, and can't be trained. First inject, then"
-            " offload."
+            f"the bias of {names.names[id(place[0])][0]!r} is offloaded, and can't be trained."
+            " First inject, then offload."
         )
-    return {
-        join(names.names[id(owner)][0], name): (owner, name)
-        for owner, name in candidates
-        if owner._parameters.get(name) is not None and id(owner) not in saved
-    }

@@ -21,11 +21,10 @@ from gralora.layers.linear import LinearLayer
 from gralora.maths import functional
 from gralora.maths.functional import Tensors
 from gralora.model.control import set_adapter, weights_of
+from gralora.model.index import known_adapters, warn_of_missing
 from gralora.model.inject import unload
-from gralora.model.record import warn_of_vanished
-from gralora.model.saved import SAVED_CHILD, bias_swaps, remove_swap, saved_modules
-from gralora.model.state import SHARED, all_or_nothing, check_known, known_adapters, put_back_weight
-from gralora.model.statistics import keep_moved
+from gralora.model.saved import SAVED_CHILD, saved_modules
+from gralora.model.state import all_or_nothing, check_known, put_back_weight
 from gralora.model.targets import output_tied
 from gralora.model.tokens import TokenRows
 
@@ -59,16 +58,11 @@ def merge(
     """
     names = None if adapter_names is None else weights_of(adapter_names)
     check_known(model, *(names or ()))
-    warn_of_vanished(model, known_adapters(model) if names is None else names)
+    warn_of_missing(model, known_adapters(model) if names is None else names)
     given = isinstance(adapter_names, Mapping)
     plan: list[tuple[GraloraLayer, dict[str, float]]] = []
-    aside: dict[
-        tuple[int, str], nn.Parameter
-    ] = {}  # by place, since maps that share one have one base
     for path, layer in gralora_layers(model):
         adapters = layer.gralora_adapters
-        if adapters.base_weight is not None:
-            aside[_place(layer)] = adapters.base_weight
         wanted = (
             adapters.active
             if names is None
@@ -79,22 +73,18 @@ def merge(
         weights = {**adapters.merged, **wanted} if given else {**wanted, **adapters.merged}
         if weights != adapters.merged:
             _check_mergeable(path, layer)
-            plan.append(
-                (layer, {name: weights[name] for name in adapters if name in weights})
-            )  # sums in one order
+            # sums in one order
+            plan.append((layer, {name: weights[name] for name in adapters if name in weights}))
     merged = _merged_parameters(plan, safe)
     if safe:
         for layer, weights in plan:
-            _check_same_function(layer, weights, merged[_place(layer)])
+            _check_same_function(layer, weights, merged)
     with all_or_nothing(model):
+        bases = _bases(model)
         for layer, weights in plan:
-            owner, name = layer.place
-            adapters, place = layer.gralora_adapters, _place(layer)
-            if adapters.base_weight is None:
-                now = cast(nn.Parameter, owner._parameters[name])
-                adapters.__dict__["base_weight"] = aside.setdefault(place, now)
-            owner._parameters[name] = merged[place]
-            adapters.merged = weights
+            for aside, place in layer.map.places.items():
+                _set_aside(layer, aside, place, merged, bases)
+            layer.gralora_adapters.merged = weights
 
 
 def unmerge(model: nn.Module) -> None:
@@ -129,13 +119,13 @@ def merge_and_unload(
     if adapter_names is not None:
         set_adapter(model, adapter_names, trainable=False)
     else:
-        warn_of_vanished(model, known_adapters(model))
+        warn_of_missing(model, known_adapters(model))
     layers = [
         (path, layer, {**layer.gralora_adapters.merged, **layer.gralora_adapters.active})
         for path, layer in gralora_layers(model)
     ]
     were_tied = output_tied(model)
-    packed = [row for row in layers if dequantize is not None and row[1].packed]
+    packed = [row for row in layers if dequantize is not None and row[1].map.packed]
     layers = [row for row in layers if row not in packed]
     plain = [
         _dequantized(layer, weights, cast(torch.dtype, dequantize)) for _, layer, weights in packed
@@ -143,44 +133,44 @@ def merge_and_unload(
     for path, layer, weights in layers:
         if weights:
             _check_mergeable(path, layer)
-            _check_same_function(
-                layer, weights, _merged_parameters([(layer, weights)], safe=True)[_place(layer)]
-            )
+            _check_same_function(layer, weights, _merged_parameters([(layer, weights)], safe=True))
     unmerge(model)
-    owners = Counter(
-        id(parameter) for module in modules(model) for parameter in module._parameters.values()
-    )
-    together = _sharing(layers, owners)
-    for _, layer, weights in layers:
-        owner, name = layer.place
-        weight = cast(nn.Parameter, owner._parameters[name])
-        if (
-            id(layer) in together
-        ):  # all that hold the weight have this adapter, and the first of them has written it
-            continue
-        if (
-            owners[id(weight)] > 1 and weights and id(weight) not in together
-        ):  # the others keep the base's weight
-            tied = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-            owner._parameters[name] = tied
-            _write_merged(layer, weight.data, tied.data, weights, safe=False)
-        elif weights:
-            new = weight.detach().clone() if hasattr(weight, SHARED) else weight.data
-            weight.data = _write_merged(layer, weight.data, new, weights, safe=False)
+    _write_all(model, [(layer, weights) for _, layer, weights in layers if weights])
     for (_, layer, _), linear in zip(packed, plain, strict=True):
         _become(model, layer, linear)
     _keep_active_copies(model)
-    keep_moved(model)
     unload(model)
     if were_tied and not output_tied(model):
         warnings.warn(
-            "the head of this model was tied to its embedding, and is no more: merged, the two"
-            " differ. config.tie_word_embeddings still says that they are tied, and what is saved"
+            "the head of this model was tied to its embedding, and is no longer: merged, the two"
+            " differ. config.tie_word_embeddings still says that they are tied, and a saved model"
             " would load so: set it to False first.",
             UserWarning,
             stacklevel=2,
         )
     return model
+
+
+def _write_all(
+    model: nn.Module, layers: Sequence[tuple[GraloraLayer, Mapping[str, float]]]
+) -> None:
+    """Merge for good, one parameter at a time. Each gets new memory, since other models may share
+    the old.
+    """
+    owners = Counter(id(p) for module in modules(model) for p in module._parameters.values())
+    together = _sharing(layers, owners)
+    for layer, weights in layers:
+        if id(layer) in together:  # another layer has written the weight that both hold
+            continue
+        new = _merged_parameters([(layer, weights)], safe=False)
+        for owner, name in layer.map.places.values():
+            merged, now = new.get((id(owner), name)), owner._parameters.get(name)
+            if merged is None or now is None:
+                continue
+            if owners[id(now)] > 1 and id(now) not in together:  # the others keep the base's
+                owner._parameters[name] = merged.requires_grad_(now.requires_grad)
+            else:
+                now.data = merged.data
 
 
 @torch.no_grad()
@@ -229,71 +219,48 @@ def _become(model: nn.Module, layer: nn.Module, linear: nn.Linear) -> None:
     taker.__dict__.update(state)
 
 
-@torch.no_grad()
-def _settle(owner: nn.Module, rows: TokenRows, written: dict[int, nn.Parameter]) -> None:
-    """Write trained tokens into the weight, once where several modules hold it."""
-    weight = cast(nn.Parameter, owner._parameters["weight"])
-    if id(weight) not in written:
-        new = (
-            nn.Parameter(weight.detach().clone(), weight.requires_grad)
-            if hasattr(weight, SHARED)
-            else weight
-        )
-        written[id(weight)] = new
-        new.data.copy_(rows.put_into(weight.data, rows.rows))
-    owner._parameters["weight"] = written[id(weight)]
-
-
 def _sharing(
-    layers: Sequence[tuple[str, GraloraLayer, Mapping[str, float]]], owners: Mapping[int, int]
+    layers: Sequence[tuple[GraloraLayer, Mapping[str, float]]], owners: Mapping[int, int]
 ) -> set[int]:
     """Ids of weights all of whose owners share their adapters, and of the layers there but the
     first.
     """
     found: dict[tuple[object, ...], list[GraloraLayer]] = {}
-    for _, layer, weights in layers:
-        owner, name = layer.place
+    for layer, weights in layers:
+        owner, name = layer.map.place
         acting = tuple((id(layer.gralora_adapters[n]), share) for n, share in weights.items())
         found.setdefault((id(owner._parameters[name]), acting), []).append(layer)
-    whole = {
-        key[0]: own
-        for key, own in found.items()
-        if key[1] and 1 < len(own) == owners[cast(int, key[0])]
-    }
+    whole = {key[0]: own for key, own in found.items() if 1 < len(own) == owners[cast(int, key[0])]}
     return {cast(int, key) for key in whole} | {
         id(layer) for own in whole.values() for layer in own[1:]
     }
 
 
 def _keep_active_copies(model: nn.Module) -> None:
-    written: dict[int, nn.Parameter] = {}
+    written: set[int] = set()
     for _, saved in list(saved_modules(model)):
         copies = saved.gralora_saved
-        if copies.active is not None:
-            replica = copies[copies.active]
-            if isinstance(replica, TokenRows):
-                _settle(saved, replica, written)
-                continue
-            frozen = {
-                name
-                for name, p in saved._parameters.items()
-                if p is not None and not p.requires_grad
-            }
-            saved._parameters.update(replica._parameters)
-            saved._buffers.update(replica._buffers)
-            saved._modules.update({n: m for n, m in replica._modules.items() if n != SAVED_CHILD})
-            for name in frozen:
-                # `unload` thaws what was thawed before
-                cast(nn.Parameter, saved._parameters[name]).requires_grad_(False)
-    for _, owner, swap in list(bias_swaps(model)):
-        bias = owner._parameters[swap.parameter]
-        remove_swap(owner, swap)
-        if bias is not None:
-            bias.requires_grad_(False)
+        if copies.active is None:
+            continue
+        replica = copies[copies.active]
+        if isinstance(replica, TokenRows):  # once where several modules hold the weight
+            weight = saved.get_parameter("weight")
+            if id(weight) not in written:
+                weight.data = replica.put_into(weight.data, replica.rows.data)
+            written.add(id(weight))
+            continue
+        frozen = {
+            name for name, p in saved._parameters.items() if p is not None and not p.requires_grad
+        }
+        saved._parameters.update(replica._parameters)
+        saved._buffers.update(replica._buffers)
+        saved._modules.update({n: m for n, m in replica._modules.items() if n != SAVED_CHILD})
+        for name in frozen:  # `unload` makes trainable what was trainable before
+            saved.get_parameter(name).requires_grad_(False)
 
 
 def _check_mergeable(path: str, layer: GraloraLayer) -> None:
-    owner, name = layer.place
+    owner, name = layer.map.place
     weight = owner._parameters.get(name)
     if weight is None:
         raise TypeError(
@@ -306,7 +273,7 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
             " save_adapter, and merge it into the plain model, or into the checkpoint on disk"
             " (`gralora merge`)."
         )
-    if layer.packed:
+    if layer.map.packed:
         raise TypeError(
             f"the weight of {path!r} is a {type(weight).__name__} of {weight.dtype}, quantised or"
             " in a format of its own: merging would be wrong. Ways out: leave the adapter"
@@ -320,46 +287,82 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
         )
 
 
-def _place(layer: GraloraLayer) -> tuple[int, str]:
-    owner, name = layer.place
-    return id(owner), name
+Place = tuple[int, str]
+"""(id of the owner, name) of a parameter."""
 
 
+def _bases(model: nn.Module) -> dict[Place, nn.Parameter]:
+    """The parameters that are set aside, by place: maps that share a parameter have one base."""
+    found = {}
+    for _, layer in gralora_layers(model):
+        for aside, (owner, name) in layer.map.places.items():
+            base = getattr(layer.gralora_adapters, aside)
+            if base is not None:
+                found[id(owner), name] = base
+    return found
+
+
+def _set_aside(
+    layer: GraloraLayer,
+    aside: str,
+    place: tuple[nn.Module, str],
+    merged: Mapping[Place, nn.Parameter],
+    bases: dict[Place, nn.Parameter],
+) -> None:
+    """Put a merged parameter in its place, and the base's aside."""
+    owner, name = place
+    new, now = merged.get((id(owner), name)), owner._parameters.get(name)
+    if new is None or now is None:
+        return
+    if getattr(layer.gralora_adapters, aside) is None:
+        setattr(layer.gralora_adapters, aside, bases.setdefault((id(owner), name), now))
+    owner._parameters[name] = new
+
+
+@torch.no_grad()
 def _merged_parameters(
     plan: Sequence[tuple[GraloraLayer, Mapping[str, float]]], safe: bool
-) -> dict[tuple[int, str], nn.Parameter]:
+) -> dict[Place, nn.Parameter]:
     """The new parameter for every place in which some map of `plan` lies; what else lies there
     stays as it is.
     """
-    new: dict[tuple[int, str], nn.Parameter] = {}
+    new: dict[Place, nn.Parameter] = {}
     for layer, weights in plan:
-        owner, name = layer.place
-        now = cast(nn.Parameter, owner._parameters[name])
-        place = _place(layer)
-        if place not in new:
-            whole = layer.spot.base_matrix().numel() == now.numel()  # nothing else lies there
-            new[place] = nn.Parameter(
-                torch.empty_like(now) if whole else now.detach().clone(), requires_grad=False
+        adapters, (owner, name) = layer.gralora_adapters, layer.map.place
+        place, now, base = (id(owner), name), owner._parameters[name], layer.map.base_weight
+        if place not in new and now is not None:
+            whole = layer.map.base_matrix().numel() == now.numel()  # nothing else lies there
+            values = torch.empty_like(now) if whole else now.detach().clone()
+            new[place] = nn.Parameter(values, requires_grad=False)
+        _write_merged(layer, base.detach(), new[place].detach(), weights, safe)
+        biases = [b for n, w in weights.items() if (b := adapters[n].bias_times(w)) is not None]
+        owner, name = layer.map.bias_place
+        bias = owner._parameters.get(name)
+        if biases and bias is not None:
+            own = layer.map.bias_part(
+                adapters.base_bias if adapters.base_bias is not None else bias
             )
-        _write_merged(layer, layer.spot.base_weight.data, new[place].data, weights, safe)
+            merged = new.setdefault(
+                (id(owner), name), nn.Parameter(bias.detach().clone(), requires_grad=False)
+            )
+            layer.map.bias_part(merged).copy_(sum(biases, start=own))
     return new
 
 
 def _write_merged(
-    layer: GraloraLayer, base: Tensor, new: Tensor, weights: Mapping[str, float], safe: bool
-) -> Tensor:
-    """The map's part of `new` from its part of `base`, both in the layout of the parameter that
-    holds it; returns `new`.
-    """
+    layer: GraloraLayer,
+    base: Tensor,
+    new: Tensor,
+    weights: Mapping[str, float],
+    safe: bool,
+) -> None:
+    """The map's part of `new` from its part of `base`, both in the layout of the parameter."""
     chosen = [(layer.gralora_adapters[name], weight) for name, weight in weights.items()]
     updates = [(adapter.tensors, weight * adapter.config.scaling) for adapter, weight in chosen]
-    source, target = (layer.matrix(layer.host, layer.part, weight) for weight in (base, new))
+    source, target = layer.map.matrix(base), layer.map.matrix(new)
     write_merged(source, target, updates, safe=safe, what=", ".join(weights))
-    if (
-        target.untyped_storage().data_ptr() != new.untyped_storage().data_ptr()
-    ):  # a kernel in channels-last order
-        new.copy_(layer.in_layout(layer.host, layer.part, target))
-    return new
+    if target.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+        new.copy_(layer.map.in_layout(target))  # a kernel in channels-last order
 
 
 @torch.no_grad()
@@ -382,8 +385,8 @@ def write_merged(
         safe: refuse a result that is not finite; `what` names it.
     """
     if source.dim() > 2:
-        for index, (one, other) in enumerate(zip(source, target, strict=True)):
-            own = [(each(tensors)[index], scaling) for tensors, scaling in updates]
+        apart = [[(own, scaling) for own in each(tensors)] for tensors, scaling in updates]
+        for one, other, *own in zip(source, target, *apart, strict=True):
             write_merged(one, other, own, safe=safe, what=what)
         return
     dtype = torch.promote_types(source.dtype, torch.float32)
@@ -418,13 +421,14 @@ def write_merged(
 
 @torch.no_grad()
 def _check_same_function(
-    layer: GraloraLayer, weights: Mapping[str, float], merged: nn.Parameter
+    layer: GraloraLayer, weights: Mapping[str, float], new: Mapping[Place, nn.Parameter]
 ) -> None:
     """A subclass with a forward of its own may do more with W than x @ Wᵀ; try both ways on a few
     numbers.
     """
     if not isinstance(layer, InPlaceLayer) or layer.is_plain():
         return
+    merged = new[id(layer), "weight"]
     adapters = layer.gralora_adapters
     now = layer._parameters["weight"]
     base = cast(nn.Parameter, layer.spot.base_weight)

@@ -1,15 +1,16 @@
-"""What is trained with an adapter but is no adapter: whole modules (`modules_to_save`) and biases.
+"""What an adapter trains in addition to its pairs A, B: copies of modules.
 
-A saved module keeps its own weights and has one copy per adapter, to which its forward is routed. A
-trained bias has one parameter per adapter, which takes the place of the base's while that adapter
-is active.
+A module in `modules_to_save` keeps its own weights and has one copy per adapter, to which its
+forward is routed. Two copies hold only a part of the module and run its own forward with that part
+replaced: single tokens of an embedding (`tokens.py`), and the biases of a module that is not
+adapted (`bias="all"`). The bias of an adapted map is trained as a difference in its
+`GraloraAdapter`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -19,13 +20,14 @@ from torch.fx import Proxy
 
 from gralora.engines.distributed import is_spread, layout
 from gralora.engines.offload import is_offloaded
-from gralora.engines.walk import child_of, modules, named_modules
-from gralora.layers.base import PREFIX, GraloraLayer
+from gralora.engines.walk import modules, named_modules
+from gralora.layers.base import GraloraLayer
 from gralora.layers.class_change import InPlaceModule, change_class, join, traced
-from gralora.layers.loading import Appendage
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import OFF, Rows, Switchable
-from gralora.model.tokens import TiedRows, TokenRows, running
+from gralora.layers.still import frozen_statistics
+from gralora.model.partial_copies import PartialCopy, SavedBiases, running_copy
+from gralora.model.tokens import TiedRows, TokenRows
 
 SAVED_CHILD = "gralora_saved"
 
@@ -89,17 +91,17 @@ class SavedModule(InPlaceModule):
         mode = copies.mode
         if isinstance(mode, Rows):
             return self._by_row(mode, *args, **kwargs)
-        if copies.active is None or mode is OFF:
-            return self.base_forward(*args, **kwargs)
-        return self._run_copy(copies.active, *args, **kwargs)
+        return self._run(None if mode is OFF else copies.active, *args, **kwargs)
 
-    def _run_copy(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        replica = self.gralora_saved[name]
-        return (
-            replica.call(self, *args, **kwargs)
-            if isinstance(replica, TokenRows)
-            else replica(*args, **kwargs)
-        )
+    def _run(self, name: str | None, *args: Any, **kwargs: Any) -> Any:
+        """The forward with the copy of one adapter, or with none."""
+        replica = None if name is None else self.gralora_saved[name]
+        if replica is not None and not isinstance(replica, PartialCopy):
+            return replica(*args, **kwargs)
+        with frozen_statistics(self):
+            if replica is None:
+                return self.base_forward(*args, **kwargs)
+            return replica.call(self, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         copies = self.gralora_saved
@@ -120,144 +122,41 @@ class SavedModule(InPlaceModule):
             )
         x, copies = args[0], self.gralora_saved
         dim = rows.axis(x)
-        order, back, names, counts = rows.sort(x.shape[dim], list(copies), x.device)
-        parts = torch.split(x.index_select(dim, order), counts, dim)
-        runs = [
-            self.base_forward if name is None else partial(self._run_copy, name) for name in names
-        ]
-        done = [run(part) for run, part in zip(runs, parts, strict=True) if part.shape[dim]]
-        if not all(isinstance(each, Tensor) for each in done):
-            raise TypeError(
-                f"mixed_batch cannot put together the rows of what a {self._base_class.__name__} in"
-                f" modules_to_save returns, a {type(done[0]).__name__}: one tensor is needed. Leave"
-                " it out of modules_to_save, or run one adapter at a time."
-            )
-        return torch.cat(done, dim).index_select(dim, back)
 
-    def __getattr__(self, name: str) -> Any:
-        # a parent that reads our weight, as a head tied to an embedding does, must get the copy's
-        # that acts
-        children = self.__dict__.get("_modules", {})
-        copies = children.get(SAVED_CHILD)
-        own = self.__dict__.get("_parameters", {}).get(name)
-        tokens = running(self) if name == "weight" else None
-        if tokens is not None and own is not None:
-            return tokens.read(own)
-        if (
-            copies is not None
-            and isinstance(copies.mode, Rows)
-            and own is not None
-            and forward_runs(self)
-        ):
+        def run(name: str | None, own: Tensor) -> Tensor:
+            x_own = x.index_select(dim, own)
+            y = self._run(name, x_own)
+            if not isinstance(y, Tensor):
+                raise TypeError(
+                    f"mixed_batch cannot join the rows of what a {self._base_class.__name__} in"
+                    f" modules_to_save returns, a {type(y).__name__}: one tensor is needed. Take it"
+                    " out of modules_to_save, or run one adapter at a time."
+                )
+            return y
+
+        return rows.run_by_adapter(x, dim, list(copies), run)
+
+    def effective_parameter(self, name: str, value: Tensor) -> Tensor:
+        """What code that reads a parameter or buffer gets: a parent that reads our weight, as a
+        head tied to an embedding does, gets that of the active copy.
+        """
+        copies = self.gralora_saved
+        running = running_copy(self)
+        if running is not None:
+            return running.read(name, value)
+        mode = copies.mode
+        if isinstance(mode, Rows) and name in self._parameters and forward_runs(self):
             raise ValueError(
                 f"mixed_batch: {name!r} of a {self._base_class.__name__} that adapters train is"
-                " read by another module, and can't be another one for every row."
+                " read by another module, and cannot differ from row to row."
             )
-        ours = own is not None or name in self.__dict__.get(
-            "_buffers", {}
-        )  # not while somebody exchanges it
-        if (
-            ours
-            and copies is not None
-            and copies.active is not None
-            and copies.mode is None
-            and copies.is_as_it_was(name, own)
-        ):
-            replica = copies[copies.active]
-            if isinstance(replica, TokenRows):
-                return (
-                    replica.read(own)
-                    if name == "weight" and own is not None
-                    else super().__getattr__(name)
-                )
-            if name in replica._parameters or name in replica._buffers:
-                return getattr(replica, name)
-        return super().__getattr__(name)
-
-
-BASE_SLOT = "base bias"
-"""The name of the base's bias among the parameters of a `BiasSwap`."""
-
-
-def slot(name: str) -> str:
-    """The name of an adapter's bias there: its own, but never the base's; what would be it gets a
-    blank more.
-    """
-    if name == BiasSwap.BASE:
-        return BASE_SLOT
-    return f"{name} " if name.rstrip(" ") == BASE_SLOT else name
-
-
-class BiasSwap(Appendage):
-    """The values of one bias of a module that are not in place now: the adapters' by name, and the
-    base's under `BASE`.
-    """
-
-    BASE = "base.bias"  # with a dot, which no adapter's name has
-    parameter: str
-    in_place: str
-    names: list[str]
-    layout: object  # of the bias when the first of these came
-    given: tuple[nn.Parameter, Tensor] | None = None
-    """While the base is loaded: the base's bias, and its new value."""
-
-    def __init__(self, parameter: str) -> None:
-        super().__init__()
-        # past nn.Module's __setattr__: an adapter may have any name, that of a field of ours too
-        self.__dict__.update(parameter=parameter, in_place=self.BASE, names=[], layout=None)
-
-    def with_effect(self) -> list[str]:
-        base = self._parameters.get(BASE_SLOT)
-        kept = [(name, self._parameters.get(slot(name))) for name in self.names]
-        return [
-            n for n, own in kept if own is not None and not (base is not None and _alike(own, base))
-        ]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.given is not None:
-            base, value = self.given
-            self.__dict__["given"] = None
-            if base.shape == value.shape:
-                with torch.no_grad():
-                    base.copy_(value)
-            else:
-                args[-1].append(
-                    f"{prefix}{BASE_SLOT}: the shape is {tuple(value.shape)} there and"
-                    f" {tuple(base.shape)} here."
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def put(self, owner: nn.Module, name: str) -> None:
-        """Make `name`'s bias the bias of `owner`; the base's where this adapter trains none."""
-        name = name if name in self.names else self.BASE
-        if name != self.in_place:
-            if layout(owner._parameters[self.parameter]) != self.layout or is_offloaded(
-                owner, self.parameter
-            ):
-                raise ValueError(
-                    "a trained bias can't be exchanged for another under fully_shard, or where"
-                    " weights are offloaded: both keep each parameter where they found it. Adapters"
-                    ' that are to be switched there must have bias="none".'
-                )
-            # assignments alone, so that no failure comes between
-            new = self._parameters[slot(name)]
-            self._parameters[slot(self.in_place)] = owner._parameters[self.parameter]
-            owner._parameters[self.parameter] = new
-            del self._parameters[slot(name)]
-            self.__dict__["in_place"] = name
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.in_place == BASE_SLOT and BASE_SLOT not in self.names:  # as it was pickled before
-            self.__dict__["in_place"] = self.BASE
-
-    def get(self, owner: nn.Module, name: str) -> nn.Parameter:
-        source = (
-            owner._parameters[self.parameter]
-            if name == self.in_place
-            else self._parameters[slot(name)]
-        )
-        return cast(nn.Parameter, source)
+        if mode is not None or copies.active is None or not copies.is_as_it_was(name, value):
+            return value
+        replica = copies[copies.active]
+        if isinstance(replica, PartialCopy):
+            return replica.read(name, value)
+        own: Tensor | None = replica._parameters.get(name, replica._buffers.get(name))
+        return value if own is None else getattr(replica, name)
 
 
 def units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -330,62 +229,6 @@ def is_bias(parameter: str) -> bool:
     return "bias" in parameter.split("_")
 
 
-def add_bias(owner: nn.Module, parameter: str, name: str, bias: nn.Parameter) -> None:
-    """Give `owner` an inactive value of its bias `parameter` for the adapter `name`."""
-    if PREFIX + parameter not in owner._modules:
-        owner._modules[PREFIX + parameter] = BiasSwap(parameter).train(owner.training)
-        if not _load_hooks(owner):
-            owner.register_load_state_dict_pre_hook(_load_base_biases)  # type: ignore[no-untyped-call]
-        owner._modules[PREFIX + parameter].__dict__["layout"] = layout(owner._parameters[parameter])
-    swap = cast(BiasSwap, owner._modules[PREFIX + parameter])
-    swap._parameters[slot(name)] = bias
-    swap.names.append(name)
-
-
-def base_bias(owner: nn.Module, parameter: str) -> nn.Parameter:
-    """The base's own bias `parameter` of `owner`, whichever adapter's is in place."""
-    swap = child_of(owner, PREFIX + parameter)
-    base = (
-        swap.get(owner, BiasSwap.BASE)
-        if isinstance(swap, BiasSwap)
-        else owner._parameters[parameter]
-    )
-    return cast(nn.Parameter, base)
-
-
-def remove_swap(owner: nn.Module, swap: BiasSwap) -> None:
-    """Leave the bias that is in place for good."""
-    del owner._modules[PREFIX + swap.parameter]
-    if not any(isinstance(child, BiasSwap) for child in owner._modules.values()):
-        for key in _load_hooks(owner):
-            del owner._load_state_dict_pre_hooks[key]
-
-
-def _load_base_biases(
-    owner: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
-) -> None:
-    """What a checkpoint of the base holds for a bias is the base's, whichever adapter's is in
-    place.
-    """
-    for swap in owner._modules.values():
-        key = prefix + swap.parameter if isinstance(swap, BiasSwap) else ""
-        if isinstance(swap, BiasSwap) and swap.in_place != swap.BASE and key in state_dict:
-            if not any(
-                other.startswith(f"{prefix}{PREFIX}{swap.parameter}.") for other in state_dict
-            ):
-                acting, base = owner._parameters[swap.parameter], swap.get(owner, swap.BASE)
-                fresh = _alike(cast(Tensor, acting), base)  # nobody has trained it: it follows
-                swap.__dict__["given"] = base, state_dict[key]
-                state_dict[key] = (
-                    state_dict[key] if fresh else cast(Tensor, acting).detach().clone()
-                )
-
-
-def _load_hooks(owner: nn.Module) -> list[int]:
-    hooks = owner._load_state_dict_pre_hooks
-    return [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _load_base_biases]
-
-
 def _pairs(
     replica: nn.Module, base: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
@@ -430,14 +273,14 @@ def token_modules(
     }
 
 
-def bias_swaps(model: nn.Module) -> Iterator[tuple[str, nn.Module, BiasSwap]]:
-    """(name of the bias, the module that owns it, its store) of every bias that some adapter
-    trains.
-    """
-    for name, module in named_modules(model):
-        for swap in module._modules.values():
-            if isinstance(swap, BiasSwap):
-                yield join(name, swap.parameter), module, swap
+def saved_biases(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Module, list[str]]]:
+    """The modules of which an adapter trains the biases alone, with the names of these."""
+    return {
+        path: (saved, list(replica._parameters))
+        for path, saved in saved_modules(model)
+        if adapter_name in saved.gralora_saved
+        and isinstance(replica := saved.gralora_saved[adapter_name], SavedBiases)
+    }
 
 
 def _base_copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from gralora.layers.base import PREFIX, gralora_layers
-from gralora.model.saved import BiasSwap, bias_swaps
-from gralora.model.state import SHARED
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,14 +31,11 @@ def _base_tensors(model: nn.Module) -> list[Tensor]:
     found: list[Tensor] = []
     own = set()  # within the base's modules, but an adapter's
     for _, layer in gralora_layers(model):
-        aside = layer.gralora_adapters.base_weight
-        if aside is not None:
-            found.append(aside)
-            owner, name = layer.place
-            own.add(id(owner._parameters[name]))
-    for _, owner, swap in bias_swaps(model):
-        found.append(swap.get(owner, BiasSwap.BASE))
-        own |= {id(swap.get(owner, name)) for name in swap.names}
+        for aside, (owner, name) in layer.map.places.items():
+            base = getattr(layer.gralora_adapters, aside)
+            if base is not None:
+                found.append(base)
+                own.add(id(owner._parameters[name]))
     named = [*model.named_parameters(), *model.named_buffers()]
     found += [tensor for name, tensor in named if PREFIX not in name and id(tensor) not in own]
     return list({id(tensor): tensor for tensor in found}.values())
@@ -50,12 +45,6 @@ def _alias(tensor: Tensor) -> Tensor:
     """Another tensor over the same memory; the very tensor where only its own class knows what its
     memory means.
     """
-    setattr(tensor, SHARED, True)
     if type(tensor) is nn.Parameter:
-        other: Tensor = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-    elif type(tensor) is Tensor:
-        other = tensor.detach()
-    else:
-        return tensor
-    setattr(other, SHARED, True)
-    return other
+        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    return tensor.detach() if type(tensor) is Tensor else tensor

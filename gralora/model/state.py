@@ -12,20 +12,15 @@ from torch import nn
 
 from gralora.engines.distributed import reshard
 from gralora.engines.walk import modules
-from gralora.layers.adapter import GraloraAdapters, check_adapter_name
+from gralora.layers.adapter import check_adapter_name
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import join
 from gralora.layers.loading import factor_key
 from gralora.layers.pending import set_trained
-from gralora.model.saved import bias_swaps, saved_modules
-from gralora.model.survey import survey
+from gralora.model.index import Index, known_adapters
+from gralora.model.saved import saved_modules
 
 T = TypeVar("T")
-
-SHARED = "_gralora_shared"
-"""An attribute of parameters whose memory another model has too: nothing may be merged into it in
-place.
-"""
 
 
 class UnknownAdapterError(KeyError):
@@ -33,11 +28,6 @@ class UnknownAdapterError(KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
-
-
-def known_adapters(model: nn.Module) -> list[str]:
-    """The names of all adapters of `model`."""
-    return survey(model).names()
 
 
 def check_known(model: nn.Module, *names: str) -> None:
@@ -80,8 +70,8 @@ def check_unmerged(model: nn.Module, name: str) -> None:
 def named_adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """All that is trained with the adapter `name`, under the keys of a file.
 
-    `<module>.gralora_A` and so on for adapters; saved modules and biases under their own names.
-    Buffers of saved modules are not among them.
+    `<module>.gralora_A` and so on for adapters, `<module>.gralora_bias` for what one adds to the
+    bias; copies of modules under their own names. Buffers of copies are not among them.
     """
     reshard(model)
     found: dict[str, nn.Parameter] = {}
@@ -93,9 +83,6 @@ def named_adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parame
             found.update(
                 {join(path, key): p for key, p in saved.gralora_saved[name].named_parameters()}
             )
-    for key, owner, swap in bias_swaps(model):
-        if name in swap.names:
-            found[key] = swap.get(owner, name)
     return found
 
 
@@ -104,122 +91,62 @@ def adapter_keys(path: str, tensors: Mapping[str, T]) -> dict[str, T]:
     return {join(path, factor_key(name)): tensor for name, tensor in tensors.items()}
 
 
-def activate(
-    model: nn.Module,
-    weights: Mapping[str, float],
-    *,
-    trained: Collection[str] | None = None,
-    now: int = 0,
-) -> None:
-    """Make exactly the adapters in `weights` (name -> weight) act, and exactly those in `trained`
-    be trained; None: the same.
-
-    Args:
-        now: the `moment` of the switch, where forwards may wait for their backward.
+def activate(found: Index, weights: Mapping[str, float], trained: Collection[str]) -> None:
+    """Make exactly the adapters in `weights` (name -> weight) active, and train exactly those in
+    `trained`.
     """
-    trained = weights if trained is None else trained
-
-    def train(name: str, parameters: Iterable[nn.Parameter | None]) -> None:
-        for parameter in parameters:
-            if parameter is not None:
-                set_trained(parameter, name in trained)
-
-    for _, layer in gralora_layers(model):
+    for _, layer in found.layers:
         adapters = layer.gralora_adapters
         active = {name: weight for name, weight in weights.items() if name in adapters}
-        if active != adapters.active:
-            adapters.active, adapters.__dict__["changed"] = active, now
-        for name in adapters:
-            train(name, adapters[name]._parameters.values())
-    for _, saved in saved_modules(model):
+        if list(active.items()) != list(adapters.active.items()):
+            adapters.active = active
+    for _, saved in found.saved:
         copies = saved.gralora_saved
         copies.active = next((name for name in weights if name in copies), None)
-        for name in copies:
-            train(name, copies[name].parameters())
-    for _, owner, swap in bias_swaps(model):
-        swap.put(owner, next((name for name in weights if name in swap.names), swap.BASE))
-        for name in swap.names:
-            train(name, [swap.get(owner, name)])
-
-
-def switch(
-    containers: Iterable[GraloraAdapters],
-    weights: Mapping[str, float],
-    trained: Collection[str],
-    now: int,
-) -> None:
-    """`activate` where there is nothing but adapters, all or nothing: a few microseconds for a
-    layer.
-    """
-    found = [adapters.__dict__ for adapters in containers]
-    wrong = [
-        (parameter, name in trained)
-        for own in found
-        for name, adapter in own["_modules"].items()
-        for parameter in adapter.__dict__["_parameters"].values()
-        if parameter is not None and parameter.requires_grad is not (name in trained)
-    ]
-    before: list[tuple[Any, ...]] = []
-    flags: list[tuple[nn.Parameter, bool]] = []
-    asked = list(weights.items())
-    sole = asked[0] if len(asked) == 1 else None
-    try:
-        for own in found:
-            modules = own["_modules"]
-            acting = tuple([(modules[name], weight) for name, weight in asked if name in modules])
-            if acting != own["acting"]:
-                before.append((own, own["active"], own["acting"], own.get("sole"), own["changed"]))
-                mine = (
-                    asked
-                    if len(acting) == len(asked)
-                    else [each for each in asked if each[0] in modules]
-                )
-                own["active"], own["acting"], own["changed"] = dict(mine), acting, now
-                own["sole"] = sole if mine is asked else mine[0] if len(mine) == 1 else None
-        for parameter, wanted in wrong:
-            flags.append((parameter, not wanted))
-            set_trained(parameter, wanted)
-    except BaseException:
-        for own, *fields in before:
-            own.update(zip(("active", "acting", "sole", "changed"), fields, strict=True))
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
-        raise
+    for container in found.containers():
+        for name, own in container.named_children():
+            for parameter in own.parameters():
+                if parameter.requires_grad is not (name in trained):
+                    set_trained(parameter, name in trained)
 
 
 def put_back_weight(layer: GraloraLayer) -> None:
-    """Give a merged layer its own weight back, the very object, bit for bit.
+    """Give a merged layer its own weight and bias back, the same objects, bit for bit.
 
     Where several maps share one parameter, all of them have to be put back.
     """
     adapters = layer.gralora_adapters
-    base = adapters.base_weight
-    if base is not None:
-        owner, name = layer.place
+    for aside, (owner, name) in layer.map.places.items():
+        base: nn.Parameter | None = getattr(adapters, aside)
+        if base is None:
+            continue
         now = owner._parameters[name]
-        if now is not None and (now.device, now.dtype) != (
-            base.device,
-            base.dtype,
-        ):  # moved while merged
-            base.data = base.data.to(now.device, now.dtype)
+        if now is not None and (now.device, now.dtype) != (base.device, base.dtype):
+            base.data = base.data.to(now.device, now.dtype)  # moved while merged
         owner._parameters[name] = base
-        adapters.__dict__["base_weight"] = None
+        setattr(adapters, aside, None)
     adapters.merged = {}
 
 
 @contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """On an exception, put every module of `model` back as it was: class, registers, attributes,
-    requires_grad.
+def all_or_nothing(*models: nn.Module) -> Iterator[None]:
+    """On an exception, restore every module of the models: class, registers, attributes, and
+    `requires_grad`.
 
-    Values written into tensors in place are not covered.
+    Values that are written into tensors in place are not covered.
     """
-    reshard(model)
-    before = [
-        (module, module.__class__, module.__dict__.copy(), _contents(module))
-        for module in modules(model)
-    ]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for model in models:
+        reshard(model)
+    with unchanged_on_error(dict.fromkeys(m for model in models for m in modules(model))):
+        yield
+
+
+@contextmanager
+def unchanged_on_error(changing: Iterable[nn.Module]) -> Iterator[None]:
+    """The same of these modules alone, without those below them."""
+    before = [(m, m.__class__, m.__dict__.copy(), _contents(m)) for m in changing]
+    parameters = [p for m, *_ in before for p in m.parameters(recurse=False)]
+    trained = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
         yield
     except BaseException:

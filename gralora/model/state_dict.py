@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,10 +12,13 @@ from gralora.engines.distributed import copy_into, gathered, whole
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import gralora_layers
 from gralora.layers.class_change import join
-from gralora.layers.loading import FACTORS
+from gralora.layers.loading import FACTORS, factor_key
+from gralora.model.biases import adapted_biases, bias_differences, bias_values
 from gralora.model.saved import saved_modules
 from gralora.model.state import adapter_keys, check_known, check_unmerged, named_adapter_parameters
 from gralora.model.targets import shorten
+
+BIAS = factor_key("bias")
 
 
 class LoadResult(NamedTuple):
@@ -28,20 +31,23 @@ class LoadResult(NamedTuple):
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The values of one adapter, and nothing of the base: `<module>.gralora_A` and so on.
 
-    Saved modules and trained biases are included under their own names. The tensors share memory
-    with the model; where it is sharded they are gathered, whole and plain, on every process, all of
-    which must call.
+    Copies of modules and trained biases are included under their own names, a bias as base + Δb.
+    All other tensors share memory with the model; where it is sharded they are gathered, as plain
+    tensors, on every process, all of which must call.
 
     Raises:
         KeyError: no such adapter.
     """
     check_known(model, adapter_name)
-    live = live_tensors(model, adapter_name)
-    with gathered(live.values()) as for_now:
-        return {
+    live, biases = live_tensors(model, adapter_name), adapted_biases(model, adapter_name)
+    bases = [layer.map.base_bias for layers in biases.values() for layer in layers]
+    with gathered([*live.values(), *bases]) as for_now:
+        found = {
             key: tensor.detach().clone() if for_now else whole(tensor.detach())
             for key, tensor in live.items()
+            if not key.endswith(BIAS)
         }
+        return {**found, **bias_values(biases, adapter_name)}
 
 
 def load_adapter_state_dict(
@@ -58,11 +64,39 @@ def load_adapter_state_dict(
         KeyError: no such adapter; or, if `strict`, keys are missing or unexpected. ValueError: a
             shape differs, or the adapter is merged. Nothing has then been copied.
     """
+    load = prepared_load(model, state_dict, adapter_name, strict=strict)
+    write_values([load])
+    return load.result
+
+
+class Load(NamedTuple):
+    """What one load will copy, checked.
+
+    Attributes:
+        values: (a tensor of the model, its new value).
+        filled: adapters all of whose values are among them.
+    """
+
+    result: LoadResult
+    values: list[tuple[Tensor, Tensor]]
+    filled: list[GraloraAdapter]
+
+
+def prepared_load(
+    model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str, *, strict: bool = True
+) -> Load:
+    """Check a state dict against the adapter that it is for; nothing is changed.
+
+    Raises: as `load_adapter_state_dict`.
+    """
     check_known(model, adapter_name)
     check_unmerged(model, adapter_name)
-    own = live_tensors(model, adapter_name)
+    biases = adapted_biases(model, adapter_name)
+    live = live_tensors(model, adapter_name)
+    own = {key: tensor for key, tensor in live.items() if not key.endswith(BIAS)}
+    expected = [*own, *biases]
     result = LoadResult(
-        [k for k in own if k not in state_dict], [k for k in state_dict if k not in own]
+        [k for k in expected if k not in state_dict], [k for k in state_dict if k not in expected]
     )
     if strict and any(result):
         parts = [
@@ -74,22 +108,39 @@ def load_adapter_state_dict(
             f"the state dict does not fit adapter {adapter_name!r}; {'; '.join(parts)}."
             " strict=False passes them."
         )
-    shared = {key: tensor for key, tensor in own.items() if key in state_dict}
-    _check_fits(shared, state_dict)
-    if own and state_dict and not shared:
+    if expected and state_dict and len(result.missing_keys) == len(expected):
         raise ValueError(
             f"none of the keys is one of adapter {adapter_name!r}: nothing was loaded. Given:"
-            f" {shorten(state_dict)}; wanted: {shorten(own)}. load_state_dict takes the keys of"
-            " state_dict()."
+            f" {shorten(state_dict)}; wanted: {shorten(expected)}. load_state_dict takes the keys"
+            " of state_dict()."
         )
+    shared = {key: tensor for key, tensor in own.items() if key in state_dict}
+    _check_fits(shared, state_dict)
+    values = [(tensor, state_dict[key]) for key, tensor in shared.items()]
+    values += bias_differences(biases, adapter_name, state_dict)
     filled = [
         layer.gralora_adapters[adapter_name]
         for path, layer in gralora_layers(model)
         if adapter_name in layer.gralora_adapters
         and set(adapter_keys(path, dict.fromkeys(FACTORS[:2]))) <= shared.keys()
     ]
-    _overwrite(shared, state_dict, filled)
-    return result
+    return Load(result, values, filled)
+
+
+@torch.no_grad()
+def write_values(loads: Sequence[Load]) -> None:
+    """Copy the values of every load, or on an exception of none. The old ones are kept so long."""
+    before = [(own, own.clone()) for load in loads for own, _ in load.values]
+    try:
+        for load in loads:
+            for own, value in load.values:
+                copy_into(own, value)
+            for adapter in load.filled:
+                adapter.has_values()
+    except BaseException:
+        for own, value in before:
+            own.copy_(value)
+        raise
 
 
 def _check_fits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
@@ -123,6 +174,7 @@ def _check_fits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
 
 
 def live_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The parameters of an adapter, and the buffers of its copies, by name."""
     tensors: dict[str, Tensor] = dict(named_adapter_parameters(model, adapter_name))
     for path, saved in saved_modules(model):
         if adapter_name in saved.gralora_saved:
@@ -135,23 +187,6 @@ def live_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
                 }
             )
     return tensors
-
-
-@torch.no_grad()
-def _overwrite(
-    own: Mapping[str, Tensor], given: Mapping[str, Tensor], filled: Iterable[GraloraAdapter]
-) -> None:
-    """Copy every value, or on an exception none. The old ones are kept for so long."""
-    before = {key: tensor.clone() for key, tensor in own.items()}
-    try:
-        for key, tensor in own.items():
-            copy_into(tensor, given[key])
-        for adapter in filled:
-            adapter.has_values()
-    except BaseException:
-        for key, tensor in own.items():
-            tensor.copy_(before[key])
-        raise
 
 
 def torn(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, str] | None:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from torch import nn
 
 from gralora.layers.base import gralora_layers
+from gralora.model.biases import adapted_biases
 from gralora.model.control import adapter_names, count_parameters
-from gralora.model.record import LEFT_OUT, vanished
-from gralora.model.saved import bias_swaps, saved_modules
+from gralora.model.index import LEFT_OUT, missing
+from gralora.model.saved import saved_modules
 
 
 class LayerRow(NamedTuple):
@@ -107,20 +108,20 @@ def summary(model: nn.Module) -> Summary:
             )
     trainable, total = count_parameters(model)
     layers = len({row.layer for row in rows})
-    beside = [f"{name} (saved)" for name, _ in saved_modules(model)] + [
-        name for name, _, _ in bias_swaps(model)
-    ]
+    beside = [f"{name} (saved)" for name, _ in saved_modules(model)]
+    beside += [key for name in adapter_names(model) for key in adapted_biases(model, name)]
+    beside = list(dict.fromkeys(beside))
     lines = [
         f"{layers} layers, adapters: {', '.join(adapter_names(model)) or 'none'}",
-        *([f"trained beside them: {', '.join(beside)}"] if beside else []),
+        *([f"trained in addition: {', '.join(beside)}"] if beside else []),
         (
             f"{sum(row.parameters for row in rows):,} parameters in adapters, {trainable:,}"
             f" trainable of {total:,}"
         ),
     ]
-    gone = vanished(model, adapter_names(model))
+    gone = missing(model, adapter_names(model))
     left = model.__dict__.get(LEFT_OUT, ())
-    lines += [f"adapted once, and there no more: {', '.join(gone)}"] if gone else []
+    lines += [f"adapted by inject and no longer in the model: {', '.join(gone)}"] if gone else []
     lines += [f"left out by all-linear: {', '.join(left)}"] if left else []
     return Summary(rows, "\n".join(lines))
 

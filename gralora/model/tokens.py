@@ -8,7 +8,6 @@ to the embedding follows it: there the same rows are outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
 
@@ -18,20 +17,18 @@ from torch.nn import functional as F
 
 from gralora.engines.distributed import is_spread
 from gralora.engines.walk import modules
+from gralora.layers.class_change import InPlaceModule
 from gralora.layers.running import forward_runs
 from gralora.layers.sums import Sum
 from gralora.layers.unevaluated import unevaluated
 from gralora.maths import autograd
+from gralora.model.partial_copies import PartialCopy
 
 ROWS, INDICES = "trainable_tokens", "token_indices"
 """Behind the embedding's name, the keys of `adapter_state_dict` and of a file."""
 
-_running: ContextVar[tuple[nn.Module, TokenRows] | None] = ContextVar(
-    "gralora_tokens", default=None
-)
 
-
-class TokenRows(nn.Module):
+class TokenRows(PartialCopy):
     """Rows of one embedding that an adapter trains: `trainable_tokens` (n, H) stands in for its
     rows `token_indices` (n).
     """
@@ -44,36 +41,25 @@ class TokenRows(nn.Module):
         self.trainable_tokens = nn.Parameter(weight.detach()[indices].clone())
         self.register_buffer(INDICES, indices)
 
-    def call(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The forward of `owner`, whose copy this is, with these rows in its weight."""
-        weight, forward = (
-            cast(Tensor, owner._parameters["weight"]),
-            cast(Any, owner)._base_class.forward,
-        )
-        x = args[0] if args else next(iter(kwargs.values()))
-        if forward is nn.Embedding.forward:
-            return self.look_up(weight, x, cast(nn.Embedding, owner).padding_idx)
-        if forward is nn.Linear.forward:
-            return self.product(weight, x, cast(nn.Linear, owner).bias)
-        if torch.compiler.is_compiling():  # where the copy that acts is read anyway
-            return cast(Any, owner).base_forward(*args, **kwargs)
-        token = _running.set((owner, self))
-        try:
-            return cast(Any, owner).base_forward(*args, **kwargs)
-        finally:
-            _running.reset(token)
+    def call(self, owner: InPlaceModule, *args: Any, **kwargs: Any) -> Any:
+        weight, forward = cast(Tensor, owner._parameters["weight"]), owner._base_class.forward
+        if len(args) == 1 and not kwargs:
+            if forward is nn.Embedding.forward:
+                return self.look_up(weight, args[0], cast(nn.Embedding, owner).padding_idx)
+            if forward is nn.Linear.forward:
+                return self.product(weight, args[0], cast(nn.Linear, owner).bias)
+        return super().call(owner, *args, **kwargs)
 
-    def read(self, weight: Tensor) -> Tensor:
-        """What whoever reads the weight gets: while a forward runs, the one with these rows, not
-        computed.
-        """
-        if not torch.compiler.is_compiling() and not forward_runs(None):
-            return weight
+    def read(self, name: str, value: Tensor) -> Tensor:
+        """While a forward runs, the weight with these rows, not computed."""
+        inside = torch.compiler.is_compiling() or forward_runs(None)
+        return self.effective(value) if name == "weight" and inside else value
+
+    def effective(self, weight: Tensor) -> Tensor:
         product, look_up = partial(self.product, weight), partial(self.look_up, weight)
         sum = Sum((weight, self.rows), self.put_into, product, False, look_up=look_up)
-        return (
-            cast(Tensor, unevaluated(sum)) if autograd.eager() else self.put_into(weight, self.rows)
-        )
+        eager = autograd.eager()
+        return cast(Tensor, unevaluated(sum)) if eager else self.put_into(weight, self.rows)
 
     @property
     def rows(self) -> nn.Parameter:
@@ -110,7 +96,7 @@ class TiedRows(TokenRows):
     """The same rows in a module that is tied to the embedding; it holds no tensor of its own."""
 
     def __init__(self, leader: TokenRows) -> None:
-        nn.Module.__init__(self)
+        PartialCopy.__init__(self)
         self.__dict__["leader"] = leader
 
     @property
@@ -120,12 +106,6 @@ class TiedRows(TokenRows):
     @property
     def indices(self) -> Tensor:
         return cast(TokenRows, self.__dict__["leader"]).token_indices
-
-
-def running(owner: nn.Module) -> TokenRows | None:
-    """The rows with which the forward of `owner` runs now, where it reads its weight itself."""
-    found = _running.get()
-    return found[1] if found is not None and found[0] is owner else None
 
 
 Wanted = tuple[int, ...] | tuple[tuple[str, tuple[int, ...]], ...]

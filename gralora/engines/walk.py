@@ -31,9 +31,14 @@ def modules(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def named_modules(
+    model: nn.Module, stop_at: tuple[type[nn.Module], ...] = ()
+) -> list[tuple[str, nn.Module]]:
     """(qualified name, module) of every module of `model`, itself first under "", each once under
     its first name.
+
+    Args:
+        stop_at: classes of modules whose children are left out.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
     waiting = [("", model)]
@@ -41,7 +46,7 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         name, module = entry = waiting.pop()
         if id(module) not in found:
             found[id(module)] = entry
-            if module._modules:
+            if module._modules and not isinstance(module, stop_at):
                 waiting.extend(children(name, module))
     return list(found.values())
 

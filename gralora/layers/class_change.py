@@ -42,6 +42,19 @@ class InPlaceModule(nn.Module):
             return instance_forward(*args, **kwargs)
         return self._base_class.forward(self, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        own = self.__dict__
+        if value is not None and (name in own["_parameters"] or name in own["_buffers"]):
+            return self.effective_parameter(name, value)
+        return value
+
+    def effective_parameter(self, name: str, value: Tensor) -> Tensor:
+        """What code that reads a parameter or buffer by its name gets; `value` is the module's
+        own.
+        """
+        return value
+
     def __setattr__(self, name: str, value: Any) -> None:
         if (
             name == LOADED

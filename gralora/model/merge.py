@@ -61,8 +61,12 @@ def merge(
     warn_of_missing(model, known_adapters(model) if names is None else names)
     given = isinstance(adapter_names, Mapping)
     plan: list[tuple[GraloraLayer, dict[str, float]]] = []
+    bases: dict[Place, nn.Parameter] = {}  # maps that share a parameter have one base
     for path, layer in gralora_layers(model):
         adapters = layer.gralora_adapters
+        for aside, (owner, name) in layer.map.places.items():
+            if (base := getattr(adapters, aside)) is not None:
+                bases[id(owner), name] = base
         wanted = (
             adapters.active
             if names is None
@@ -80,7 +84,6 @@ def merge(
         for layer, weights in plan:
             _check_same_function(layer, weights, merged)
     with all_or_nothing(model):
-        bases = _bases(model)
         for layer, weights in plan:
             for aside, place in layer.map.places.items():
                 _set_aside(layer, aside, place, merged, bases)
@@ -289,17 +292,6 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
 
 Place = tuple[int, str]
 """(id of the owner, name) of a parameter."""
-
-
-def _bases(model: nn.Module) -> dict[Place, nn.Parameter]:
-    """The parameters that are set aside, by place: maps that share a parameter have one base."""
-    found = {}
-    for _, layer in gralora_layers(model):
-        for aside, (owner, name) in layer.map.places.items():
-            base = getattr(layer.gralora_adapters, aside)
-            if base is not None:
-                found[id(owner), name] = base
-    return found
 
 
 def _set_aside(

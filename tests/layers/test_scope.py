@@ -7,13 +7,14 @@ import copy
 import gc
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import gralora
-from gralora.layers.scope import SIZES, Switchable
+from gralora.layers.scope import Switchable
 
 from ..models import ROWS, Experts, four_adapters, mlp, random_config, same_bits
 
@@ -59,16 +60,68 @@ def test_a_copy_made_inside_is_not_inside():
     assert same_bits(other(x), y)
 
 
-def test_disable_adapter_stays_in_its_thread():
+def in_a_thread(function):
+    """What `function` returns or raises in a new thread."""
+    found = []
+
+    def work():
+        try:
+            found.append(function())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+BLOCKS = {
+    "disable_adapter": gralora.disable_adapter,
+    "mixed_batch": lambda model: gralora.mixed_batch(model, [None, "default", None]),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_a_thread_that_was_running_before_the_block_is_not_in_it(block):
     model = gralora.inject(mlp(16, 8), ["0"], random_config())
     x = torch.randn(3, 16)
-    y, elsewhere = model(x), []
-    with gralora.disable_adapter(model):
+    y, elsewhere, opened, done = model(x), [], threading.Event(), threading.Event()
+
+    def work():
+        opened.wait()
+        elsewhere.append(model(x))
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with block(model):
         assert not torch.equal(model(x), y)
-        thread = threading.Thread(target=lambda: elsewhere.append(model(x)))
-        thread.start()
-        thread.join()
+        opened.set()
+        done.wait()
+    thread.join()
     assert same_bits(elsewhere[0], y)
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_a_thread_started_inside_a_block_opens_one_of_its_own_or_raises(block):
+    model = gralora.inject(mlp(16, 8), ["0"], random_config())
+    x = torch.randn(3, 16)
+    y = model(x)
+    with block(model):
+        inside = model(x)
+        error = in_a_thread(lambda: model(x))
+        assert isinstance(error, RuntimeError)
+        assert "Open the block inside this thread" in str(error)
+
+        def with_its_own():
+            with block(model):
+                return model(x)
+
+        assert same_bits(in_a_thread(with_its_own), inside)
+        context = contextvars.copy_context()
+        assert same_bits(in_a_thread(lambda: context.run(model, x)), inside)
+    assert same_bits(in_a_thread(lambda: model(x)), y)
 
 
 def test_disabling_one_model_leaves_another_alone():
@@ -144,7 +197,7 @@ def wanted(model, x, name):
 @pytest.mark.parametrize(
     "drive", [lambda generator: generator, in_contexts_of_their_own], ids=["here", "in contexts"]
 )
-def test_a_block_that_a_generator_holds_open_holds_for_the_code_within_it_whoever_resumes_it(drive):
+def test_a_generator_always_runs_inside_its_own_block_whoever_resumes_it(drive):
     model, x = four_adapters(mlp(16, 24, 8)), torch.randn(3, 16)
     with torch.no_grad():
         gralora.set_adapter(model, "c")
@@ -155,9 +208,37 @@ def test_a_block_that_a_generator_holds_open_holds_for_the_code_within_it_whoeve
             torch.testing.assert_close(of_a, wanted(model, x, "a"))
             torch.testing.assert_close(of_b, wanted(model, x, "b"))
             torch.testing.assert_close(of_base, wanted(model, x, None))
-            torch.testing.assert_close(model(x), plain)  # the code outside of them is in none
         torch.testing.assert_close(model(x), plain)
-    assert not any(m.scopes or m.blocks for m in model.modules() if isinstance(m, Switchable))
+    assert not any(m.blocks for m in model.modules() if isinstance(m, Switchable))
+
+
+def test_a_generator_leaks_its_block_to_its_consumer_as_no_grad_does():
+    model, x = four_adapters(mlp(16, 24, 8)), torch.randn(3, 16)
+    mixed, _ = streams(model, x)
+    plain, stream = model(x), mixed(["a"] * 3)
+    of_a = next(stream)
+    assert same_bits(model(x), of_a)
+    stream.close()
+    assert same_bits(model(x), plain)
+
+
+def test_a_generator_that_another_one_drives_runs_inside_its_own_block():
+    model, x = four_adapters(mlp(16, 24, 8)), torch.randn(3, 16)
+    mixed, base = streams(model, x)
+
+    def outer(inner):
+        with gralora.mixed_batch(model, ["b"] * 3):
+            for of_inner in inner:
+                yield of_inner, model(x)
+
+    started = mixed(["a"] * 3)
+    first, of_base = next(started), base()
+    next(of_base)
+    torch.testing.assert_close(first, wanted(model, x, "a"))
+    for of_a, of_b in outer(started):
+        torch.testing.assert_close(of_a, wanted(model, x, "a"))
+        torch.testing.assert_close(of_b, wanted(model, x, "b"))
+        torch.testing.assert_close(next(of_base, wanted(model, x, None)), wanted(model, x, None))
 
 
 def test_the_innermost_block_counts_within_a_generator_too():
@@ -193,7 +274,7 @@ def test_a_generator_that_is_dropped_or_fails_ends_its_block():
     del stream
     gc.collect()
     assert torch.equal(model(x), plain)
-    assert not any(m.scopes or m.blocks for m in model.modules() if isinstance(m, Switchable))
+    assert not any(m.blocks for m in model.modules() if isinstance(m, Switchable))
 
 
 @contextlib.contextmanager
@@ -329,15 +410,15 @@ def test_any_tensor_under_a_parameters_name_counts_as_the_weight(detached):
         assert not torch.allclose(y, model(x))
 
 
-def test_an_assignment_of_rows_outlives_its_block_and_keeps_no_more_than_some_sizes():
+def test_the_order_of_rows_is_kept_for_the_time_of_the_block():
     model = gralora.inject(nn.Linear(16, 8), "", random_config(), adapter_name="a")
-    x, expected = torch.randn(400, 16), []
-    with gralora.mixed_batch(model, ["a", None], repeat="interleave"):
-        for size in range(2, 200, 2):
-            expected.append(model(x[:size]))
-            assert same_bits(model(x[:size]), expected[-1])
-        first = model.gralora_adapters.mode
-    assert len(first._sorted) <= SIZES
-    with gralora.mixed_batch(model, ["a", None], repeat="interleave"):
-        assert model.gralora_adapters.mode is first
-        assert same_bits(model(x[:2]), expected[0])
+    x = torch.randn(4, 16)
+    with torch.no_grad(), gralora.mixed_batch(model, ["a", None], repeat="interleave"):
+        y = model(x)
+        mode = model.gralora_adapters.mode
+        order = weakref.ref(mode.sort(4, ["a"], x.device)[0])
+        assert mode.sort(4, ["a"], x.device)[0] is order()
+        assert same_bits(model(x), y)
+    del mode
+    gc.collect()
+    assert order() is None

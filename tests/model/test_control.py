@@ -74,7 +74,7 @@ def test_disable_adapter_gives_the_base_bit_for_bit_and_back():
     base = model(x)
     gralora.inject(model, "all-linear", random_config(bias="all", modules_to_save=None))
     with torch.no_grad():
-        model[0].bias.add_(1)
+        model[0].gralora_adapters["default"].bias.add_(1)
     adapted = model(x)
     for prepare in (lambda: None, lambda: gralora.merge(model)):
         prepare()

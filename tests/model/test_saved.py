@@ -63,9 +63,9 @@ def test_each_adapter_has_a_copy_and_set_adapter_switches():
 @pytest.mark.parametrize("options", [{"modules_to_save": ["head"]}, {"bias": "all"}])
 def test_two_adapters_that_train_the_same_thing_cannot_both_be_active(options):
     model = gralora.inject(Block(), ["q"], random_config(**options), adapter_name="a")
-    gralora.inject(model, ["v"], random_config(**options), adapter_name="b")
+    gralora.inject(model, ["q"], random_config(**options), adapter_name="b")
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="adapters 'a' and 'b' both train"):
+    with pytest.raises(ValueError, match="adapters 'a' and 'b' both train a copy of"):
         gralora.set_adapter(model, ["a", "b"])
     assert_same(fingerprint(model), before)
 
@@ -190,13 +190,12 @@ def test_biases_that_are_trained(bias, names):
     y = model(X)
     values = {name: p.clone() for name, p in model.named_parameters()}
     gralora.inject(model, ["q", "v"], GraloraConfig(r=4, bias=bias))
-    assert {
-        n for n, p in model.named_parameters() if p.requires_grad and "gralora_" not in n
-    } == names
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+    assert len(trained) == len(names) and all("gralora_" in name for name in trained)
     assert {n for n in gralora.adapter_state_dict(model) if "gralora_" not in n} == names
     train_a_step(model)
     for name in names - {"k.bias"}:  # softmax does not see the bias of the keys
-        assert not torch.equal(dict(model.named_parameters())[name], values[name]), name
+        assert not torch.equal(gralora.adapter_state_dict(model)[name], values[name]), name
     with gralora.disable_adapter(model):
         assert same_bits(model(X), y)
     gralora.unload(model)

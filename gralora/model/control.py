@@ -147,7 +147,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         for _, layer in gralora_layers(model):
             base = layer.gralora_adapters.base_weight
             if base is not None:
-                owner, name = layer.place
+                owner, name = layer.map.place
                 # undone in reverse: where maps share a parameter, the first of them puts the merged
                 # one back
                 stack.callback(
@@ -359,7 +359,7 @@ def _move_again(module: nn.Module, moved: Mapping[str, Tensor]) -> None:
 def _merge_again(
     layer: GraloraLayer, merged: nn.Parameter | None, base: nn.Parameter, state: dict[str, float]
 ) -> None:
-    owner, name = layer.place
+    owner, name = layer.map.place
     owner._parameters[name] = merged
     layer.gralora_adapters.__dict__["base_weight"] = base
     layer.gralora_adapters.merged = state

@@ -64,12 +64,10 @@ def extract(
         covered = set()
         paths = {id(module): path for path, module in named_modules(base)}
         for name, layer in layers:
-            owner, parameter = layer.place
+            owner, parameter = layer.map.place
             key = join(paths[id(owner)], parameter)
             covered.add(key)
-            delta = layer.matrix(
-                layer.host, layer.part, difference(key, layer.spot.base_weight, there.get(key))
-            )
+            delta = layer.map.matrix(difference(key, layer.map.base_weight, there.get(key)))
             adapter = layer.gralora_adapters[adapter_name]
             error = fill(adapter.tensors, delta, adapter.config)
             if errors is not None:
@@ -130,7 +128,7 @@ def reblock(
                 config = replace(old.config, r=r_new, gralora_k=gralora_k).scaled(
                     old.config.scaling
                 )
-                new = layer.spot.new_adapter(config, old.A.dtype, reset=False)
+                new = layer.map.new_adapter(config, old.A.dtype, reset=False)
             except ValueError as problem:
                 raise ValueError(f"{name!r}: {problem}") from None
             error = fill(new.tensors, delta, new.config)

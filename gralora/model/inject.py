@@ -155,7 +155,7 @@ def install(
     check_unwrapped(model)
     first = not known_adapters(model)
     trainable = first if trainable is None else trainable
-    check_units(model, plan.saved, [t.spot.module for t in plan.targets])
+    check_units(model, plan.saved, [t.map.module for t in plan.targets])
     rows = _token_rows(model, plan)
     adapters = _adapters(plan)
     copies = copies_of(plan.saved.values(), tied=plan.tied)
@@ -166,8 +166,7 @@ def install(
         for module in modules(model):
             freeze_own(module)
     for target, adapter in zip(plan.targets, adapters, strict=True):
-        spot = target.spot
-        spot.kind.attach(spot.module, spot.part).gralora_adapters.add(adapter_name, adapter)
+        target.map.attach().add(adapter_name, adapter)
     for unit, replica in zip(plan.saved.values(), copies, strict=True):
         add_copy(unit, adapter_name, replica)
     for unit, own in rows:
@@ -210,13 +209,13 @@ def _adapters(plan: Plan) -> list[GraloraAdapter]:
     shared: dict[tuple[int, tuple[int, int]], GraloraAdapter] = {}
     result = []
     for target in plan.targets:
-        key = id(target.spot.weight), target.spot.sizes
+        key = id(target.map.weight), target.map.sizes
         own = shared.get(key) if target.config.ensure_weight_tying else None
         if own is None:
             reset = (
                 plan.reset and target.config.init_weights != "loftq"
             )  # which comes of the reference
-            own = target.spot.new_adapter(target.config, plan.dtypes.get(target.name), reset=reset)
+            own = target.map.new_adapter(target.config, plan.dtypes.get(target.name), reset=reset)
         shared[key] = own
         result.append(own)
     return result
@@ -238,7 +237,7 @@ def _tokens(
 
 def _token_rows(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, TokenRows]]:
     """The rows of every embedding whose tokens are trained, and of what is tied to it."""
-    adapted = {id(t.spot.module): t.name for t in plan.targets}
+    adapted = {id(t.map.module): t.name for t in plan.targets}
     adapted.update({id(layer): path for path, layer in gralora_layers(model)})
     whole = {id(m) for unit in plan.saved.values() for m in modules(unit)}
     result: list[tuple[nn.Module, TokenRows]] = []
@@ -347,8 +346,7 @@ def _biases(
             (module, name) for module in owners for name in module._parameters if is_bias(name)
         ]
     else:
-        spots = [t.spot for t in plan.targets if t.config.bias == "gralora_only"]
-        candidates = [spot.kind.bias_at(spot.module, spot.part) for spot in spots]
+        candidates = [t.map.bias_place for t in plan.targets if t.config.bias == "gralora_only"]
     saved = {id(m) for unit in plan.saved.values() for m in modules(unit)}
     away = [names.names[id(owner)][0] for owner, name in candidates if is_offloaded(owner, name)]
     if away:

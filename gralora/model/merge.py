@@ -88,7 +88,7 @@ def merge(
             _check_same_function(layer, weights, merged[_place(layer)])
     with all_or_nothing(model):
         for layer, weights in plan:
-            owner, name = layer.place
+            owner, name = layer.map.place
             adapters, place = layer.gralora_adapters, _place(layer)
             if adapters.base_weight is None:
                 now = cast(nn.Parameter, owner._parameters[name])
@@ -135,7 +135,7 @@ def merge_and_unload(
         for path, layer in gralora_layers(model)
     ]
     were_tied = output_tied(model)
-    packed = [row for row in layers if dequantize is not None and row[1].packed]
+    packed = [row for row in layers if dequantize is not None and row[1].map.packed]
     layers = [row for row in layers if row not in packed]
     plain = [
         _dequantized(layer, weights, cast(torch.dtype, dequantize)) for _, layer, weights in packed
@@ -152,7 +152,7 @@ def merge_and_unload(
     )
     together = _sharing(layers, owners)
     for _, layer, weights in layers:
-        owner, name = layer.place
+        owner, name = layer.map.place
         weight = cast(nn.Parameter, owner._parameters[name])
         if (
             id(layer) in together
@@ -193,7 +193,7 @@ def _dequantized(
     weight, bias, (n_in, n_out) = (
         layer.computed_matrix(dtype),
         layer._parameters.get("bias"),
-        layer.spot.sizes,
+        layer.map.sizes,
     )
     for name, share in weights.items():
         weight = weight + share * layer.gralora_adapters[name].delta_weight().float()
@@ -252,7 +252,7 @@ def _sharing(
     """
     found: dict[tuple[object, ...], list[GraloraLayer]] = {}
     for _, layer, weights in layers:
-        owner, name = layer.place
+        owner, name = layer.map.place
         acting = tuple((id(layer.gralora_adapters[n]), share) for n, share in weights.items())
         found.setdefault((id(owner._parameters[name]), acting), []).append(layer)
     whole = {
@@ -293,7 +293,7 @@ def _keep_active_copies(model: nn.Module) -> None:
 
 
 def _check_mergeable(path: str, layer: GraloraLayer) -> None:
-    owner, name = layer.place
+    owner, name = layer.map.place
     weight = owner._parameters.get(name)
     if weight is None:
         raise TypeError(
@@ -306,7 +306,7 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
             " save_adapter, and merge it into the plain model, or into the checkpoint on disk"
             " (`gralora merge`)."
         )
-    if layer.packed:
+    if layer.map.packed:
         raise TypeError(
             f"the weight of {path!r} is a {type(weight).__name__} of {weight.dtype}, quantised or"
             " in a format of its own: merging would be wrong. Ways out: leave the adapter"
@@ -321,7 +321,7 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
 
 
 def _place(layer: GraloraLayer) -> tuple[int, str]:
-    owner, name = layer.place
+    owner, name = layer.map.place
     return id(owner), name
 
 
@@ -333,15 +333,15 @@ def _merged_parameters(
     """
     new: dict[tuple[int, str], nn.Parameter] = {}
     for layer, weights in plan:
-        owner, name = layer.place
+        owner, name = layer.map.place
         now = cast(nn.Parameter, owner._parameters[name])
         place = _place(layer)
         if place not in new:
-            whole = layer.spot.base_matrix().numel() == now.numel()  # nothing else lies there
+            whole = layer.map.base_matrix().numel() == now.numel()  # nothing else lies there
             new[place] = nn.Parameter(
                 torch.empty_like(now) if whole else now.detach().clone(), requires_grad=False
             )
-        _write_merged(layer, layer.spot.base_weight.data, new[place].data, weights, safe)
+        _write_merged(layer, layer.map.base_weight.data, new[place].data, weights, safe)
     return new
 
 
@@ -353,12 +353,12 @@ def _write_merged(
     """
     chosen = [(layer.gralora_adapters[name], weight) for name, weight in weights.items()]
     updates = [(adapter.tensors, weight * adapter.config.scaling) for adapter, weight in chosen]
-    source, target = (layer.matrix(layer.host, layer.part, weight) for weight in (base, new))
+    source, target = (layer.map.matrix(weight) for weight in (base, new))
     write_merged(source, target, updates, safe=safe, what=", ".join(weights))
     if (
         target.untyped_storage().data_ptr() != new.untyped_storage().data_ptr()
     ):  # a kernel in channels-last order
-        new.copy_(layer.in_layout(layer.host, layer.part, target))
+        new.copy_(layer.map.in_layout(target))
     return new
 
 
@@ -427,7 +427,7 @@ def _check_same_function(
         return
     adapters = layer.gralora_adapters
     now = layer._parameters["weight"]
-    base = cast(nn.Parameter, layer.spot.base_weight)
+    base = cast(nn.Parameter, layer.map.base_weight)
     probe = layer.probe(torch.Generator().manual_seed(0))
     if probe is None:
         return

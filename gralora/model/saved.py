@@ -20,8 +20,9 @@ from torch.fx import Proxy
 from gralora.engines.distributed import is_spread, layout
 from gralora.engines.offload import is_offloaded
 from gralora.engines.walk import child_of, modules, named_modules
-from gralora.layers.base import PREFIX, GraloraLayer
+from gralora.layers.base import GraloraLayer
 from gralora.layers.class_change import InPlaceModule, change_class, join, traced
+from gralora.layers.linear_map import PREFIX
 from gralora.layers.loading import Appendage
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import OFF, Rows, Switchable

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from gralora.layers.base import PREFIX, gralora_layers
+from gralora.layers.base import gralora_layers
+from gralora.layers.linear_map import PREFIX
 from gralora.model.saved import BiasSwap, bias_swaps
 from gralora.model.state import SHARED
 
@@ -36,7 +37,7 @@ def _base_tensors(model: nn.Module) -> list[Tensor]:
         aside = layer.gralora_adapters.base_weight
         if aside is not None:
             found.append(aside)
-            owner, name = layer.place
+            owner, name = layer.map.place
             own.add(id(owner._parameters[name]))
     for _, owner, swap in bias_swaps(model):
         found.append(swap.get(owner, BiasSwap.BASE))

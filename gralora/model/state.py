@@ -195,7 +195,7 @@ def put_back_weight(layer: GraloraLayer) -> None:
     adapters = layer.gralora_adapters
     base = adapters.base_weight
     if base is not None:
-        owner, name = layer.place
+        owner, name = layer.map.place
         now = owner._parameters[name]
         if now is not None and (now.device, now.dtype) != (
             base.device,

@@ -11,8 +11,9 @@ from torch import nn
 from gralora.engines.distributed import engine_of
 from gralora.engines.walk import child_of, children
 from gralora.layers.adapter import GraloraAdapter, GraloraAdapters
-from gralora.layers.base import CHILD, GraloraLayer, name_of
+from gralora.layers.base import GraloraLayer, name_of
 from gralora.layers.class_change import join
+from gralora.layers.linear_map import CHILD
 from gralora.model.saved import BiasSwap, SavedCopies, SavedModule
 
 RECORD = "_gralora_record"

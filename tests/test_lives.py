@@ -262,11 +262,9 @@ class Lives(RuleBasedStateMachine):
         with torch.no_grad():
             torch.testing.assert_close(self.model(self.x), self._expected(), rtol=1e-8, atol=1e-9)
         for path, layer in gralora_layers(self.model):
-            owner, name = layer.place
+            owner, name = layer.map.place
             base = getattr(self.plain.get_submodule(self._path(owner)), name)
-            assert same_bits(
-                layer.spot.base_matrix(), layer.matrix(layer.host, layer.part, base)
-            ), path
+            assert same_bits(layer.map.base_matrix(), layer.map.matrix(base)), path
         if self.adapters:
             trained = {
                 name

@@ -31,11 +31,12 @@ from gralora.files.own import (
 )
 from gralora.files.tokens import token_modules
 from gralora.layers.adapter import GraloraAdapter, check_adapter_name
-from gralora.layers.base import GraloraLayer, Spot, gralora_layers
+from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import join
+from gralora.layers.linear_map import LinearMap
 from gralora.layers.loading import FACTORS
 from gralora.layers.pending import set_trained
-from gralora.model.biases import adapted_biases
+from gralora.model.biases import adapted_biases, base_bias
 from gralora.model.hotswap import placed
 from gralora.model.index import known_adapters, missing
 from gralora.model.inject import Plan, install
@@ -54,7 +55,7 @@ from gralora.model.state_dict import (
     torn,
     write_values,
 )
-from gralora.model.targets import Names, Target, nearest, shorten, unfit
+from gralora.model.targets import Names, Target, nearest, reason_unfit, shorten
 from gralora.model.tokens import check_tokens
 
 Models = nn.Module | Mapping[str, nn.Module]
@@ -196,7 +197,7 @@ def adapter_file(model: nn.Module, adapter_name: str) -> AdapterFile:
             if _has_own(saved, adapter_name) and name not in only_biases
         ],
         biases=[*adapted_biases(model, adapter_name), *copies],
-        base={name: _base_of(layer.spot) for name, layer in layers},
+        base={name: _base_of(layer.map) for name, layer in layers},
         module_names=[name for name, _ in named_modules(model) if "gralora_" not in name],
         base_name=origin if isinstance(origin, str) and origin else None,
         model={
@@ -222,9 +223,9 @@ def _check_shapes(
         f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items() if tensor.numel() == 0
     ]
     for name, layer in layers:
-        config, spot = layer.gralora_adapters[adapter_name].config, layer.spot
-        n_in, n_out = spot.sizes
-        for key, shape in layer_shapes(name, n_in, n_out, config, spot.copies).items():
+        config, map = layer.gralora_adapters[adapter_name].config, layer.map
+        n_in, n_out = map.sizes
+        for key, shape in layer_shapes(name, n_in, n_out, config, map.copies).items():
             if key not in tensors or tuple(tensors[key].shape) != shape:
                 found = "missing" if key not in tensors else tuple(tensors[key].shape)
                 wrong.append(f"{key} {found}, not {shape}")
@@ -307,7 +308,7 @@ def _prepared(
 
 
 def _layers(model: nn.Module) -> list[str]:
-    return [name for its, _ in Names(model).spots for name in its]
+    return [name for its, _ in Names(model).maps for name in its]
 
 
 def _in_names_of(model: nn.Module, file: AdapterFile) -> AdapterFile:
@@ -329,8 +330,8 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
     """Find every module that the file names, and check that the file's tensors fit there."""
     names = Names(model)
     modules: dict[str, nn.Module] = {name: module for _, its, module in names for name in its}
-    spots: dict[str, Spot] = {name: spot for its, spot in names.spots for name in its}
-    known = [*modules, *(name for name in spots if name not in modules)]
+    maps: dict[str, LinearMap] = {name: map for its, map in names.maps for name in its}
+    known = [*modules, *(name for name in maps if name not in modules)]
 
     def lacking(name: str) -> AdapterFileError:
         return AdapterFileError(
@@ -344,17 +345,18 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
 
     targets, dtypes = [], {}
     for name, config in file.configs.items():
-        if name not in spots and name not in modules:
+        if name not in maps and name not in modules:
             raise lacking(name)
-        spot = spots.get(name)
-        reason = f"is a {type(modules[name]).__name__}" if spot is None else unfit(spot, names)
-        if spot is None or reason is not None:
+        map = maps.get(name)
+        reason = f"is a {type(modules[name]).__name__}" if map is None else reason_unfit(map)
+        if map is None or reason is not None:
             raise AdapterFileError(f"the file adapts {name!r}, which in this model {reason}.")
-        if any(size % config.gralora_k for size in spot.cut):
+        if any(size % config.gralora_k for size in map.divided_sizes):
             raise AdapterFileError(
-                f"gralora_k={config.gralora_k} divides not both sizes of {name!r}, {spot.cut}."
+                f"gralora_k={config.gralora_k} divides not both sizes of {name!r},"
+                f" {map.divided_sizes}."
             )
-        for key, shape in layer_shapes(name, *spot.sizes, config, spot.copies).items():
+        for key, shape in layer_shapes(name, *map.sizes, config, map.copies).items():
             tensor = file.tensors.get(key)
             if tensor is None or tuple(tensor.shape) != shape:
                 found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
@@ -363,7 +365,7 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
                     f" {found}."
                 )
             dtypes[name] = tensor.dtype
-        targets.append(Target(name, spot, config))
+        targets.append(Target(name, map, config))
     rows = token_modules(file)
     whole = [name for name in file.modules_to_save if name not in rows]
     saved = {unit: m for name in whole for unit, m in units(module_at(name), name)}
@@ -393,19 +395,18 @@ def _plan(model: nn.Module, file: AdapterFile) -> Plan:
     return Plan(targets, saved, biases, dtypes, reset=False, tied=tied, tokens=tokens)
 
 
-def _base_of(spot: Spot) -> BaseWeight:
-    weight = spot.base_weight
+def _base_of(map: LinearMap) -> BaseWeight:
+    weight = map.base_weight
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    matrix = spot.base_matrix() if plain and weight.numel() > 0 and not weight.is_meta else None
-    transposed = spot.kind.transposed(spot.module, spot.part)
-    return BaseWeight.of(weight.dtype, spot.shape, transposed, matrix, spot.kind.what)
+    matrix = map.base_matrix() if plain and weight.numel() > 0 and not weight.is_meta else None
+    return BaseWeight.of(weight.dtype, map.shape, map.transposed, matrix, map.kind)
 
 
 def _warn_of_another_base(path: Path, plan: Plan, file: AdapterFile) -> None:
     """Compare what the file remembers of the weights beneath it with this model's; shapes have been
     checked.
     """
-    here = {t.name: _base_of(t.spot) for t in plan.targets if t.name in file.base}
+    here = {t.name: _base_of(t.map) for t in plan.targets if t.name in file.base}
     differing = [
         (
             name
@@ -478,7 +479,7 @@ def _swapped(
         _keep_or_replace_config(adapter, found[1])
     for key, layers in adapted_biases(model, adapter_name).items():
         if all(layer.gralora_adapters in zeroed for layer in layers):
-            values[key] = layers[0].map.base_bias
+            values[key] = base_bias(layers[0])
     for parameter in named_adapter_parameters(model, adapter_name).values():
         set_trained(parameter, trainable)
     return values

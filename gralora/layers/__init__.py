@@ -1,10 +1,10 @@
 """One linear map and the adapters on it. Stands on `engines` and `maths`.
 
-Read `adapter` (one adapter, and all of one map), `base` (`GraloraLayer`: what is common to every
-map; `Spot`: a map in a model, adapted or not), then `class_change` and `in_place` (a layer that
-becomes an adapted one), `parts` (maps that are no layers of their own), and one kind: `linear`,
-`embedding`, `convolution`, `attention`, `experts`. `kinds` is their table: a new kind is a file
-here and a row there.
+Read `adapter` (one adapter, and all of one map), `linear_map` (one map of a model, adapted or not),
+`base` (`GraloraLayer`: what is common to every adapted map), then `class_change` and `in_place` (a
+layer that becomes an adapted one), `parts` (maps that are no layers of their own), and one kind:
+`linear`, `embedding`, `convolution`, `attention`, `experts`. `kinds` is their table: a new kind is
+a file here and a row there.
 
 Beside them: `unevaluated`, the weight of a map as others read it, with `sums`, what it stands for,
 `stand_in`, the tensor that does, and `running`, whether somebody computes; `loading`, what a state

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from gralora.layers.base import PREFIX, GraloraLayer
+from gralora.layers.adapter import GraloraAdapters
 from gralora.layers.class_change import InPlaceModule, change_class, held, restore_class, traced
-from gralora.layers.parts import PartHost, PartLayer
+from gralora.layers.linear_map import PREFIX
+from gralora.layers.parts import PartHost, PartLayer, PartMap
 
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 PACKED = PARTS[:3]
@@ -30,76 +31,14 @@ READER = "_gralora_reader"
 class Projection(PartLayer):
     """One of the four projections of an `nn.MultiheadAttention`, a child of it."""
 
-    what = "attention"
-
-    @classmethod
-    def accepts(cls, original: type[nn.Module]) -> bool:
-        return issubclass(original, nn.MultiheadAttention)
-
-    @classmethod
-    def parts(cls, module: nn.Module) -> tuple[str, ...]:
-        return PARTS
-
-    @classmethod
-    def unfit(cls, module: nn.Module, part: str) -> str | None:
-        own = getattr(type(module), "_base_class", type(module)).forward
-        if own is not nn.MultiheadAttention.forward:
-            return (
-                "is a projection of an nn.MultiheadAttention with a forward of its own, which reads"
-                " the weight and never calls it: no effect"
-            )
-        if "forward" in module.__dict__ and not isinstance(module, GraloraMultiheadAttention):
-            return (
-                "is a projection of an attention whose forward was replaced (by accelerate?):"
-                " inject first"
-            )
-        return None
-
-    @classmethod
-    def weight_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
-        if part == "out_proj":
-            return cast(nn.MultiheadAttention, module).out_proj, "weight"
-        return module, "in_proj_weight" if module._qkv_same_embed_dim else f"{part}_weight"
-
-    @classmethod
-    def bias_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
-        if part == "out_proj":
-            return cast(nn.MultiheadAttention, module).out_proj, "bias"
-        return module, "in_proj_bias"
-
-    @classmethod
-    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
-        packed = part != "out_proj" and module._qkv_same_embed_dim
-        return third(weight, part) if packed else weight
-
-    @classmethod
-    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
-        return delta
-
-    @classmethod
-    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        attention = cast(nn.MultiheadAttention, module)
-        inputs = {"k_proj": attention.kdim, "v_proj": attention.vdim}
-        return inputs.get(part, attention.embed_dim), attention.embed_dim
-
-    @classmethod
-    def has_rows(cls, module: nn.Module, part: str) -> bool:
-        return True
-
-    @classmethod
-    def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
-        if not isinstance(module, GraloraMultiheadAttention):
-            change_class(module, GraloraMultiheadAttention)
-            for each in PARTS:
-                module._modules[PREFIX + each] = Projection(module, each)
-            change_class(cast(nn.MultiheadAttention, module).out_proj, ReadProjection)
-            cast(nn.MultiheadAttention, module).out_proj.__dict__[READER] = module
-        return cast(GraloraLayer, module._modules[PREFIX + part])
+    @property
+    def map(self) -> ProjectionMap:
+        return ProjectionMap(self.host, self.part)
 
     def detach(self) -> None:
         super().detach()
         if self.part == "out_proj":
-            out_proj = cast(nn.MultiheadAttention, self.host).out_proj
+            out_proj = self.map.module.out_proj
             if isinstance(out_proj, ReadProjection):
                 out_proj.__dict__.pop(READER, None)
                 restore_class(out_proj)
@@ -120,11 +59,81 @@ class Projection(PartLayer):
         return (weight, bias) if type(weight) in (nn.Parameter, Tensor) else None
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        owner, name = self.weight_at(self.host, self.part)
-        weight = self.matrix(self.host, self.part, held(owner, name))
-        owner, name = self.bias_at(self.host, self.part)
-        bias: Tensor | None = getattr(owner, name)
-        return weight, bias if bias is None or self.part == "out_proj" else third(bias, self.part)
+        own = self.map
+        bias: Tensor | None = held(*own.bias_place)
+        return own.matrix(own.weight), None if bias is None else own.bias_part(bias)
+
+
+class ProjectionMap(PartMap):
+    """The map of one projection of an `nn.MultiheadAttention`."""
+
+    module: nn.MultiheadAttention
+    kind = "attention"
+
+    @classmethod
+    def accepts(cls, original: type[nn.Module]) -> bool:
+        return issubclass(original, nn.MultiheadAttention)
+
+    @classmethod
+    def parts_of(cls, module: nn.Module) -> tuple[str, ...]:
+        return PARTS
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        if self.part == "out_proj":
+            return self.module.out_proj, "weight"
+        return self.module, "in_proj_weight" if self._packed else f"{self.part}_weight"
+
+    @property
+    def bias_place(self) -> tuple[nn.Module, str]:
+        if self.part == "out_proj":
+            return self.module.out_proj, "bias"
+        return self.module, "in_proj_bias"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        inputs = {"k_proj": self.module.kdim, "v_proj": self.module.vdim}
+        return inputs.get(self.part, self.module.embed_dim), self.module.embed_dim
+
+    @property
+    def has_rows(self) -> bool:
+        return True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return third(weight, self.part) if self._packed else weight
+
+    def reason_unfit(self) -> str | None:
+        own = getattr(type(self.module), "_base_class", type(self.module)).forward
+        if own is not nn.MultiheadAttention.forward:
+            return (
+                "is a projection of an nn.MultiheadAttention with a forward of its own, which reads"
+                " the weight and never calls it: no effect"
+            )
+        adapted = isinstance(self.module, GraloraMultiheadAttention)
+        if "forward" in self.module.__dict__ and not adapted:
+            return (
+                "is a projection of an attention whose forward was replaced (by accelerate?):"
+                " inject first"
+            )
+        return super().reason_unfit()
+
+    def attach(self) -> GraloraAdapters:
+        if not isinstance(self.module, GraloraMultiheadAttention):
+            change_class(self.module, GraloraMultiheadAttention)
+            for part in PARTS:
+                self.module.add_module(PREFIX + part, Projection(self.module, part))
+            change_class(self.module.out_proj, ReadProjection).__dict__[READER] = self.module
+        layer = self.module.get_submodule(PREFIX + self.part)
+        assert isinstance(layer, Projection)
+        return layer.gralora_adapters
+
+    def bias_part(self, bias: Tensor) -> Tensor:
+        return bias if self.part == "out_proj" else third(bias, self.part)
+
+    @property
+    def _packed(self) -> bool:
+        """Whether the weight is the third of `in_proj_weight`."""
+        return self.part != "out_proj" and self.module.in_proj_weight is not None
 
 
 class ReadProjection(InPlaceModule):
@@ -158,7 +167,7 @@ class GraloraMultiheadAttention(PartHost):
             for part in PACKED
             if (p := PREFIX + part) in self._modules
         ]
-        held = [each for each in held if each.place[1] == name and each.acts]
+        held = [each for each in held if each.map.place[1] == name and each.acts]
         if not held:
             return value
         if name != WEIGHTS[0]:

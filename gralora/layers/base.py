@@ -5,25 +5,24 @@ An adapted layer *is* the layer it was: a `GraloraLinear` is an `nn.Linear` with
 (the projections within an `nn.MultiheadAttention`, fused expert weights) are children of their
 module, named after the map.
 
-A new kind is a subclass of `GraloraLayer` in a file of its own, and one row of the table in
-`kinds.py`.
+A new kind is a subclass of `LinearMap` and one of `GraloraLayer`, in a file of their own, and one
+row of the table in `kinds.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gralora.config import GraloraConfig
 from gralora.engines.distributed import is_spread
-from gralora.engines.offload import device_of
 from gralora.engines.walk import named_modules
-from gralora.layers.adapter import FULL, GraloraAdapter, GraloraAdapters, Shares
+from gralora.layers.adapter import GraloraAdapter, GraloraAdapters, Shares
 from gralora.layers.class_change import join
+from gralora.layers.linear_map import CHILD, PREFIX, LinearMap
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import Rows
 from gralora.layers.sums import Share, Sum, evaluation, part_of
@@ -31,164 +30,19 @@ from gralora.layers.unevaluated import unevaluated
 from gralora.maths import autograd, functional
 from gralora.torch_internals import has_hooks
 
-PREFIX = "gralora_"
-CHILD = "gralora_adapters"
-HALF = (torch.float16, torch.bfloat16)
-
-
-class Spot(NamedTuple):
-    """One linear map of a model, adapted or not: its kind, the module it is in, and which of that
-    module's maps it is.
-    """
-
-    kind: type[GraloraLayer]
-    module: nn.Module
-    part: str = ""
-
-    @property
-    def weight(self) -> Tensor:
-        """The parameter that holds the map, as it is now; what stands for it where it is
-        parametrised.
-        """
-        owner, name = self.kind.weight_at(self.module, self.part)
-        parameter = owner._parameters.get(name)
-        return cast(Tensor, getattr(owner, name)) if parameter is None else parameter
-
-    @property
-    def adapted(self) -> GraloraLayer | None:
-        """The adapted map, if it is one."""
-        return self.kind.adapted(self.module, self.part)
-
-    @property
-    def base_weight(self) -> Tensor:
-        """The parameter that holds the map, without this map's adapters in it, merged or not."""
-        adapted = self.adapted
-        aside = None if adapted is None else adapted.gralora_adapters.base_weight
-        return self.weight if aside is None else aside
-
-    def base_matrix(self) -> Tensor:
-        """The map (..., out, in) without any adapter in it."""
-        return self.kind.matrix(self.module, self.part, self.base_weight)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in) of the map, with the axes of a kernel behind, or of copies before."""
-        return self.kind.shape(self.module, self.part)
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """(in, out) of the map as a matrix."""
-        return self.kind.sizes(self.module, self.part)
-
-    @property
-    def cut(self) -> tuple[int, int]:
-        """(in, out) that k must divide."""
-        return self.kind.cut(self.module, self.part)
-
-    @property
-    def copies(self) -> int | None:
-        """How many maps of one shape lie in the weight; None for a single one."""
-        return self.kind.copies(self.module, self.part)
-
-    def new_adapter(
-        self, config: GraloraConfig, dtype: torch.dtype | None = None, *, reset: bool = True
-    ) -> GraloraAdapter:
-        """An adapter that fits: on the weight's device, float32 unless the weight is float64."""
-        weight = self.weight
-        default = weight.dtype if weight.dtype in FULL else torch.float32
-        init_dtype = weight.dtype if weight.dtype in HALF else None
-        adapter = GraloraAdapter(
-            *self.sizes,
-            config,
-            copies=self.copies,
-            device=device_of(self.kind.weight_at(self.module, self.part)[0], weight),
-            dtype=dtype or default,
-            init_dtype=init_dtype,
-            reset=reset,
-        )
-        if is_spread(weight):
-            adapter.spread_like(weight, self.kind.transposed(self.module, self.part))
-        return adapter if self.module.training else adapter.eval()
-
 
 class GraloraLayer(nn.Module):
     """Base of every adapted map: y = base(x) + Σ over active adapters of weight * scaling * x @
     ΔWᵀ.
-
-    The class methods describe a map, adapted or not, by its module and its name there ("" where the
-    module is the map).
     """
 
     gralora_adapters: GraloraAdapters
     part: str = ""
-    what: ClassVar[str] = "linear"  # as files call it
-    in_all_linear: ClassVar[bool] = True
 
-    @classmethod
-    def accepts(cls, original: type[nn.Module]) -> bool:
-        """Whether modules of class `original` hold maps of this kind."""
+    @property
+    def map(self) -> LinearMap:
+        """The map that is adapted."""
         raise NotImplementedError
-
-    @classmethod
-    def parts(cls, module: nn.Module) -> tuple[str, ...]:
-        """The names of the maps that `module` holds."""
-        return ("",)
-
-    @classmethod
-    def unfit(cls, module: nn.Module, part: str) -> str | None:
-        """Why this map cannot be adapted, whatever the config; None if it can."""
-        return None
-
-    @classmethod
-    def weight_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
-        """(owner, name) of the parameter that holds the map."""
-        return module, "weight"
-
-    @classmethod
-    def bias_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
-        """(owner, name) of the bias that belongs to the map, whether or not there is one."""
-        return module, "bias"
-
-    @classmethod
-    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
-        """The map (out, in), or (copies, out, in), as a view of the parameter that holds it."""
-        raise NotImplementedError
-
-    @classmethod
-    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
-        """A matrix (out, in) in the layout of the parameter: the reverse of `matrix`."""
-        raise NotImplementedError
-
-    @classmethod
-    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        """(in, out) of the map as a matrix."""
-        raise NotImplementedError
-
-    @classmethod
-    def cut(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        """(in, out) that k must divide, where they are not those of the matrix."""
-        return cls.sizes(module, part)
-
-    @classmethod
-    def shape(cls, module: nn.Module, part: str) -> tuple[int, ...]:
-        """(out, in) of the map, with the axes of a kernel behind, or of copies before."""
-        (n_in, n_out), copies = cls.sizes(module, part), cls.copies(module, part)
-        return (n_out, n_in) if copies is None else (copies, n_out, n_in)
-
-    @classmethod
-    def copies(cls, module: nn.Module, part: str) -> int | None:
-        """How many maps of one shape lie in the weight; None for a single one."""
-        return None
-
-    @classmethod
-    def transposed(cls, module: nn.Module, part: str) -> bool:
-        """Whether the weight is stored (in, out)."""
-        return False
-
-    @classmethod
-    def has_rows(cls, module: nn.Module, part: str) -> bool:
-        """Whether what the map gets and gives are rows of one matrix product, as `rows` tells."""
-        return False
 
     def rows(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """An input (..., in) and an output of the map as the rows (t, in), (t, out) that its matrix
@@ -196,45 +50,9 @@ class GraloraLayer(nn.Module):
         """
         return x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
 
-    @classmethod
-    def adapted(cls, module: nn.Module, part: str) -> GraloraLayer | None:
-        """The map as `attach` has made it, None if it has not."""
-        return module if isinstance(module, GraloraLayer) else None
-
-    @classmethod
-    def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
-        """Make the map an adapted one, in place, without an adapter as yet. No change if it is
-        one.
-        """
-        raise NotImplementedError
-
     def detach(self) -> None:
-        """Undo `attach`."""
+        """Undo `LinearMap.attach`."""
         raise NotImplementedError
-
-    @property
-    def packed(self) -> bool:
-        """Whether the weight is quantised, or in a format that its layer alone can read."""
-        # a plain weight is exactly a Parameter over exactly a Tensor; subclasses carry formats that
-        # only they know
-        owner, name = self.place
-        weight = owner._parameters.get(name)
-        plain = type(weight) is nn.Parameter and weight.dtype in (*FULL, *HALF)
-        return weight is not None and not is_spread(weight) and not plain
-
-    @property
-    def host(self) -> nn.Module:
-        """The module that holds the map."""
-        return self
-
-    @property
-    def place(self) -> tuple[nn.Module, str]:
-        """(owner, name) of the parameter that holds the map."""
-        return self.weight_at(self.host, self.part)
-
-    @property
-    def spot(self) -> Spot:
-        return Spot(type(self), self.host, self.part)
 
     def apply_adapters(
         self,
@@ -261,7 +79,7 @@ class GraloraLayer(nn.Module):
             return base()
         fused = self.can_fuse(x, applied)
         if fused and plain is not None and not isinstance(mode, Rows):
-            (adapter, weight), *applied = applied
+            (adapter, weight), applied = applied[0], applied[1:]
             bias = add_bias(plain[1], adapter.bias_times(weight))
             y = autograd.linear_with_adapter(x, plain[0], bias, *adapter.arguments(weight))
         else:
@@ -287,7 +105,7 @@ class GraloraLayer(nn.Module):
         """Whether `maths.autograd` can compute these updates; else the definition does."""
         if not autograd.usable(x, applied[0][0].tensors[0]):
             return False
-        return not any([has_hooks(adapter) for adapter, _ in applied])
+        return not any(has_hooks(adapter) for adapter, _ in applied)
 
     def forward_with_effective_weight(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward with W + ΔW as its weight: of a layer that returns more than one
@@ -363,10 +181,8 @@ class GraloraLayer(nn.Module):
 
     def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
         """What `weight` stands for with these adapters: W + Σ ΔW."""
-        parameters, evaluate = evaluation(
-            weight, shares, partial(self.in_layout, self.host, self.part)
-        )
-        product, turned = self.product(weight), type(self).transposed(self.host, self.part)
+        parameters, evaluate = evaluation(weight, shares, self.map.in_layout)
+        product, turned = self.product(weight), self.map.transposed
         part = None if product is None else partial(part_of, weight, shares, turned)
         return Sum(parameters, evaluate, product, turned, part=part)
 
@@ -380,7 +196,7 @@ class GraloraLayer(nn.Module):
         """Whether whoever reads the weight now means to compute with it, and is not the map
         itself.
         """
-        return forward_runs(self.host)
+        return forward_runs(self.map.module)
 
     def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
         """x (..., in), bias -> what the map makes of them with its adapters; None if it is no
@@ -404,7 +220,7 @@ class GraloraLayer(nn.Module):
     def weighted_delta(self, shares: Iterable[tuple[GraloraAdapter, float]]) -> Tensor:
         """Σ weight * ΔW of some of the adapters, at least one, in the layout of the weight."""
         first, *rest = (adapter.delta_weight() * weight for adapter, weight in shares)
-        return self.in_layout(self.host, self.part, sum(rest, start=first))
+        return self.map.in_layout(sum(rest, start=first))
 
     def _attach_container(self) -> None:
         self.gralora_adapters = GraloraAdapters()

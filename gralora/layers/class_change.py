@@ -8,7 +8,7 @@ be handed out this way is in `InPlaceModule`.
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -43,7 +43,7 @@ class InPlaceModule(nn.Module):
         return self._base_class.forward(self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        value: Any = super().__getattr__(name)
         own = self.__dict__
         if value is not None and (name in own["_parameters"] or name in own["_buffers"]):
             return self.effective_parameter(name, value)
@@ -100,10 +100,12 @@ class InPlaceModule(nn.Module):
         return reduced if mixin is None else (_new, (mixin, self._base_class), *reduced[2:])
 
 
-_made: dict[tuple[type[nn.Module], type[nn.Module]], type[InPlaceModule]] = {}
+InPlace = TypeVar("InPlace", bound=InPlaceModule)
+
+_made: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}
 
 
-def made_class(mixin: type[InPlaceModule], original: type[nn.Module]) -> type[InPlaceModule]:
+def made_class(mixin: type[InPlace], original: type[nn.Module]) -> type[InPlace]:
     """The class `(mixin, original)`, made once; `mixin` itself where it already stands on
     `original`.
     """
@@ -118,11 +120,12 @@ def made_class(mixin: type[InPlaceModule], original: type[nn.Module]) -> type[In
             "__module__": mixin.__module__,
             "__doc__": original.__doc__,
         }
-        made = cast(type[InPlaceModule], type(name, (mixin, original), space))
+        made = type(name, (mixin, original), space)
         if not _may_follow(original, made):
-            made = cast(type[InPlaceModule], _over(original)(name, (original,), space))
+            made = _over(original)(name, (original,), space)
         _made[mixin, original] = made
-    return made
+    found: type[InPlace] = made
+    return found
 
 
 def _may_follow(original: type[nn.Module], made: type) -> bool:
@@ -166,11 +169,12 @@ def traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return None
 
 
-def change_class(module: nn.Module, mixin: type[InPlaceModule]) -> None:
-    """Give `module` the class `(mixin, its class)`."""
+def change_class(module: nn.Module, mixin: type[InPlace]) -> InPlace:
+    """Give `module` the class `(mixin, its class)`, and return it as one of that class."""
     module.__class__ = made_class(mixin, type(module))
     if "forward" in module.__dict__:
         module.__dict__["_base_instance_forward"] = module.__dict__.pop("forward")
+    return cast(InPlace, module)
 
 
 def is_restorable(module: InPlaceModule) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -28,19 +28,87 @@ from torch.nn import functional as F
 from gralora.config import GraloraConfig
 from gralora.layers.adapter import GraloraAdapter, Shares
 from gralora.layers.class_change import held, traced
-from gralora.layers.in_place import InPlaceLayer
+from gralora.layers.in_place import InPlaceLayer, InPlaceMap
 from gralora.maths import functional
 from gralora.maths.functional import Tensors
+from gralora.torch_internals import ConvNd
 
 _CONV: Any = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-_ConvNd = nn.modules.conv._ConvNd
 
 
-class GraloraConv(InPlaceLayer):
+class ConvolutionLayer(InPlaceLayer):
+    """What both kinds of convolution share: all but where the kernel is."""
+
+    batch_axis = 0
+    originals: ClassVar[tuple[type[ConvNd], ...]]
+
+    in_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: Any
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def is_plain(cls) -> bool:
+        return any(cls._base_class.forward is original.forward for original in cls.originals)
+
+    def can_fuse(self, x: Tensor, applied: Shares) -> bool:
+        return False
+
+    def add_to_output(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        own = None if bias is None else bias[(..., *[None] * len(self.kernel_size))]
+        return super().add_to_output(y, own)
+
+    def update(
+        self, x: Tensor, adapter: GraloraAdapter, share: float, output_size: Any = None
+    ) -> Tensor:
+        """x (b, in, *positions), or without b -> the same of out channels, in the adapter's
+        dtype.
+        """
+        update: Tensor = adapter(x, share, partial(self._convolved, output_size=output_size))
+        return update
+
+    def _convolved(
+        self, x: Tensor, tensors: Tensors, scaling: float, dropout: float, output_size: Any
+    ) -> Tensor:
+        A, B, A_general, B_general = tensors
+        batched = self._is_batched(x)
+        x = x if batched else x[None]
+        k = A.shape[-3]
+        z = self._down(functional.dropped(x, dropout), _stacked(A))
+        z = rearrange(z, "b (g i j s) ... -> b (g j i s) ...", i=k, j=k, s=A.shape[-1] // k)
+        y = self._up(z, _stacked(B), output_size)
+        if A_general is not None and B_general is not None:
+            z = self._down(functional.dropped(x, dropout), _stacked(A_general.mT))
+            y = y + self._up(z, _stacked(B_general.mT), output_size)
+        y = y * scaling
+        return y if batched else y[0]
+
+    def _down(self, x: Tensor, A: Tensor) -> Tensor:
+        """x (b, n * m, *positions) through A (n, m, r), in n groups; m includes the kernel of a
+        `GraloraConv`.
+        """
+        raise NotImplementedError
+
+    def _up(self, z: Tensor, B: Tensor, output_size: Any) -> Tensor:
+        """z (b, n * r, *positions) through B (n, r, o), in n groups; o includes the kernel of a
+        `GraloraConvTranspose`.
+        """
+        raise NotImplementedError
+
+    def _is_batched(self, x: Tensor) -> bool:
+        return x.dim() == len(self.kernel_size) + 2
+
+    def probe(self, generator: torch.Generator) -> Tensor:
+        reach = zip(self.dilation, self.kernel_size, strict=True)
+        size = max(dilation * kernel for dilation, kernel in reach) + 1
+        return torch.randn(
+            2, self.in_channels, *[size] * len(self.kernel_size), generator=generator
+        )
+
+
+class GraloraConv(ConvolutionLayer):
     """A convolution with GraLoRA adapters; see the text of this file. Any kernel, stride, padding,
     dilation and groups.
 
@@ -48,9 +116,8 @@ class GraloraConv(InPlaceLayer):
     exists.
     """
 
-    what = "convolution"
-    in_all_linear = False
-    batch_axis = 0
+    originals = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    padding_mode: str
 
     @classmethod
     def from_conv(
@@ -59,124 +126,40 @@ class GraloraConv(InPlaceLayer):
         """A `GraloraConv` over the very weight and bias of `conv` (shared, and frozen); `conv`
         keeps its class.
         """
-        return cls._adapting(conv, config, adapter_name)
+        return cls._adapting(ConvMap(conv), config, adapter_name)
 
-    @classmethod
-    def accepts(cls, original: type[nn.Module]) -> bool:
-        return issubclass(original, _PLAIN)
+    @property
+    def map(self) -> ConvMap:
+        return ConvMap(self)
 
     def plain_forward(self, input: Tensor) -> Tensor:
-        return self._conv._conv_forward(input, held(self, "weight"), held(self, "bias"))
-
-    @classmethod
-    def is_plain(cls) -> bool:
-        return any(cls._base_class.forward is each.forward for each in _PLAIN)
-
-    @classmethod
-    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
-        groups = cast(_ConvNd, module).groups
-        return (
-            weight.flatten(1)
-            if groups == 1
-            else rearrange(weight.flatten(1), "(g o) m -> g o m", g=groups)
-        )
-
-    @classmethod
-    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
-        return delta.reshape(cls.shape(module, part))
-
-    @classmethod
-    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        n_in, n_out = cls.cut(module, part)
-        return n_in * math.prod(cast(_ConvNd, module).kernel_size), n_out
-
-    @classmethod
-    def cut(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        conv = cast(_ConvNd, module)
-        return conv.in_channels // conv.groups, conv.out_channels // conv.groups
-
-    @classmethod
-    def copies(cls, module: nn.Module, part: str) -> int | None:
-        groups = cast(_ConvNd, module).groups
-        return None if groups == 1 else groups
-
-    @classmethod
-    def shape(cls, module: nn.Module, part: str) -> tuple[int, ...]:
-        conv = cast(_ConvNd, module)
-        return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
-
-    @classmethod
-    def has_rows(cls, module: nn.Module, part: str) -> bool:
-        return cast(_ConvNd, module).groups == 1
+        y: Tensor = self._conv_forward(input, held(self, "weight"), held(self, "bias"))
+        return y
 
     def rows(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """A row for every position: what the kernel sees there, and the output channels."""
-        spatial = len(self._conv.kernel_size)
-        x, y = (t if t.dim() == spatial + 2 else t[None] for t in (x, y))
-        n_in = self.sizes(self, "")[0]
-        seen = self._down(x, torch.eye(n_in, dtype=x.dtype, device=x.device), 1)
+        x, y = (t if self._is_batched(t) else t[None] for t in (x, y))
+        unit = torch.eye(self.map.sizes[0], dtype=x.dtype, device=x.device)
+        seen = self._down(x, unit[None])
         return rearrange(seen, "b m ... -> (b ...) m"), rearrange(y, "b o ... -> (b ...) o")
 
-    def can_fuse(self, x: Tensor, applied: Shares) -> bool:
-        return False
+    def _down(self, x: Tensor, A: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        kernel = _with_axes(rearrange(A, "n m r -> (n r) m"), self.kernel_size)
+        convolve = _CONV[len(self.kernel_size) - 1]
+        z: Tensor = convolve(x, kernel, None, self.stride, padding, self.dilation, len(A))
+        return z
 
-    def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
-        """x (b, in, *positions), or without b -> the same of out channels, in the adapter's
-        dtype.
-        """
-        return cast(Tensor, adapter(x, share, self._convolved))
-
-    def _convolved(self, x: Tensor, tensors: Tensors, scaling: float, dropout: float) -> Tensor:
-        A, B, A_general, B_general = tensors
-        k, g = A.shape[-3], self._conv.groups
-        batched = x.dim() == len(self._conv.kernel_size) + 2
-        x = x if batched else x[None]
-        z = self._down(
-            functional.dropped(x, dropout), rearrange(A, "... i m r -> (... i r) m"), g * k
-        )
-        z = rearrange(z, "b (g i j s) ... -> b (g j i s) ...", g=g, i=k, j=k)
-        y = _pointwise(z, rearrange(B, "... j r o -> (... j o) r"), g * k)
-        if A_general is not None and B_general is not None:
-            down = self._down(
-                functional.dropped(x, dropout), rearrange(A_general, "... h m -> (... h) m"), g
-            )
-            y = y + _pointwise(down, rearrange(B_general, "... o h -> (... o) h"), g)
-        y = y * scaling
-        return y if batched else y[0]
-
-    @property
-    def _conv(self) -> _ConvNd:
-        return cast(_ConvNd, self)
-
-    def _down(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        conv = self._conv
-        padding: Any = conv.padding
-        if conv.padding_mode != "zeros":
-            x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
-        kernel = weight.reshape(len(weight), -1, *conv.kernel_size)
-        convolve = _CONV[len(conv.kernel_size) - 1]
-        return cast(Tensor, convolve(x, kernel, None, conv.stride, padding, conv.dilation, groups))
-
-    def probe(self, generator: torch.Generator) -> Tensor:
-        conv = self._conv
-        size = (
-            max(
-                dilation * kernel
-                for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)
-            )
-            + 1
-        )
-        return torch.randn(
-            2, conv.in_channels, *[size] * len(conv.kernel_size), generator=generator
-        )
+    def _up(self, z: Tensor, B: Tensor, output_size: Any) -> Tensor:
+        return _pointwise(z, rearrange(B, "n r o -> (n o) r"), len(B))
 
 
-class GraloraConvTranspose(InPlaceLayer):
+class GraloraConvTranspose(ConvolutionLayer):
     """A transposed convolution of one group with GraLoRA adapters; see the text of this file."""
 
-    what = "transposed convolution"
-    in_all_linear = False
-    batch_axis = 0
+    originals = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
     @classmethod
     def from_conv(
@@ -185,131 +168,141 @@ class GraloraConvTranspose(InPlaceLayer):
         """A `GraloraConvTranspose` over the very weight and bias of `conv` (shared, and frozen);
         `conv` keeps its class.
         """
-        return cls._adapting(conv, config, adapter_name)
+        return cls._adapting(ConvTransposeMap(conv), config, adapter_name)
 
-    @classmethod
-    def accepts(cls, original: type[nn.Module]) -> bool:
-        return issubclass(original, _TRANSPOSED)
-
-    @classmethod
-    def is_plain(cls) -> bool:
-        return any(cls._base_class.forward is each.forward for each in _TRANSPOSED)
-
-    @classmethod
-    def unfit(cls, module: nn.Module, part: str) -> str | None:
-        groups = cast(_ConvNd, module).groups
-        return (
-            f"is a transposed convolution of {groups} groups; only those of one group can be"
-            " adapted"
-            if groups > 1
-            else None
-        )
-
-    @classmethod
-    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
-        return weight.flatten(1).mT
-
-    @classmethod
-    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
-        return delta.mT.reshape(cls.shape(module, part))
-
-    @classmethod
-    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        conv = cast(_ConvNd, module)
-        return conv.in_channels, conv.out_channels * math.prod(conv.kernel_size)
-
-    @classmethod
-    def cut(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        conv = cast(_ConvNd, module)
-        return conv.in_channels, conv.out_channels
-
-    @classmethod
-    def shape(cls, module: nn.Module, part: str) -> tuple[int, ...]:
-        conv = cast(_ConvNd, module)
-        return conv.in_channels, conv.out_channels, *conv.kernel_size
+    @property
+    def map(self) -> ConvTransposeMap:
+        return ConvTransposeMap(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (b, in, *positions), output_size -> (b, out, *positions)."""
         x = args[0] if len(args) == 1 and not kwargs else self.input_of(args, kwargs)
         if isinstance(x, Proxy):
-            return cast(Tensor, traced(self, args, kwargs))
+            node: Tensor = traced(self, args, kwargs)
+            return node
         plain = self.is_plain() and "_base_instance_forward" not in self.__dict__
         base = partial(self.plain_forward if plain else self.own_forward, *args, **kwargs)
         size = args[1] if len(args) > 1 else kwargs.get("output_size")
         update = partial(self.update, output_size=size)
-        return cast(Tensor, self.apply_adapters(x, base, dim=self.batch_axis, update=update))
+        y: Tensor = self.apply_adapters(x, base, dim=self.batch_axis, update=update)
+        return y
 
     def plain_forward(self, input: Tensor, output_size: Any = None) -> Tensor:
-        batched = input.dim() == len(cast(_ConvNd, self).kernel_size) + 2
-        y = self._convolve(
-            input if batched else input[None],
-            held(self, "weight"),
-            held(self, "bias"),
-            1,
-            output_size,
-        )
+        batched = self._is_batched(input)
+        weight, bias = held(self, "weight"), held(self, "bias")
+        y = self._transposed(input if batched else input[None], weight, bias, 1, output_size)
         return y if batched else y[0]
 
-    def can_fuse(self, x: Tensor, applied: Shares) -> bool:
-        return False
+    def _down(self, x: Tensor, A: Tensor) -> Tensor:
+        return _pointwise(x, rearrange(A, "n m r -> (n r) m"), len(A))
 
-    def update(
-        self, x: Tensor, adapter: GraloraAdapter, share: float, output_size: Any = None
-    ) -> Tensor:
-        """x (b, in, *positions), or without b -> the same of out channels, in the adapter's
-        dtype.
-        """
-        return cast(Tensor, adapter(x, share, partial(self._convolved, output_size=output_size)))
+    def _up(self, z: Tensor, B: Tensor, output_size: Any) -> Tensor:
+        kernel = _with_axes(rearrange(B, "n r o -> (n r) o"), self.kernel_size)
+        return self._transposed(z, kernel, None, len(B), output_size)
 
-    def _convolved(
-        self, x: Tensor, tensors: Tensors, scaling: float, dropout: float, output_size: Any
+    def _transposed(
+        self, z: Tensor, kernel: Tensor, bias: Tensor | None, groups: int, output_size: Any
     ) -> Tensor:
-        A, B, A_general, B_general = tensors
-        k, conv = len(A), cast(_ConvNd, self)
-        batched = x.dim() == len(conv.kernel_size) + 2
-        x = x if batched else x[None]
-        z = _pointwise(functional.dropped(x, dropout), rearrange(A, "i m r -> (i r) m"), k)
-        z = rearrange(z, "b (i j s) ... -> b (j i s) ...", i=k, j=k)
-        y = self._convolve(z, rearrange(B, "j r o -> (j r) o"), None, k, output_size)
-        if A_general is not None and B_general is not None:
-            y = y + self._convolve(
-                _pointwise(functional.dropped(x, dropout), A_general, 1),
-                B_general.mT,
-                None,
-                1,
-                output_size,
-            )
-        y = y * scaling
-        return y if batched else y[0]
-
-    def _convolve(
-        self, z: Tensor, weight: Tensor, bias: Tensor | None, groups: int, output_size: Any
-    ) -> Tensor:
-        """The base's transposed convolution with another weight (channels of z, outputs of a group
-        and kernel).
-        """
-        conv = cast(Any, self)
-        dimensions, kernel = (
-            len(conv.kernel_size),
-            weight.reshape(len(weight), -1, *conv.kernel_size),
-        )
-        padding = conv._output_padding(
-            z, output_size, conv.stride, conv.padding, conv.kernel_size, dimensions, conv.dilation
+        """The base's transposed convolution with another kernel, and in other groups."""
+        own, dimensions = (self.stride, self.padding), len(self.kernel_size)
+        padding = self._output_padding(
+            z, output_size, *own, self.kernel_size, dimensions, self.dilation
         )
         convolve = _CONV_TRANSPOSE[dimensions - 1]
-        return cast(
-            Tensor,
-            convolve(z, kernel, bias, conv.stride, conv.padding, padding, groups, conv.dilation),
-        )
+        y: Tensor = convolve(z, kernel, bias, *own, padding, groups, self.dilation)
+        return y
 
-    def probe(self, generator: torch.Generator) -> Tensor:
-        conv = cast(_ConvNd, self)
-        return torch.randn(2, conv.in_channels, *[3] * len(conv.kernel_size), generator=generator)
+
+class ConvolutionMap(InPlaceMap):
+    """The map of a convolution: its channels, and its kernel on one side of them."""
+
+    module: ConvNd
+    layer_class: ClassVar[type[ConvolutionLayer]]
+    in_all_linear = False
+
+    @classmethod
+    def accepts(cls, original: type[nn.Module]) -> bool:
+        return issubclass(original, cls.layer_class.originals)
+
+    @property
+    def divided_sizes(self) -> tuple[int, int]:
+        groups = self.module.groups
+        return self.module.in_channels // groups, self.module.out_channels // groups
+
+
+class ConvMap(ConvolutionMap):
+    """(out, in * kernel) of each group."""
+
+    layer_class = GraloraConv
+    kind = "convolution"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        n_in, n_out = self.divided_sizes
+        return n_in * math.prod(self.module.kernel_size), n_out
+
+    @property
+    def copies(self) -> int | None:
+        return None if self.module.groups == 1 else self.module.groups
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.module.out_channels, self.divided_sizes[0], *self.module.kernel_size
+
+    @property
+    def has_rows(self) -> bool:
+        return self.module.groups == 1
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        rows = weight.flatten(1)
+        return rows if self.copies is None else rearrange(rows, "(g o) m -> g o m", g=self.copies)
+
+    def in_layout(self, delta: Tensor) -> Tensor:
+        return delta.reshape(self.shape)
+
+
+class ConvTransposeMap(ConvolutionMap):
+    """(out * kernel, in)."""
+
+    layer_class = GraloraConvTranspose
+    kind = "transposed convolution"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        n_in, n_out = self.divided_sizes
+        return n_in, n_out * math.prod(self.module.kernel_size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.divided_sizes, *self.module.kernel_size
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1).mT
+
+    def in_layout(self, delta: Tensor) -> Tensor:
+        return delta.mT.reshape(self.shape)
+
+    def reason_unfit(self) -> str | None:
+        if self.module.groups > 1:
+            return (
+                f"is a transposed convolution of {self.module.groups} groups; only those of one"
+                " group can be adapted"
+            )
+        return super().reason_unfit()
+
+
+def _stacked(tensor: Tensor) -> Tensor:
+    """(..., a, b) -> (n, a, b)."""
+    return tensor.reshape(-1, *tensor.shape[-2:])
+
+
+def _with_axes(matrix: Tensor, kernel_size: tuple[int, ...]) -> Tensor:
+    """(a, channels * kernel) -> (a, channels, *kernel)."""
+    return matrix.reshape(len(matrix), -1, *kernel_size)
 
 
 def _pointwise(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     """A convolution of kernel 1."""
     dimensions = x.dim() - 2
-    return cast(
-        Tensor, _CONV[dimensions - 1](x, weight[(..., *[None] * dimensions)], groups=groups)
-    )
+    y: Tensor = _CONV[dimensions - 1](x, weight[(..., *[None] * dimensions)], groups=groups)
+    return y

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from gralora.config import GraloraConfig
 from gralora.layers.adapter import GraloraAdapter, Shares
 from gralora.layers.class_change import held, traced
-from gralora.layers.in_place import InPlaceLayer
+from gralora.layers.in_place import InPlaceLayer, InPlaceMap
 from gralora.layers.running import forward_runs
 from gralora.layers.sums import Share, Sum
 from gralora.maths import functional
@@ -35,8 +35,8 @@ class GraloraEmbedding(InPlaceLayer):
     ΔW. Dropout falls on whole tokens, the inputs. The row of `padding_idx` is not trained.
     """
 
-    what = "embedding"
-    in_all_linear = False
+    num_embeddings: int
+    padding_idx: int | None
 
     @classmethod
     def from_embedding(
@@ -49,40 +49,15 @@ class GraloraEmbedding(InPlaceLayer):
         """A `GraloraEmbedding` over the very weight of `embedding` (shared, and frozen), which
         keeps its class.
         """
-        return cls._adapting(embedding, config, adapter_name)
+        return cls._adapting(EmbeddingMap(embedding), config, adapter_name)
 
-    @classmethod
-    def accepts(cls, original: type[nn.Module]) -> bool:
-        return issubclass(original, nn.Embedding)
+    @property
+    def map(self) -> EmbeddingMap:
+        return EmbeddingMap(self)
 
     @classmethod
     def is_plain(cls) -> bool:
         return cls._base_class.forward is nn.Embedding.forward
-
-    @classmethod
-    def unfit(cls, module: nn.Module, part: str) -> str | None:
-        embedding = cast(nn.Embedding, module)
-        if embedding.max_norm is not None:
-            return (
-                f"has max_norm={embedding.max_norm}: its forward rewrites the weight, which an"
-                " adapter must not"
-            )
-        if embedding.scale_grad_by_freq:
-            return "has scale_grad_by_freq=True, which an adapter's gradients do not know"
-        return None
-
-    @classmethod
-    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
-        return weight
-
-    @classmethod
-    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
-        return delta
-
-    @classmethod
-    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        embedding = cast(nn.Embedding, module)
-        return embedding.embedding_dim, embedding.num_embeddings
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """tokens (...), and whatever else the base layer takes -> (..., H)."""
@@ -96,7 +71,7 @@ class GraloraEmbedding(InPlaceLayer):
             base = partial(self.own_forward, *args, **kwargs)
             return cast(Tensor, self.apply_adapters(tokens[..., None], base))
         if self.is_plain() and "_base_instance_forward" not in self.__dict__:
-            return self._look_up(held(self, "weight"), tokens, self._embedding.padding_idx)
+            return self._look_up(held(self, "weight"), tokens, self.padding_idx)
         return cast(Tensor, self.base_forward(*args, **kwargs))  # which reads W + ΔW
 
     def is_read(self, weight: Tensor) -> bool:
@@ -116,13 +91,8 @@ class GraloraEmbedding(InPlaceLayer):
 
     def update(self, x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
         """x: tokens (..., 1) -> (..., H); or as a head's input, (..., H) -> (..., V)."""
-        return cast(
-            Tensor, adapter(x, share) if x.is_floating_point() else adapter(x, share, self._rows)
-        )
-
-    @property
-    def _embedding(self) -> nn.Embedding:
-        return cast(nn.Embedding, self)
+        update: Tensor = adapter(x, share, None if x.is_floating_point() else self._rows)
+        return update
 
     def _look_up(self, weight: Tensor, tokens: Tensor, padding_idx: int | None) -> Tensor:
         # an axis more, so that what is said of the axes of inputs holds for tokens too
@@ -130,16 +100,43 @@ class GraloraEmbedding(InPlaceLayer):
         return cast(Tensor, self.apply_adapters(tokens[..., None], base))
 
     def _rows(self, x: Tensor, tensors: Tensors, scaling: float, dropout: float) -> Tensor:
-        size, held_rows = self._embedding.num_embeddings, tensors[1].shape[0] * tensors[1].shape[2]
+        size, held_rows = self.num_embeddings, tensors[1].shape[0] * tensors[1].shape[2]
         if size != held_rows:
             raise ValueError(
                 f"{self} has {size} tokens, and its adapter is for {held_rows}: it has been resized"
                 " since. First resize, then inject."
             )
-        padding = self._embedding.padding_idx
+        padding = self.padding_idx
         return functional.gralora_rows(
             x[..., 0], *tensors, scaling=scaling, dropout=dropout, padding=padding
         )
 
     def probe(self, generator: torch.Generator) -> Tensor | None:
         return None  # whatever its forward does, it does with W + ΔW
+
+
+class EmbeddingMap(InPlaceMap):
+    """The map of an `nn.Embedding`: (tokens, width) as (out, in)."""
+
+    module: nn.Embedding
+    layer_class = GraloraEmbedding
+    kind = "embedding"
+    in_all_linear = False
+
+    @classmethod
+    def accepts(cls, original: type[nn.Module]) -> bool:
+        return issubclass(original, nn.Embedding)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.module.embedding_dim, self.module.num_embeddings
+
+    def reason_unfit(self) -> str | None:
+        if self.module.max_norm is not None:
+            return (
+                f"has max_norm={self.module.max_norm}: its forward rewrites the weight, which an"
+                " adapter must not"
+            )
+        if self.module.scale_grad_by_freq:
+            return "has scale_grad_by_freq=True, which an adapter's gradients do not know"
+        return super().reason_unfit()

@@ -10,7 +10,7 @@ weights, one by one, batched or grouped, is the base's and the adapters' own.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,9 +18,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gralora.engines.distributed import is_spread
-from gralora.layers.base import PREFIX, GraloraLayer
+from gralora.layers.adapter import GraloraAdapters
 from gralora.layers.class_change import change_class, traced
-from gralora.layers.parts import PartHost, PartLayer
+from gralora.layers.linear_map import PREFIX
+from gralora.layers.parts import PartHost, PartLayer, PartMap
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import OFF, Only, Rows, switched
 from gralora.layers.sums import Share, Sum, sum_of_many
@@ -37,7 +38,21 @@ class ExpertWeights(PartLayer):
     that owns it.
     """
 
-    what = "experts"
+    @property
+    def map(self) -> ExpertsMap:
+        return ExpertsMap(self.host, self.part)
+
+    def is_read(self, weight: Tensor) -> bool:
+        return torch.compiler.is_compiling() or forward_runs(None)
+
+    def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
+        return sum_of_many(weight, shares, self.map.transposed)
+
+
+class ExpertsMap(PartMap):
+    """The maps of fused experts, in one parameter."""
+
+    kind = "experts"
     in_all_linear = False
 
     @classmethod
@@ -45,62 +60,54 @@ class ExpertWeights(PartLayer):
         return not original.__module__.startswith("torch.nn.")
 
     @classmethod
-    def parts(cls, module: nn.Module) -> tuple[str, ...]:
-        parameters = module._parameters.items()
-        return tuple(
-            name for name, p in parameters if p is not None and p.dim() == 3 and len(p) > 1
-        )
+    def parts_of(cls, module: nn.Module) -> tuple[str, ...]:
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        return tuple(name for name, p in own if p.dim() == 3 and len(p) > 1)
 
-    @classmethod
-    def unfit(cls, module: nn.Module, part: str) -> str | None:
-        weight = cast(Tensor, module._parameters[part])
-        packed = (
-            f"holds experts of {weight.dtype}, quantised in a format that its module alone can read"
-        )
-        return None if weight.is_floating_point() else packed
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        return self.module, self.part
 
-    @classmethod
-    def weight_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
-        return module, part
+    @property
+    def bias_place(self) -> tuple[nn.Module, str]:
+        return self.module, f"{self.part}_bias"
 
-    @classmethod
-    def bias_at(cls, module: nn.Module, part: str) -> tuple[nn.Module, str]:
-        return module, f"{part}_bias"
+    @property
+    def sizes(self) -> tuple[int, int]:
+        _, first, second = self.weight.shape
+        return (first, second) if self.transposed else (second, first)
 
-    @classmethod
-    def transposed(cls, module: nn.Module, part: str) -> bool:
-        return bool(getattr(module, "is_transposed", False))  # as transformers says it
+    @property
+    def copies(self) -> int:
+        return len(self.weight)
 
-    @classmethod
-    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
-        return rearrange(weight, "e i o -> e o i") if cls.transposed(module, part) else weight
+    @property
+    def transposed(self) -> bool:
+        return bool(getattr(self.module, "is_transposed", False))  # as transformers says it
 
-    @classmethod
-    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
-        return rearrange(delta, "e o i -> e i o") if cls.transposed(module, part) else delta
+    def matrix(self, weight: Tensor) -> Tensor:
+        return rearrange(weight, "e i o -> e o i") if self.transposed else weight
 
-    @classmethod
-    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        _, *sizes = cast(Tensor, module._parameters[part]).shape
-        return (sizes[0], sizes[1]) if cls.transposed(module, part) else (sizes[1], sizes[0])
+    def in_layout(self, delta: Tensor) -> Tensor:
+        return rearrange(delta, "e o i -> e i o") if self.transposed else delta
 
-    @classmethod
-    def copies(cls, module: nn.Module, part: str) -> int | None:
-        return len(cast(Tensor, module._parameters[part]))
+    def reason_unfit(self) -> str | None:
+        reason = super().reason_unfit()
+        if reason is None and not self.weight.is_floating_point():
+            return (
+                f"holds experts of {self.weight.dtype}, quantised in a format that its module alone"
+                " can read"
+            )
+        return reason
 
-    @classmethod
-    def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
-        if not isinstance(module, GraloraExperts):
-            change_class(module, GraloraExperts)
-        return cast(
-            GraloraLayer, module._modules.setdefault(PREFIX + part, ExpertWeights(module, part))
-        )
-
-    def is_read(self, weight: Tensor) -> bool:
-        return torch.compiler.is_compiling() or forward_runs(None)
-
-    def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
-        return sum_of_many(weight, shares, self.transposed(self.host, self.part))
+    def attach(self) -> GraloraAdapters:
+        if self.adapters is not None:
+            return self.adapters
+        if not isinstance(self.module, GraloraExperts):
+            change_class(self.module, GraloraExperts)
+        layer = ExpertWeights(self.module, self.part)
+        self.module.add_module(PREFIX + self.part, layer)
+        return layer.gralora_adapters
 
 
 class GraloraExperts(PartHost):
@@ -147,7 +154,8 @@ class GraloraExperts(PartHost):
             with switched(containers, OFF if name is None else Only(name)):
                 mine = [own(value, tokens) for value in args]
                 named = {key: own(value, tokens) for key, value in kwargs.items()}
-                return cast(Tensor, self._reading(*mine, **named))
+                y: Tensor = self._reading(*mine, **named)
+                return y
 
         return rows.run_by_adapter(x, 0, known, run)
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import inspect
 import threading
 from functools import partial
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from gralora.config import GraloraConfig
-from gralora.layers.adapter import check_adapter_name
-from gralora.layers.base import CHILD, GraloraLayer
+from gralora.layers.adapter import GraloraAdapters, check_adapter_name
+from gralora.layers.base import GraloraLayer
 from gralora.layers.class_change import (
     InPlaceModule,
     change_class,
@@ -26,6 +26,7 @@ from gralora.layers.class_change import (
     restore_class,
     traced,
 )
+from gralora.layers.linear_map import CHILD, LinearMap
 from gralora.layers.loading import overwritten, refuse_adapter_keys
 from gralora.layers.running import forward_runs
 
@@ -129,14 +130,7 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
 
     def probe(self, generator: torch.Generator) -> Tensor | None:
         """A small input that the layer takes; None where its forward can't differ from merging."""
-        return torch.randn(4, self.sizes(self, "")[0], generator=generator)
-
-    @classmethod
-    def attach(cls, module: nn.Module, part: str) -> GraloraLayer:
-        if not isinstance(module, GraloraLayer):
-            change_class(module, cls)
-            cast(GraloraLayer, module)._attach_container()
-        return cast(GraloraLayer, module)
+        return torch.randn(4, self.map.sizes[0], generator=generator)
 
     def detach(self) -> None:
         if is_restorable(self):
@@ -170,31 +164,46 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         check_adapter_name(adapter_name)
         freeze_own(self)
         self._attach_container()
-        self.gralora_adapters.add(adapter_name, self.spot.new_adapter(config or GraloraConfig()))
+        self.gralora_adapters.add(adapter_name, self.map.new_adapter(config or GraloraConfig()))
         self.gralora_adapters.active = {adapter_name: 1.0}
 
     @classmethod
     def _adapting(
-        cls: type[Layer], module: nn.Module, config: GraloraConfig | None, adapter_name: str
+        cls: type[Layer], map: InPlaceMap, config: GraloraConfig | None, adapter_name: str
     ) -> Layer:
-        if not cls.accepts(type(module)):
-            raise TypeError(f"{cls.__name__} cannot stand in for a {type(module).__name__}.")
+        """A layer over the very parameters of `map.module`, which keeps its class."""
+        module, name = map.module, type(map.module).__name__
+        if not map.accepts(type(module)):
+            raise TypeError(f"{cls.__name__} cannot stand in for a {name}.")
         if isinstance(module, GraloraLayer):
-            raise TypeError(
-                f"this {type(module).__name__} is adapted already; use inject for a further"
-                " adapter."
-            )
-        reason = cls.unfit(module, "")
+            raise TypeError(f"this {name} is adapted already; use inject for a further adapter.")
+        reason = map.reason_unfit()
         if reason is not None:
-            raise ValueError(f"this {type(module).__name__} {reason}.")
+            raise ValueError(f"this {name} {reason}.")
         layer = module.__new__(type(module))
         layer.__dict__.update(module.__dict__)
-        for name, value in module.__dict__.items():
+        for attribute, value in module.__dict__.items():
             if isinstance(
                 value, (dict, set)
             ):  # parameters, buffers, children, hooks: same entries, own registers
-                layer.__dict__[name] = value.copy()
-        change_class(layer, cls)
-        adapted = cast(Layer, layer)
+                layer.__dict__[attribute] = value.copy()
+        adapted = change_class(layer, cls)
         adapted._drop_in(config, adapter_name)
         return adapted
+
+
+class InPlaceMap(LinearMap):
+    """The map of a layer that is the map."""
+
+    layer_class: ClassVar[type[InPlaceLayer]]
+
+    @property
+    def adapters(self) -> GraloraAdapters | None:
+        return self.module.gralora_adapters if isinstance(self.module, InPlaceLayer) else None
+
+    def attach(self) -> GraloraAdapters:
+        if isinstance(self.module, InPlaceLayer):
+            return self.module.gralora_adapters
+        layer = change_class(self.module, self.layer_class)
+        layer._attach_container()
+        return layer.gralora_adapters

@@ -1,24 +1,24 @@
-"""The table of what can be adapted: each kind says itself which classes it accepts."""
+"""The table of what can be adapted: for each kind of map, the classes that it accepts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 from torch import nn
 
-from gralora.layers.attention import Projection
-from gralora.layers.base import GraloraLayer, Spot
-from gralora.layers.class_change import held, made_class
-from gralora.layers.convolution import GraloraConv, GraloraConvTranspose
-from gralora.layers.embedding import GraloraEmbedding
-from gralora.layers.experts import ExpertWeights
-from gralora.layers.in_place import InPlaceLayer
-from gralora.layers.linear import GraloraConv1D, GraloraLinear
+from gralora.layers.attention import ProjectionMap
+from gralora.layers.base import GraloraLayer
+from gralora.layers.class_change import made_class
+from gralora.layers.convolution import ConvMap, ConvTransposeMap
+from gralora.layers.embedding import EmbeddingMap
+from gralora.layers.experts import ExpertsMap
+from gralora.layers.in_place import InPlaceMap
+from gralora.layers.linear import Conv1DMap, GraloraLinear, LinearLayerMap, MatrixMap
+from gralora.layers.linear_map import LinearMap
 
-KINDS: list[type[GraloraLayer]] = [
-    *(GraloraLinear, GraloraConv1D, GraloraEmbedding, GraloraConv, GraloraConvTranspose),
-    *(Projection, ExpertWeights),
+KINDS: list[type[LinearMap]] = [
+    *(LinearLayerMap, Conv1DMap, EmbeddingMap, ConvMap, ConvTransposeMap),
+    *(ProjectionMap, ExpertsMap),
 ]
 
 ADAPTABLE = (
@@ -51,12 +51,11 @@ def why_refused(module: nn.Module) -> str | None:
 
 
 class RegisteredLinear(GraloraLinear):
-    """A class that `register` has named: what it holds is read off its weight (out, in)."""
+    """A class that `register` has named."""
 
-    @classmethod
-    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        n_out, n_in = held(module, "weight").shape
-        return n_in, n_out
+    @property
+    def map(self) -> MatrixMap:
+        return RegisteredMap(self)
 
     def extra_repr(self) -> str:
         return ", ".join(
@@ -66,7 +65,18 @@ class RegisteredLinear(GraloraLinear):
         )
 
 
-_registered: dict[type[nn.Module], type[GraloraLayer]] = {}
+class RegisteredMap(MatrixMap):
+    """The map of a class that `register` has named. Its sizes are read off its weight (out, in)."""
+
+    layer_class = RegisteredLinear
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        n_out, n_in = self.weight.shape
+        return n_in, n_out
+
+
+_registered: dict[type[nn.Module], type[LinearMap]] = {}
 
 
 def register(cls: type[nn.Module], *, transposed: bool = False) -> None:
@@ -81,21 +91,21 @@ def register(cls: type[nn.Module], *, transposed: bool = False) -> None:
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register takes a class of modules, not {cls!r}.")
-    _registered[cls] = GraloraConv1D if transposed else RegisteredLinear
+    _registered[cls] = Conv1DMap if transposed else RegisteredMap
 
 
-def kind_of(cls: type[nn.Module]) -> type[GraloraLayer] | None:
+def kind_of(cls: type[nn.Module]) -> type[LinearMap] | None:
     """The kind of the linear maps that a module of class `cls` holds, or None."""
     found = next((_registered[base] for base in cls.__mro__ if base in _registered), None)
     return found or next((kind for kind in KINDS if kind.accepts(cls)), None)
 
 
-def spots(module: nn.Module) -> Iterator[Spot]:
+def maps_of(module: nn.Module) -> Iterator[LinearMap]:
     """The linear maps that `module` itself holds, adapted or not."""
     kind = kind_of(type(module))
     if kind is not None:
-        for part in kind.parts(module):
-            yield Spot(kind, module, part)
+        for part in kind.parts_of(module):
+            yield kind(module, part)
 
 
 def adapted_class(cls: type[nn.Module]) -> type[GraloraLayer]:
@@ -107,7 +117,9 @@ def adapted_class(cls: type[nn.Module]) -> type[GraloraLayer]:
     Raises:
         TypeError: `cls` is no linear-like layer.
     """
+    if issubclass(cls, GraloraLayer):
+        return cls
     kind = kind_of(cls)
-    if kind is None or not issubclass(kind, InPlaceLayer):
+    if kind is None or not issubclass(kind, InPlaceMap):
         raise TypeError(f"{cls.__name__} cannot be adapted as a layer. Adaptable: {ADAPTABLE}.")
-    return cls if issubclass(cls, GraloraLayer) else cast(type[GraloraLayer], made_class(kind, cls))
+    return made_class(kind.layer_class, cls)

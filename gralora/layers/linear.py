@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gralora.config import GraloraConfig
 from gralora.layers.class_change import held
-from gralora.layers.in_place import InPlaceLayer
+from gralora.layers.in_place import InPlaceLayer, InPlaceMap
 
 
 class LinearLayer(InPlaceLayer):
@@ -40,18 +40,6 @@ class LinearLayer(InPlaceLayer):
             x, partial(F.linear, x, matrix, bias), plain=(matrix, bias)
         )
 
-    @classmethod
-    def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:
-        return rearrange(weight, "i o -> o i") if cls.stored_transposed else weight
-
-    @classmethod
-    def in_layout(cls, module: nn.Module, part: str, delta: Tensor) -> Tensor:
-        return rearrange(delta, "o i -> i o") if cls.stored_transposed else delta
-
-    @classmethod
-    def transposed(cls, module: nn.Module, part: str) -> bool:
-        return cls.stored_transposed
-
     @torch.no_grad()
     def computed_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The map (out, in) that the base computes, without adapters: of a packed weight, what its
@@ -63,21 +51,26 @@ class LinearLayer(InPlaceLayer):
         Returns:
             the weight itself, or of a packed one its values in float32.
         """
-        if not self.packed:
-            return self.spot.base_matrix()
-        bias, own = self._parameters.get("bias"), cast(Tensor, self._parameters["weight"])
+        if not self.map.packed:
+            return self.map.base_matrix()
+        bias, own = self._parameters.get("bias"), self.map.weight
         given = own.dtype if own.is_floating_point() else dtype  # what the layer takes
         if bias is not None:
             self._parameters["bias"] = None
         try:
-            unit = torch.eye(self.sizes(self, "")[0], dtype=given, device=own.device)
-            return cast(Tensor, self.base_forward(unit)).t().float()
+            unit = torch.eye(self.map.sizes[0], dtype=given, device=own.device)
+            computed: Tensor = self.base_forward(unit)
+            return computed.t().float()
         finally:
             if bias is not None:
                 self._parameters["bias"] = bias
 
-    @classmethod
-    def has_rows(cls, module: nn.Module, part: str) -> bool:
+
+class MatrixMap(InPlaceMap):
+    """The map of a layer whose weight is a matrix."""
+
+    @property
+    def has_rows(self) -> bool:
         return True
 
 
@@ -124,28 +117,38 @@ class GraloraLinear(LinearLayer, nn.Linear):
         """A `GraloraLinear` over the very weight and bias of `linear` (shared, and frozen);
         `linear` keeps its class.
         """
-        return cls._adapting(linear, config, adapter_name)
+        return cls._adapting(LinearLayerMap(linear), config, adapter_name)
 
-    @classmethod
-    def accepts(cls, original: type[nn.Module]) -> bool:
-        return issubclass(original, nn.Linear)
+    @property
+    def map(self) -> MatrixMap:
+        return LinearLayerMap(self)
 
     @classmethod
     def is_plain(cls) -> bool:
         return cls._base_class.forward is nn.Linear.forward
 
+
+class LinearLayerMap(MatrixMap):
+    """The map of an `nn.Linear`."""
+
+    module: nn.Linear
+    layer_class = GraloraLinear
+
     @classmethod
-    def unfit(cls, module: nn.Module, part: str) -> str | None:
-        if isinstance(module, NonDynamicallyQuantizableLinear):
+    def accepts(cls, original: type[nn.Module]) -> bool:
+        return issubclass(original, nn.Linear)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.module.in_features, self.module.out_features
+
+    def reason_unfit(self) -> str | None:
+        if isinstance(self.module, NonDynamicallyQuantizableLinear):
             return (
                 "is the out_proj of an nn.MultiheadAttention, which reads its weight and never"
                 " calls it: no effect. Inject into the attention, or a module that holds it"
             )
-        return None
-
-    @classmethod
-    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        return cast(nn.Linear, module).in_features, cast(nn.Linear, module).out_features
+        return super().reason_unfit()
 
 
 class Conv1D(nn.Module):
@@ -185,12 +188,12 @@ class GraloraConv1D(LinearLayer, Conv1D):
     @property
     def in_features(self) -> int:
         """nx, under the name that it has in `nn.Linear`."""
-        return self.sizes(self, "")[0]
+        return self.map.sizes[0]
 
     @property
     def out_features(self) -> int:
         """nf, under the name that it has in `nn.Linear`."""
-        return self.sizes(self, "")[1]
+        return self.map.sizes[1]
 
     def __init__(
         self,
@@ -212,12 +215,11 @@ class GraloraConv1D(LinearLayer, Conv1D):
         """A `GraloraConv1D` over the very weight and bias of `conv` (shared, and frozen); `conv`
         keeps its class.
         """
-        return cls._adapting(conv, config, adapter_name)
+        return cls._adapting(Conv1DMap(conv), config, adapter_name)
 
-    @classmethod
-    def accepts(cls, original: type[nn.Module]) -> bool:
-        # transformers' own is known by its name, so that transformers need not be imported
-        return any(base is Conv1D or base.__name__ == "Conv1D" for base in original.__mro__)
+    @property
+    def map(self) -> Conv1DMap:
+        return Conv1DMap(self)
 
     @classmethod
     def is_plain(cls) -> bool:
@@ -227,24 +229,41 @@ class GraloraConv1D(LinearLayer, Conv1D):
             or f"{owner.__module__}.{owner.__name__}" == "transformers.pytorch_utils.Conv1D"
         )
 
-    @classmethod
-    def unfit(cls, module: nn.Module, part: str) -> str | None:
-        shape = tuple(held(module, "weight").shape)
-        return (
-            f"has a weight of shape {shape}, where a Conv1D has (nx, nf)"
-            if len(shape) != 2
-            else None
-        )
+    def extra_repr(self) -> str:
+        if self._base_class is Conv1D:
+            return super().extra_repr()
+        nx, nf = self.map.sizes
+        return f"nf={nf}, nx={nx}, {super().extra_repr()}"
+
+
+class Conv1DMap(MatrixMap):
+    """The map of a `Conv1D`, or of a class that is registered as transposed."""
+
+    layer_class = GraloraConv1D
 
     @classmethod
-    def sizes(cls, module: nn.Module, part: str) -> tuple[int, int]:
-        nx, nf = held(module, "weight").shape
+    def accepts(cls, original: type[nn.Module]) -> bool:
+        # transformers' own is known by its name, so that transformers need not be imported
+        return any(base is Conv1D or base.__name__ == "Conv1D" for base in original.__mro__)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        nx, nf = self.weight.shape
         return nx, nf
 
-    def extra_repr(self) -> str:
-        nx, nf = self.sizes(self, "")
-        return (
-            super().extra_repr()
-            if self._base_class is Conv1D
-            else f"nf={nf}, nx={nx}, {super().extra_repr()}"
-        )
+    @property
+    def transposed(self) -> bool:
+        return True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return rearrange(weight, "i o -> o i")
+
+    def in_layout(self, delta: Tensor) -> Tensor:
+        return rearrange(delta, "o i -> i o")
+
+    def reason_unfit(self) -> str | None:
+        reason = super().reason_unfit()
+        if reason is None and self.weight.dim() != 2:
+            shape = tuple(self.weight.shape)
+            return f"has a weight of shape {shape}, where a Conv1D has (nx, nf)"
+        return reason

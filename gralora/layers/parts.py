@@ -8,13 +8,15 @@ uses them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from gralora.engines.walk import named_modules
-from gralora.layers.base import PREFIX, GraloraLayer
+from gralora.layers.adapter import GraloraAdapters
+from gralora.layers.base import GraloraLayer
 from gralora.layers.class_change import InPlaceModule, join, one_line, restore_class
+from gralora.layers.linear_map import PREFIX, LinearMap
 from gralora.layers.loading import overwritten, refuse_adapter_keys
 
 
@@ -28,13 +30,11 @@ class PartLayer(GraloraLayer):
         self.training = module.training
         self._attach_container()
 
-    @classmethod
-    def adapted(cls, module: nn.Module, part: str) -> GraloraLayer | None:
-        return cast(GraloraLayer | None, module._modules.get(PREFIX + part))
-
     @property
     def host(self) -> nn.Module:
-        return cast(nn.Module, self.__dict__["_host"])
+        """The module that holds the map."""
+        host: nn.Module = self.__dict__["_host"]
+        return host
 
     def detach(self) -> None:
         del self.host._modules[PREFIX + self.part]
@@ -42,12 +42,21 @@ class PartLayer(GraloraLayer):
             restore_class(self.host)
 
     def __repr__(self) -> str:
-        copies, (n_in, n_out) = self.copies(self.host, self.part), self.sizes(self.host, self.part)
+        copies, (n_in, n_out) = self.map.copies, self.map.sizes
         many = "" if copies is None else f"experts={copies}, "
         return one_line(
             self,
             f"{many}in_features={n_in}, out_features={n_out}, {self.gralora_adapters.describe()}",
         )
+
+
+class PartMap(LinearMap):
+    """One map of a module that holds several."""
+
+    @property
+    def adapters(self) -> GraloraAdapters | None:
+        layer = getattr(self.module, PREFIX + self.part, None)
+        return layer.gralora_adapters if isinstance(layer, PartLayer) else None
 
 
 class PartHost(InPlaceModule):
@@ -68,7 +77,7 @@ class PartHost(InPlaceModule):
             refuse_adapter_keys(state_dict, f"{prefix}{layer.part}.", args[-1])
             if not layer.gralora_adapters.merged:
                 continue
-            owner, name = layer.place
+            owner, name = layer.map.place
             key = prefix + join(
                 next(path for path, module in named_modules(self) if module is owner), name
             )

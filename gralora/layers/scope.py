@@ -208,7 +208,8 @@ class Switchable(Appendage):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy made within a block is not in the block
-        return {**super().__getstate__(), "blocks": ()}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "blocks": ()}
 
 
 @contextmanager

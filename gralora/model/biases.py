@@ -38,7 +38,7 @@ def bias_values(biases: Biases, adapter_name: str) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for key, layers in biases.items():
         differences = [whole(_difference(layer, adapter_name)) for layer in layers]
-        base = whole(layers[0].map.base_bias.detach())
+        base = whole(base_bias(layers[0]))
         dtype = torch.promote_types(base.dtype, differences[0].dtype)
         values[key] = base.to(dtype, copy=True)
         for layer, difference in zip(layers, differences, strict=True):
@@ -59,7 +59,7 @@ def bias_differences(
     for key, layers in biases.items():
         if key not in given:
             continue
-        base = whole(layers[0].map.base_bias.detach())
+        base = whole(base_bias(layers[0]))
         value = given[key].to(base.device)
         if value.shape != base.shape:
             raise ValueError(
@@ -78,6 +78,12 @@ def bias_differences(
                 " was loaded"
             )
     return found
+
+
+def base_bias(layer: GraloraLayer) -> Tensor:
+    bias = layer.map.base_bias
+    assert bias is not None
+    return bias.detach()
 
 
 def _difference(layer: GraloraLayer, adapter_name: str) -> Tensor:

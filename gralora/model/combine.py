@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from gralora.config import GraloraConfig, divisors
 from gralora.engines.distributed import copy_into
 from gralora.layers.adapter import GraloraAdapter
-from gralora.layers.base import PREFIX, GraloraLayer, gralora_layers
+from gralora.layers.base import GraloraLayer, gralora_layers
+from gralora.layers.linear_map import PREFIX
 from gralora.maths import functional, merging
 from gralora.maths.functional import Tensors
 from gralora.model.biases import adapted_biases
@@ -168,7 +169,7 @@ def _config(
 ) -> GraloraConfig:
     configs = [adapter.config for adapter, _ in parts]
     k = k or math.lcm(*(c.gralora_k for c in configs))
-    cut = layer.spot.cut
+    cut = layer.map.divided_sizes
     if any(
         size % k for size in cut
     ):  # a given k: a least common multiple divides what each of its parts divides

@@ -60,7 +60,7 @@ def prepare_hotswap(model: nn.Module, max_r: int, adapter_name: str = "default")
             if id(old) not in made:
                 made[id(old)] = _roomy(
                     old,
-                    layer.spot.new_adapter(_larger(old.config, max_r), old.A.dtype, reset=False),
+                    layer.map.new_adapter(_larger(old.config, max_r), old.A.dtype, reset=False),
                 )
             layer.gralora_adapters.add(adapter_name, made[id(old)])
 

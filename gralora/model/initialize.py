@@ -143,11 +143,7 @@ def _places(model: nn.Module, name: str) -> list[_Place]:
         if name in layer.gralora_adapters:
             adapter = layer.gralora_adapters[name]
             found.setdefault(id(adapter), _Place(path, adapter, [])).layers.append(layer)
-    places = [
-        place
-        for place in found.values()
-        if all(each.has_rows(each.host, each.part) for each in place.layers)
-    ]
+    places = [place for place in found.values() if all(each.map.has_rows for each in place.layers)]
     for place in places:
         A, B, B_general = place.adapter.A, place.adapter.B, place.adapter.B_general
         if is_spread(A) or hasattr(A, "ds_id"):
@@ -285,7 +281,7 @@ def _total(method: str, place: _Place) -> Tensor:
     """
     if place.total is not None:
         return place.total
-    (n_in, n_out), A = place.layer.spot.sizes, place.adapter.A
+    (n_in, n_out), A = place.layer.map.sizes, place.adapter.A
     blocks = 1 if place.config.hybrid_r else place.config.gralora_k
     shape = (blocks, n_in // blocks, n_in // blocks) if method == "eva" else (n_out, n_in)
     return (
@@ -361,7 +357,7 @@ def _redistributed(places: list[_Place]) -> list[int]:
     as parameters last.
     """
     ks = [place.config.gralora_k for place in places]
-    costs = [k * sum(place.layer.spot.sizes) for k, place in zip(ks, places, strict=True)]
+    costs = [k * sum(place.layer.map.sizes) for k, place in zip(ks, places, strict=True)]
     before = [place.config.r // k for k, place in zip(ks, places, strict=True)]
     shares = []
     for place, s in zip(places, before, strict=True):

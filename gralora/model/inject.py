@@ -151,7 +151,7 @@ def install(
     check_unwrapped(model)
     first = not known_adapters(model)
     trainable = first if trainable is None else trainable
-    check_units(model, plan.saved, [t.spot.module for t in plan.targets])
+    check_units(model, plan.saved, [t.map.module for t in plan.targets])
     rows = _token_rows(model, plan)
     adapters = _adapters(plan)
     copies = copies_of(plan.saved.values(), tied=plan.tied)
@@ -160,14 +160,13 @@ def install(
         for module in modules(model):
             freeze_own(module)
     for target, adapter in zip(plan.targets, adapters, strict=True):
-        spot = target.spot
-        spot.kind.attach(spot.module, spot.part).gralora_adapters.add(adapter_name, adapter)
+        target.map.attach().add(adapter_name, adapter)
     for unit, replica in zip(plan.saved.values(), copies, strict=True):
         add_copy(unit, adapter_name, replica)
     for unit, own in rows:
         add_copy(unit, adapter_name, own)
-    for (owner, _), own in zip(plan.biases.values(), biases, strict=True):
-        add_copy(owner, adapter_name, own)
+    for (owner, _), bias in zip(plan.biases.values(), biases, strict=True):
+        add_copy(owner, adapter_name, bias)
     _keep_nested_tensors_out(model)
     freeze_norms(model)
     record(
@@ -204,13 +203,13 @@ def _adapters(plan: Plan) -> list[GraloraAdapter]:
     shared: dict[tuple[int, tuple[int, int]], GraloraAdapter] = {}
     result = []
     for target in plan.targets:
-        key = id(target.spot.weight), target.spot.sizes
+        key = id(target.map.weight), target.map.sizes
         own = shared.get(key) if target.config.ensure_weight_tying else None
         if own is None:
             reset = (
                 plan.reset and target.config.init_weights != "loftq"
             )  # which comes of the reference
-            own = target.spot.new_adapter(target.config, plan.dtypes.get(target.name), reset=reset)
+            own = target.map.new_adapter(target.config, plan.dtypes.get(target.name), reset=reset)
         shared[key] = own
         result.append(own)
     return result
@@ -232,7 +231,7 @@ def _tokens(
 
 def _token_rows(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, TokenRows]]:
     """The rows of every embedding whose tokens are trained, and of what is tied to it."""
-    adapted = {id(t.spot.module): t.name for t in plan.targets}
+    adapted = {id(t.map.module): t.name for t in plan.targets}
     adapted.update({id(layer): path for path, layer in gralora_layers(model)})
     whole = {id(m) for unit in plan.saved.values() for m in modules(unit)}
     result: list[tuple[nn.Module, TokenRows]] = []
@@ -331,7 +330,7 @@ def _biases(
     saved = {id(m) for unit in plan.saved.values() for m in modules(unit)}
     found: dict[str, tuple[nn.Module, list[str]]] = {}
     for key, its_names, module in names:
-        owned = [name for name in module._parameters.keys() if is_bias(name)]
+        owned = [name for name in list(module._parameters) if is_bias(name)]
         own = [n for n in owned if (key, n) not in covered and module._parameters[n] is not None]
         if not own or key in saved:
             continue

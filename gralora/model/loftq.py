@@ -49,15 +49,15 @@ def start_near(
     look_up = _values(reference)
     paths = {id(module): path for path, module in named_modules(model)}
     for name, layer in layers.items():
-        owner, parameter = layer.place
+        owner, parameter = layer.map.place
         key = join(paths[id(owner)], parameter)
-        if is_spread(layer.spot.weight) or layer.spot.weight.is_meta:
+        if is_spread(layer.map.weight) or layer.map.weight.is_meta:
             raise ValueError(
                 f"{key} is spread over processes, or on meta, where there is no base to compare"
                 " with the reference."
             )
         base = (
-            layer.computed_matrix() if isinstance(layer, LinearLayer) else layer.spot.base_matrix()
+            layer.computed_matrix() if isinstance(layer, LinearLayer) else layer.map.base_matrix()
         )
         there = look_up(key)
         delta = difference(key, base, None if there is None else _matrix(layer, there.detach()))
@@ -72,7 +72,7 @@ def start_near(
 def _matrix(layer: GraloraLayer, weight: Tensor) -> Tensor:
     """A weight in the layout of the layer's as a matrix; as it is where its shape forbids that."""
     try:
-        return layer.matrix(layer.host, layer.part, weight)
+        return layer.map.matrix(weight)
     except (RuntimeError, ValueError):  # einops' errors are such as well
         return weight
 

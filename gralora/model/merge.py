@@ -171,7 +171,8 @@ def _write_all(
             if merged is None or now is None:
                 continue
             if owners[id(now)] > 1 and id(now) not in together:  # the others keep the base's
-                owner._parameters[name] = merged.requires_grad_(now.requires_grad)
+                merged.requires_grad_(now.requires_grad)
+                owner._parameters[name] = merged
             else:
                 now.data = merged.data
 
@@ -186,7 +187,7 @@ def _dequantized(
     weight, bias, (n_in, n_out) = (
         layer.computed_matrix(dtype),
         layer._parameters.get("bias"),
-        layer.spot.sizes,
+        layer.map.sizes,
     )
     for name, share in weights.items():
         weight = weight + share * layer.gralora_adapters[name].delta_weight().float()
@@ -423,7 +424,7 @@ def _check_same_function(
     merged = new[id(layer), "weight"]
     adapters = layer.gralora_adapters
     now = layer._parameters["weight"]
-    base = cast(nn.Parameter, layer.spot.base_weight)
+    base = cast(nn.Parameter, layer.map.base_weight)
     probe = layer.probe(torch.Generator().manual_seed(0))
     if probe is None:
         return

@@ -67,7 +67,7 @@ class SavedCopies(Switchable):
                     own.copy_(base if rows is None else base[rows])
         self.__dict__.pop("fresh", None)
 
-    def is_as_it_was(self, name: str, parameter: nn.Parameter | None) -> bool:
+    def is_as_it_was(self, name: str, parameter: Tensor) -> bool:
         """Whether a parameter is not kept elsewhere, by an engine that reads it outside of a
         forward.
         """

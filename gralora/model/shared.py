@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from gralora.layers.base import PREFIX, gralora_layers
+from gralora.layers.base import gralora_layers
+from gralora.layers.linear_map import PREFIX
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -13,7 +13,7 @@ from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.base import gralora_layers
 from gralora.layers.class_change import join
 from gralora.layers.loading import FACTORS, factor_key
-from gralora.model.biases import adapted_biases, bias_differences, bias_values
+from gralora.model.biases import adapted_biases, base_bias, bias_differences, bias_values
 from gralora.model.saved import saved_modules
 from gralora.model.state import adapter_keys, check_known, check_unmerged, named_adapter_parameters
 from gralora.model.targets import shorten
@@ -40,7 +40,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     """
     check_known(model, adapter_name)
     live, biases = live_tensors(model, adapter_name), adapted_biases(model, adapter_name)
-    bases = [layer.map.base_bias for layers in biases.values() for layer in layers]
+    bases = [base_bias(layer) for layers in biases.values() for layer in layers]
     with gathered([*live.values(), *bases]) as for_now:
         found = {
             key: tensor.detach().clone() if for_now else whole(tensor.detach())

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from gralora.config import GraloraConfig, divisors, suggested
-from gralora.layers.kinds import ADAPTABLE, spots
+from gralora.layers.kinds import ADAPTABLE, maps_of
 
 
 def suggest_k(target: nn.Module | GraloraConfig, config: GraloraConfig | None = None) -> int:
@@ -27,10 +27,12 @@ def suggest_k(target: nn.Module | GraloraConfig, config: GraloraConfig | None = 
     """
     if isinstance(target, GraloraConfig):
         return suggested(target.r, divisors(target.r))
-    maps = list(spots(target)) if isinstance(target, nn.Module) else []
+    maps = list(maps_of(target)) if isinstance(target, nn.Module) else []
     if not maps:
         raise TypeError(
             f"suggest_k takes a GraloraConfig or one of {ADAPTABLE}, not a {type(target).__name__}."
         )
     r = (config or GraloraConfig()).r
-    return suggested(r, divisors(math.gcd(r, *(size for spot in maps for size in spot.cut))))
+    return suggested(
+        r, divisors(math.gcd(r, *(size for map in maps for size in map.divided_sizes)))
+    )

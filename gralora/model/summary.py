@@ -99,7 +99,7 @@ def summary(model: nn.Module) -> Summary:
             rows.append(
                 LayerRow(
                     name,
-                    layer.spot.shape,
+                    layer.map.shape,
                     key,
                     *sizes,
                     adapters.active.get(key),

@@ -12,15 +12,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch import nn
 
 from gralora.config import GraloraConfig, as_config, divisors, legal_k, suggested
-from gralora.engines.distributed import is_spread
 from gralora.engines.walk import all_named_modules, modules
-from gralora.layers.base import PREFIX, Spot
 from gralora.layers.class_change import join
-from gralora.layers.kinds import ADAPTABLE, spots, why_refused
+from gralora.layers.kinds import ADAPTABLE, maps_of, why_refused
+from gralora.layers.linear_map import PREFIX, LinearMap
 from gralora.model.defaults import default_targets, settled
 from gralora.model.saved import SavedModule
 
@@ -38,7 +36,7 @@ class Target:
     """One linear map to adapt, and how."""
 
     name: str
-    spot: Spot
+    map: LinearMap
     config: GraloraConfig
 
 
@@ -57,16 +55,16 @@ class Names:
                 continue
             self.names.setdefault(id(module), []).append(name)
             self.modules[id(module)] = module
-        self.spots: list[tuple[list[str], Spot]] = []
+        self.maps: list[tuple[list[str], LinearMap]] = []
         for _, its_names, module in self:
-            for spot in spots(module):
-                self.spots.append(
-                    ([(join(name, spot.part) if spot.part else name) for name in its_names], spot)
+            for map in maps_of(module):
+                self.maps.append(
+                    ([(join(name, map.part) if map.part else name) for name in its_names], map)
                 )
         # a module may hold its map in a child, as nn.MultiheadAttention does in out_proj: the child
         # is no map of its own
-        held = {id(_owner(spot)) for _, spot in self.spots if _owner(spot) is not spot.module}
-        self.spots = [(its, spot) for its, spot in self.spots if id(spot.module) not in held]
+        held = {id(map.place[0]) for _, map in self.maps if map.place[0] is not map.module}
+        self.maps = [(its, map) for its, map in self.maps if id(map.module) not in held]
         self.held = held
         self.left_out: list[str] = []  # linear layers that "all-linear" can't take
 
@@ -115,7 +113,7 @@ def resolve(
     saved = _inside(names, [tuple(c.modules_to_save or ()) for _, c in rules])
     found: dict[int, Target] = {}
     strangers: dict[int, str] = {}
-    hosts = {id(spot.module) for _, spot in names.spots}
+    hosts = {id(map.module) for _, map in names.maps}
     for pattern, rule_config in rules:
         rule = _Rule(_matcher_for(model, pattern, names, rule_config), _excluded(rule_config))
         whole = {
@@ -123,27 +121,27 @@ def resolve(
             for key, its_names, module in names
             if key not in saved and rule.takes(its_names, module)
         }
-        for index, (its_names, spot) in enumerate(names.spots):
-            key, owner = id(spot.module), _owner(spot)
+        for index, (its_names, map) in enumerate(names.maps):
+            key, owner = id(map.module), map.place[0]
             if index in found or key in saved:
                 continue
-            if spot.part and (
-                rule.leaves(names.names[key], spot.module) or rule.leaves(its_names, owner)
+            if map.part and (
+                rule.leaves(names.names[key], map.module) or rule.leaves(its_names, owner)
             ):
                 continue
-            if key in whole or (spot.part and rule.takes(its_names, owner)):
-                found[index] = Target(its_names[0], spot, rule_config)
+            if key in whole or (map.part and rule.takes(its_names, owner)):
+                found[index] = Target(its_names[0], map, rule_config)
         listed = not isinstance(pattern, str) and isinstance(pattern, Collection)
         for key in whole - hosts - names.held:
             if listed or any(p is not None for p in names.modules[key]._parameters.values()):
                 strangers[key] = _stranger(names.names[key][0], names.modules[key], listed)
         if listed:
             _warn_of_absent(cast(Collection[str], pattern), names)
-    ordered = [found[index] for index in range(len(names.spots)) if index in found]
+    ordered = [found[index] for index in range(len(names.maps)) if index in found]
     if not ordered and not strangers:
         raise ValueError(_nothing_matches(rules, names))
     problems = [
-        *_problems(ordered, names),
+        *_problems(ordered),
         *(strangers[key] for key in names.modules if key in strangers),
     ]
     if problems:
@@ -214,26 +212,24 @@ def _matcher_for(
     if pattern == ALL_LINEAR:
         heads = {id(head) for head in _output_heads(model)}
         linear = [
-            (its[0], spot)
-            for its, spot in names.spots
-            if spot.kind.in_all_linear
-            and unfit(spot, names) is None
-            and id(spot.module) not in heads
+            (its[0], map)
+            for its, map in names.maps
+            if map.in_all_linear and reason_unfit(map) is None and id(map.module) not in heads
         ]
         fit = {
-            id(_owner(spot))
-            for _, spot in linear
-            if not any(size % config.gralora_k for size in spot.cut)
+            id(map.place[0])
+            for _, map in linear
+            if not any(size % config.gralora_k for size in map.divided_sizes)
         }
         if not fit:
             return lambda name, module: (
-                id(module) in {id(_owner(spot)) for _, spot in linear}
+                id(module) in {id(map.place[0]) for _, map in linear}
             )  # the error names them
         excluded = _excluded(config)
         names.left_out = [
             name
-            for name, spot in linear
-            if id(_owner(spot)) not in fit and not excluded(name, spot.module)
+            for name, map in linear
+            if id(map.place[0]) not in fit and not excluded(name, map.module)
         ]
         return lambda name, module: id(module) in fit
     return _matcher(pattern)
@@ -323,23 +319,11 @@ def output_tied(model: nn.Module) -> bool:
     return first is not None and first is second
 
 
-def unfit(spot: Spot, names: Names) -> str | None:
-    """Why a map can't be adapted, whatever the config; None if it can."""
-    if isinstance(spot.module, SavedModule):
+def reason_unfit(map: LinearMap) -> str | None:
+    """Why a map of a model cannot be adapted, whatever the config; None if it can."""
+    if isinstance(map.module, SavedModule):
         return "is in another adapter's modules_to_save; a layer is adapted or saved, not both"
-    owner, name = spot.kind.weight_at(spot.module, spot.part)
-    weight: object = owner._parameters.get(
-        name
-    )  # as it lies: where experts have adapters, its name reads W + ΔW
-    if weight is None:
-        weight = getattr(owner, name, None)
-    if isinstance(weight, UninitializedParameter):
-        return "has no shape yet (a lazy module); run one forward pass first"
-    if not isinstance(weight, Tensor) or weight.is_complex():
-        return "has a complex weight" if isinstance(weight, Tensor) else "has no weight"
-    if is_spread(weight) and spot.kind.what != "linear" and spot.adapted is None:
-        return "has its weight spread over processes, which only linear layers can have"
-    return spot.kind.unfit(spot.module, spot.part)
+    return map.reason_unfit()
 
 
 def _stranger(name: str, module: nn.Module, listed: bool) -> str:
@@ -364,18 +348,14 @@ def _stranger(name: str, module: nn.Module, listed: bool) -> str:
     )
 
 
-def _owner(spot: Spot) -> nn.Module:
-    return spot.kind.weight_at(spot.module, spot.part)[0]
-
-
-def _problems(targets: list[Target], names: Names) -> list[str]:
+def _problems(targets: list[Target]) -> list[str]:
     problems = []
     for target in targets:
-        reason = unfit(target.spot, names)
+        reason = reason_unfit(target.map)
         if reason is not None:
             problems.append(f"{target.name!r} {reason}.")
             continue
-        sizes = target.spot.cut
+        sizes = target.map.divided_sizes
         k, r = target.config.gralora_k, target.config.r
         bad = [
             f"{side}={size}"
@@ -398,7 +378,7 @@ def _inside(names: Names, patterns: list[tuple[str, ...] | None]) -> set[int]:
 
 def _warn_of_absent(pattern: Collection[str], names: Names) -> None:
     known = [
-        name for its in (*names.names.values(), *(its for its, _ in names.spots)) for name in its
+        name for its in (*names.names.values(), *(its for its, _ in names.maps)) for name in its
     ]
     present = {_listed(name, [item]) for item in pattern for name in known}
     absent = [item for item in pattern if item not in present]
@@ -414,8 +394,7 @@ def _warn_of_layout(targets: list[Target]) -> None:
     wrong = [
         t.name
         for t in targets
-        if t.config.fan_in_fan_out is not None
-        and t.config.fan_in_fan_out is not t.spot.kind.transposed(t.spot.module, t.spot.part)
+        if t.config.fan_in_fan_out is not None and t.config.fan_in_fan_out is not t.map.transposed
     ]
     if wrong:
         message = (
@@ -426,7 +405,7 @@ def _warn_of_layout(targets: list[Target]) -> None:
 
 
 def _nothing_matches(rules: list[tuple[Pattern, GraloraConfig]], names: Names) -> str:
-    linear = [its[0] for its, _ in names.spots]
+    linear = [its[0] for its, _ in names.maps]
     if not linear:
         return f"nothing to adapt: this model has none of {ADAPTABLE}."
     given = [p for p, _ in rules]

@@ -25,7 +25,7 @@ def test_a_plain_adapter_of_a_language_model_is_served(server):
     result = check_serving(gralora.inject(llama(), "all-linear", GraloraConfig(r=8)), server)
     assert result.ok and result.rank is None and f"--to {FORMAT[server]}" in result.steps[0]
     assert result.bytes == 4 * 16 * sum(
-        sum(layer.spot.sizes)
+        sum(layer.map.sizes)
         for _, layer in gralora.layers.base.gralora_layers(gralora.inject(llama(), "all-linear"))
     )
     assert str(result).startswith(f"{server}: serves it as it is")

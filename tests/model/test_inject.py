@@ -11,6 +11,7 @@ from torch import nn
 import gralora
 from gralora import GraloraConfig, GraloraLinear
 from gralora.layers.adapter import GraloraAdapter
+from gralora.layers.linear import LinearLayerMap
 
 from ..models import (
     Block,
@@ -124,7 +125,7 @@ def test_an_inject_that_fails_half_way_leaves_the_model_as_it_was(monkeypatch, w
             failing(gralora.layers.adapter.GraloraAdapters.add),
         )
     else:
-        monkeypatch.setattr(gralora.GraloraLinear, "attach", failing(gralora.GraloraLinear.attach))
+        monkeypatch.setattr(LinearLayerMap, "attach", failing(LinearLayerMap.attach))
     with pytest.raises(MemoryError):
         gralora.inject(model, "all-linear", random_config(bias="all", modules_to_save=["norm"]))
     monkeypatch.undo()

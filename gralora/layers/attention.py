@@ -133,7 +133,7 @@ class ProjectionMap(PartMap):
     @property
     def _packed(self) -> bool:
         """Whether the weight is the third of `in_proj_weight`."""
-        return self.part != "out_proj" and self.module.in_proj_weight is not None
+        return self.part != "out_proj" and held(self.module, "in_proj_weight") is not None
 
 
 class ReadProjection(InPlaceModule):

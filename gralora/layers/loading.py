@@ -57,7 +57,8 @@ class Appendage(nn.Module):
         if load is None or load.errors is not errors:
             load = _Load(errors)
             _current.set(load)
-        own = {key: value for key, value in self.state_dict().items() if not self.is_mark(key)}
+        state = self.state_dict(keep_vars=True)  # so that assign=True keeps the objects
+        own = {key: value for key, value in state.items() if not self.is_mark(key)}
         marks = [
             key
             for key in state_dict

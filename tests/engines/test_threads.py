@@ -71,9 +71,10 @@ def test_a_block_in_one_thread_is_not_seen_in_another_while_it_is_open():
         lambda: gralora.disable_adapter(shared),
         lambda: gralora.mixed_batch(shared, ["b"] * 4),
     ):
-        with make():
-            here = shared(BATCH)
-            with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(shared, BATCH).result()  # the thread is running before the block
+            with make():
+                here = shared(BATCH)
                 there = pool.submit(shared, BATCH).result()
         assert same_bits(there, active) and relative(here, active) > 1e-3
 

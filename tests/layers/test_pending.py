@@ -110,27 +110,15 @@ def test_what_is_trained_is_said_independently_of_what_acts():
 
 
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant"])
-def test_a_checkpointed_forward_that_runs_again_under_another_adapter_is_an_error(how):
+def test_under_checkpointing_a_backward_before_each_switch_is_right(how):
     model = two(how)
-    gralora.set_adapter(model, "a")
-    loss = model(X).square().sum()
-    gralora.set_adapter(model, "b")
-    with pytest.raises(
-        RuntimeError,
-        match="activation checkpointing runs a forward again, but set_adapter has been called",
-    ):
-        loss.backward()
-    for name in ("a", "b"):  # and in the right order it is right
+    for name in ("a", "b", "a"):
         wanted = separately(two_like(model), name)
         gralora.set_adapter(model, name)
         model.zero_grad()
         model(X).square().sum().backward()
         for grad, other in zip(gradients(model, name), wanted, strict=True):
             assert relative(grad, other) < 1e-6
-    gralora.set_adapter(model, "b")  # which acts already: nothing has changed
-    loss = model(X).square().sum()
-    gralora.set_adapter(model, "b")
-    loss.backward()
 
 
 def two_like(model):

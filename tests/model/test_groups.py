@@ -19,7 +19,7 @@ def test_each_trained_parameter_is_in_one_group_and_b_has_a_rate_of_its_own():
         ["q", "mlp.0"],
         random_config(hybrid_r=2, bias="all", modules_to_save=["norm", "head"]),
     )
-    gralora.inject(model, ["v"], random_config(), adapter_name="frozen")
+    gralora.inject(model, ["q"], random_config(), adapter_name="frozen")
     groups = by_name(gralora.adapter_parameter_groups(model, 1e-3, b_ratio=16, weight_decay=0.1))
     names = {id(p): name for name, p in model.named_parameters()}
     assert {name: len(group["params"]) for name, group in groups.items()} == {

@@ -1,5 +1,5 @@
-"""What training moves besides gradients: the statistics of frozen norms stay, and the base's
-buffers come back.
+"""What training moves besides gradients: frozen norms keep their statistics, and every other buffer
+belongs to the model.
 """
 
 import copy
@@ -95,30 +95,36 @@ def test_a_norm_in_modules_to_save_or_that_is_trained_moves_its_own(tmp_path):
     assert not torch.equal(model[1].running_mean, base[1].running_mean)
 
 
-def test_what_else_a_forward_writes_is_the_models_and_the_bases_values_come_back(tmp_path):
+def test_every_other_buffer_belongs_to_the_model(tmp_path):
     model = model_with(Codebook()).train()
     x, base = torch.randn(6, 8, 8), copy.deepcopy(model).eval()
     gralora.inject(model, "0|2", random_config())
-    gralora.save_adapter(model, tmp_path / "before")  # nothing has moved: no warning
     train(model, x)
+    codes = model[1].codes.clone()
+    assert not torch.equal(codes, base[1].codes)
+    with gralora.disable_adapter(model):
+        assert torch.equal(model[1].codes, codes)
+    gralora.save_adapter(model, tmp_path / "adapter")
     y = model(x)
-    assert not torch.equal(model[1].codes, base[1].codes)
+    merged = gralora.merge_and_unload(copy.deepcopy(model))
+    assert relative(merged(x), y) < 1e-5
+    assert torch.equal(gralora.unload(model)[1].codes, codes)
+    model = gralora.inject(copy.deepcopy(base), "0", random_config(modules_to_save=["1"]))
+    train(model, x)  # with modules_to_save they are the copy's, and in the file
     with gralora.disable_adapter(model):
         assert same_bits(model(x), base(x))
-    assert same_bits(model(x), y)
-    with pytest.warns(
-        UserWarning, match=r"training has moved buffers that belong to no adapter.*: 1\.codes"
-    ):
-        gralora.save_adapter(model, tmp_path / "adapter")
-    merged = gralora.merge_and_unload(copy.deepcopy(model))  # keeps what the model has learned
-    assert relative(merged(x), y) < 1e-5
-    assert same_bits(gralora.unload(model)(x), base(x))
-    model = gralora.inject(copy.deepcopy(base), "0", random_config(modules_to_save=["1"]))
-    train(model, x)
     gralora.save_adapter(model, tmp_path / "with_codes")
-    assert same_bits(
-        gralora.load_adapter(copy.deepcopy(base), tmp_path / "with_codes")(x), model(x)
-    )
+    loaded = gralora.load_adapter(copy.deepcopy(base), tmp_path / "with_codes")
+    assert same_bits(loaded(x), model(x))
+
+
+def test_a_norm_whose_bias_is_trained_keeps_the_statistics_of_the_base():
+    base = model_with(nn.BatchNorm1d(8))
+    model = gralora.inject(copy.deepcopy(base), "0", random_config(bias="all"))
+    train(model, 3 * torch.randn(6, 8, 5) + 1)
+    assert torch.equal(model[1].running_mean, base[1].running_mean)
+    norm_bias = gralora.adapter_state_dict(model)["1.bias"]
+    assert not torch.equal(norm_bias, base[1].bias)
 
 
 def test_compiled_and_merged_models_keep_still_too():

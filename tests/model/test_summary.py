@@ -40,7 +40,7 @@ def test_one_row_per_layer_and_adapter_and_totals_below():
     trainable, total = gralora.count_parameters(model)
     assert text.splitlines()[-1].endswith(f"{trainable:,} trainable of {total:,}")
     assert "5 layers, adapters: a, b" in text
-    assert "trained beside them: head (saved), q.bias" in text
+    assert "trained in addition: head (saved), q.bias" in text
 
 
 def test_shapes_of_convolutions_experts_and_projections():

@@ -50,10 +50,15 @@ class ExpertWeights(PartLayer):
 
 
 class ExpertsMap(PartMap):
-    """The maps of fused experts, in one parameter."""
+    """The maps of fused experts, in one parameter.
+
+    Any 3-D parameter may be one, a table of position biases too. So it is adapted only where a
+    target names the parameter itself.
+    """
 
     kind = "experts"
     in_all_linear = False
+    by_own_name = True
 
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:

@@ -23,7 +23,8 @@ KINDS: list[type[LinearMap]] = [
 
 ADAPTABLE = (
     "nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d, their"
-    " transposed ones, subclasses of all these, GPT-2's Conv1D, and 3-D parameters of fused experts"
+    " transposed ones, subclasses of all these, GPT-2's Conv1D of transformers, and 3-D parameters"
+    " of fused experts, by their own names"
 )
 
 REFUSED: dict[type[nn.Module], str] = {

@@ -33,11 +33,13 @@ class LinearMap:
         part: the name of the map in `module`; "" where the module is the map.
         kind: the name of the kind in files.
         in_all_linear: whether "all-linear" includes maps of this kind.
+        by_own_name: whether a target must name the map itself; that of its module is not enough.
     """
 
     module: nn.Module
     kind: str = "linear"
     in_all_linear: bool = True
+    by_own_name: bool = False
 
     def __init__(self, module: nn.Module, part: str = "") -> None:
         self.module = module

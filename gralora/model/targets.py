@@ -113,7 +113,7 @@ def resolve(
     saved = _inside(names, [tuple(c.modules_to_save or ()) for _, c in rules])
     found: dict[int, Target] = {}
     strangers: dict[int, str] = {}
-    hosts = {id(map.module) for _, map in names.maps}
+    hosts = {id(map.module) for _, map in names.maps if not map.by_own_name}
     for pattern, rule_config in rules:
         rule = _Rule(_matcher_for(model, pattern, names, rule_config), _excluded(rule_config))
         whole = {
@@ -121,6 +121,7 @@ def resolve(
             for key, its_names, module in names
             if key not in saved and rule.takes(its_names, module)
         }
+        listed = not isinstance(pattern, str) and isinstance(pattern, Collection)
         for index, (its_names, map) in enumerate(names.maps):
             key, owner = id(map.module), map.place[0]
             if index in found or key in saved:
@@ -129,12 +130,16 @@ def resolve(
                 rule.leaves(names.names[key], map.module) or rule.leaves(its_names, owner)
             ):
                 continue
-            if key in whole or (map.part and rule.takes(its_names, owner)):
+            by_module, by_name = key in whole, bool(map.part) and rule.takes(its_names, owner)
+            if map.by_own_name:
+                taken = by_name and (listed or not by_module)
+            else:
+                taken = by_name or by_module
+            if taken:
                 found[index] = Target(its_names[0], map, rule_config)
-        listed = not isinstance(pattern, str) and isinstance(pattern, Collection)
         for key in whole - hosts - names.held:
             if listed or any(p is not None for p in names.modules[key]._parameters.values()):
-                strangers[key] = _stranger(names.names[key][0], names.modules[key], listed)
+                strangers[key] = _stranger(key, names, listed)
         if listed:
             _warn_of_absent(cast(Collection[str], pattern), names)
     ordered = [found[index] for index in range(len(names.maps)) if index in found]
@@ -326,8 +331,22 @@ def reason_unfit(map: LinearMap) -> str | None:
     return map.reason_unfit()
 
 
-def _stranger(name: str, module: nn.Module, listed: bool) -> str:
-    """What is said of a module that is taken and can't be adapted."""
+def _stranger(key: int, names: Names, listed: bool) -> str:
+    """The error for a module that is taken and can't be adapted."""
+    name, module = names.names[key][0], names.modules[key]
+    experts = [its_names[0] for its_names, map in names.maps if map.module is module]
+    if experts:
+        return (
+            f"{name!r} is a {type(module).__name__}, whose 3-D parameters are adapted, as fused"
+            " experts, only where a target names them and not their module:"
+            f" {', '.join(map(repr, experts))}. Name these, or leave the module out."
+        )
+    if _looks_like_conv1d(module):
+        return (
+            f"{name!r} is a {type(module).__module__}.{type(module).__qualname__}, which is not"
+            " transformers' Conv1D. If it computes x @ W + b with a weight (in, out), as GPT-2's"
+            " does: gralora.register(its class, transposed=True). If not, leave it out."
+        )
     reason = why_refused(module)
     if reason is not None:
         return (
@@ -346,6 +365,12 @@ def _stranger(name: str, module: nn.Module, listed: bool) -> str:
         f" {ADAPTABLE}. Leave it out with "
         f'exclude_modules, or take "{ALL_LINEAR}", which is every linear layer but the output head.'
     )
+
+
+def _looks_like_conv1d(module: nn.Module) -> bool:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+    return named and type(weight) is nn.Parameter and weight.dim() == 2
 
 
 def _problems(targets: list[Target]) -> list[str]:

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gralora.engines.distributed import is_spread
 from gralora.layers.adapter import GraloraAdapters
@@ -62,12 +63,13 @@ class ExpertsMap(PartMap):
 
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:
-        return not original.__module__.startswith("torch.nn.")
+        scripted = issubclass(original, torch.jit.ScriptModule)
+        return not scripted and not original.__module__.startswith("torch.nn.")
 
     @classmethod
     def parts_of(cls, module: nn.Module) -> tuple[str, ...]:
         own = module.named_parameters(recurse=False, remove_duplicate=False)
-        return tuple(name for name, p in own if p.dim() == 3 and len(p) > 1)
+        return tuple(name for name, p in own if is_lazy(p) or (p.dim() == 3 and len(p) > 1))
 
     @property
     def place(self) -> tuple[nn.Module, str]:

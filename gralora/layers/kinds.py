@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from gralora.layers.attention import ProjectionMap
@@ -28,6 +29,10 @@ ADAPTABLE = (
 )
 
 REFUSED: dict[type[nn.Module], str] = {
+    torch.jit.ScriptModule: (
+        "it is TorchScript, whose weights are out of reach of Python; inject into the plain module,"
+        " before it is scripted or traced"
+    ),
     nn.EmbeddingBag: (
         "its bags are summed in C++, where no look-up of an adapter can come between; use"
         " nn.Embedding and a sum"

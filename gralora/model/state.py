@@ -234,7 +234,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
                     register.clear()
                     register.update(contents.get(name, ()))
         for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
+            parameter.requires_grad = requires_grad
         raise
 
 

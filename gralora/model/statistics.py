@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gralora.engines.distributed import is_spread
 from gralora.engines.walk import modules, named_modules
@@ -83,6 +84,8 @@ def moved_buffers(model: nn.Module) -> list[str]:
 
 
 def _is_kept(module: nn.Module, key: str, buffer: Tensor) -> bool:
+    if is_lazy(buffer):
+        return False
     plain = buffer.is_floating_point() and not buffer.is_meta and not is_spread(buffer)
     return plain and key not in module._non_persistent_buffers_set
 

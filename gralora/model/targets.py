@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from gralora.config import GraloraConfig, as_config, divisors, legal_k, suggested
 from gralora.engines.walk import all_named_modules, modules
@@ -219,12 +220,14 @@ def _matcher_for(
         linear = [
             (its[0], map)
             for its, map in names.maps
-            if map.in_all_linear and reason_unfit(map) is None and id(map.module) not in heads
+            if map.in_all_linear
+            and (reason_unfit(map) is None or is_lazy(map.weight))  # the error names lazy ones
+            and id(map.module) not in heads
         ]
         fit = {
             id(map.place[0])
             for _, map in linear
-            if not any(size % config.gralora_k for size in map.divided_sizes)
+            if is_lazy(map.weight) or not any(size % config.gralora_k for size in map.divided_sizes)
         }
         if not fit:
             return lambda name, module: (
@@ -304,7 +307,12 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
         if isinstance(head, nn.Module):
             heads.append(head)
     embedded = {id(m.weight) for m in modules(model) if isinstance(m, nn.Embedding)}
-    return heads + [m for m in modules(model) if id(m._parameters.get("weight")) in embedded]
+    return heads + [m for m in modules(model) if id(_own_weight(m)) in embedded]
+
+
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    """The parameter of that name; asked in a way that TorchScript modules know as well."""
+    return dict(module.named_parameters(recurse=False)).get("weight")
 
 
 def output_tied(model: nn.Module) -> bool:
@@ -334,6 +342,8 @@ def reason_unfit(map: LinearMap) -> str | None:
 def _stranger(key: int, names: Names, listed: bool) -> str:
     """The error for a module that is taken and can't be adapted."""
     name, module = names.names[key][0], names.modules[key]
+    if any(map(is_lazy, module.parameters(recurse=False))):
+        return f"{name!r} has no shape yet (a lazy module); run one forward pass first."
     experts = [its_names[0] for its_names, map in names.maps if map.module is module]
     if experts:
         return (
@@ -368,7 +378,7 @@ def _stranger(key: int, names: Names, listed: bool) -> str:
 
 
 def _looks_like_conv1d(module: nn.Module) -> bool:
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    weight = _own_weight(module)
     named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
     return named and type(weight) is nn.Parameter and weight.dim() == 2
 

@@ -276,6 +276,25 @@ def test_layers_without_a_shape_or_with_complex_weights_are_refused():
         gralora.inject(nn.Linear(4, 4, dtype=torch.complex64), "")
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lazy_module_disturbs_only_where_it_is_targeted():
+    for targets in (["0"], "0|1", "all-linear"):
+        model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 8))
+        with pytest.raises(ValueError, match=r"'0' has no shape yet .*run one forward pass first"):
+            gralora.inject(model, targets, GraloraConfig(r=4))
+        assert type(model[0]) is nn.LazyLinear and type(model[1]) is nn.Linear
+        assert all(p.requires_grad for p in model.parameters())
+    gralora.inject(model, ["1"], random_config())
+    assert gralora.count_parameters(model)[1] == 16 * 8 + 8 + 4 * (16 + 8)
+    assert len(gralora.summary(model)) == 1
+    y = model(torch.randn(2, 5))
+    assert type(model[0]) is nn.Linear
+    assert not any(p.requires_grad for p in model[0].parameters())
+    y.sum().backward()
+    gralora.unload(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 class Conv1D(nn.Module):
     """Another one than that of transformers, which computes the same."""
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.utils import parametrize
 
 from gralora.engines.distributed import is_spread
 
@@ -120,6 +121,9 @@ def made_class(mixin: type[InPlace], original: type[nn.Module]) -> type[InPlace]
             "__module__": mixin.__module__,
             "__doc__": original.__doc__,
         }
+        later = getattr(original, "cls_to_become", None)  # of a lazy module
+        if later is not None:
+            space["cls_to_become"] = made_class(mixin, later)
         made = type(name, (mixin, original), space)
         if not _may_follow(original, made):
             made = _over(original)(name, (original,), space)
@@ -148,11 +152,9 @@ def _over(original: type[nn.Module]) -> type:
 
     def mro(cls: Any) -> list[type]:
         mixin = vars(cls).get("_mixin")
-        own = (
-            []
-            if mixin is None
-            else [each for each in mixin.__mro__ if each not in original.__mro__]
-        )
+        if mixin is None:  # derived from the made class
+            return type.mro(cls)
+        own = [each for each in mixin.__mro__ if each not in original.__mro__]
         return [cls, *own, *original.__mro__]
 
     return type(f"Over{type(original).__name__}", (type(original),), {"mro": mro})
@@ -169,38 +171,73 @@ def traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return None
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of `module`, without the one that `torch.nn.utils.parametrize` has put over it."""
+    return type(module).__bases__[0] if _is_parametrized(module) else type(module)
+
+
+def set_own_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give `module` another class beneath the one that `parametrize` has put over it, if it has.
+
+    `remove_parametrizations` takes the properties off the outermost class and leaves the module
+    with the class beneath, so `parametrize`'s must stay the outermost.
+    """
+    over = type(module)
+    module.__class__ = _with_base(over, cls) if _is_parametrized(module) else cls
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    if not parametrize.is_parametrized(module):
+        return False
+    tensors = cast(nn.ModuleDict, module.parametrizations)
+    return set(tensors) <= vars(type(module)).keys()  # else yet another class is the outermost
+
+
+def _with_base(over: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """`parametrize`'s class `over`, on another base; the class it was made of, if that fits."""
+    space = {key: value for key, value in vars(over).items() if key not in _OF_ONE_CLASS}
+    earlier = vars(over).get(_MADE_OF)
+    if earlier is not None and earlier.__bases__ == (base,):
+        if space == {key: value for key, value in vars(earlier).items() if key in space}:
+            return cast(type[nn.Module], earlier)
+    return type(f"Parametrized{base.__name__}", (base,), {**space, _MADE_OF: over})
+
+
+_MADE_OF = "_gralora_made_of"
+_OF_ONE_CLASS = ("__dict__", "__weakref__", "_abc_impl", _MADE_OF)
+
+
 def change_class(module: nn.Module, mixin: type[InPlace]) -> InPlace:
     """Give `module` the class `(mixin, its class)`, and return it as one of that class."""
-    module.__class__ = made_class(mixin, type(module))
+    set_own_class(module, made_class(mixin, own_class(module)))
     if "forward" in module.__dict__:
         module.__dict__["_base_instance_forward"] = module.__dict__.pop("forward")
     return cast(InPlace, module)
 
 
 def is_restorable(module: InPlaceModule) -> bool:
-    """Whether the class of `module` is one that `change_class` gives, and not one derived from it
-    or put over it.
+    """Whether the class of `module` is one that `change_class` gives, and not one derived from
+    it.
     """
-    return "_base_class" in vars(type(module))
+    return "_base_class" in vars(own_class(module))
 
 
 def restore_class(module: InPlaceModule) -> None:
     """Give `module` back the class, and the instance-level forward, that it had before
     `change_class`.
 
-    A class that somebody derived from ours, or put over ours (`parametrize`), is left: without
-    adapters it is the base.
+    A class that somebody derived from ours is left: without adapters it is the base.
     """
-    ours = type(module)
     if not is_restorable(module):
         return
+    ours = cast(type[InPlaceModule], own_class(module))
     base_forward = MethodType(ours._base_class.forward, module)
     for name, value in list(module.__dict__.items()):
         # kept by a tool that wrapped the adapted forward
         if isinstance(value, MethodType) and value == MethodType(ours.forward, module):
             module.__dict__[name] = base_forward
     instance_forward = module.__dict__.pop("_base_instance_forward", None)
-    cast(nn.Module, module).__class__ = ours._base_class
+    set_own_class(module, ours._base_class)
     if instance_forward is not None:
         module.__dict__.setdefault("forward", instance_forward)
 
@@ -209,19 +246,19 @@ def freeze_own(module: nn.Module) -> None:
     """Stop training the parameters that hang on `module` itself, and remember which were
     trained.
     """
-    trained = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
-    for name in trained:
-        cast(nn.Parameter, module._parameters[name]).requires_grad_(False)
+    trained = {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad}
+    for parameter in trained.values():
+        parameter.requires_grad = False  # the parameters of lazy modules have no requires_grad_
     if trained:
         module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), *trained)
 
 
 def thaw_own(module: nn.Module) -> None:
     """Undo every `freeze_own` of `module`."""
-    for name in module.__dict__.pop(FROZEN, ()):
-        parameter = module._parameters.get(name)
-        if parameter is not None:
-            parameter.requires_grad_(True)
+    frozen = module.__dict__.pop(FROZEN, ())
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        if name in frozen:
+            parameter.requires_grad = True
 
 
 def join(path: str, key: str) -> str:

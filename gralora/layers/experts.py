@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gralora.engines.distributed import is_spread
 from gralora.layers.adapter import GraloraAdapters
@@ -50,19 +51,25 @@ class ExpertWeights(PartLayer):
 
 
 class ExpertsMap(PartMap):
-    """The maps of fused experts, in one parameter."""
+    """The maps of fused experts, in one parameter.
+
+    Any 3-D parameter may be one, a table of position biases too. So it is adapted only where a
+    target names the parameter itself.
+    """
 
     kind = "experts"
     in_all_linear = False
+    by_own_name = True
 
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:
-        return not original.__module__.startswith("torch.nn.")
+        scripted = issubclass(original, torch.jit.ScriptModule)
+        return not scripted and not original.__module__.startswith("torch.nn.")
 
     @classmethod
     def parts_of(cls, module: nn.Module) -> tuple[str, ...]:
         own = module.named_parameters(recurse=False, remove_duplicate=False)
-        return tuple(name for name, p in own if p.dim() == 3 and len(p) > 1)
+        return tuple(name for name, p in own if is_lazy(p) or (p.dim() == 3 and len(p) > 1))
 
     @property
     def place(self) -> tuple[nn.Module, str]:

@@ -139,6 +139,13 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
             self._attach_container()
         restore_class(self)
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        # `remove_parametrizations` makes a buffer of a weight computed from frozen tensors
+        if name in ("weight", "bias") and tensor is not None:
+            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+        else:
+            super().register_buffer(name, tensor, persistent)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         refuse_adapter_keys(state_dict, prefix, args[-1])
         if self.gralora_adapters.merged and f"{prefix}weight" in state_dict:

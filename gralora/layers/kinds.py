@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from gralora.layers.attention import ProjectionMap
@@ -23,10 +24,15 @@ KINDS: list[type[LinearMap]] = [
 
 ADAPTABLE = (
     "nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d, their"
-    " transposed ones, subclasses of all these, GPT-2's Conv1D, and 3-D parameters of fused experts"
+    " transposed ones, subclasses of all these, GPT-2's Conv1D of transformers, and 3-D parameters"
+    " of fused experts, by their own names"
 )
 
 REFUSED: dict[type[nn.Module], str] = {
+    torch.jit.ScriptModule: (
+        "it is TorchScript, whose weights are out of reach of Python; inject into the plain module,"
+        " before it is scripted or traced"
+    ),
     nn.EmbeddingBag: (
         "its bags are summed in C++, where no look-up of an adapter can come between; use"
         " nn.Embedding and a sum"

@@ -223,11 +223,7 @@ class GraloraConv1D(LinearLayer, Conv1D):
 
     @classmethod
     def is_plain(cls) -> bool:
-        owner = next(base for base in cls._base_class.__mro__ if "forward" in vars(base))
-        return (
-            owner is Conv1D
-            or f"{owner.__module__}.{owner.__name__}" == "transformers.pytorch_utils.Conv1D"
-        )
+        return _is_conv1d(next(base for base in cls._base_class.__mro__ if "forward" in vars(base)))
 
     def extra_repr(self) -> str:
         if self._base_class is Conv1D:
@@ -243,8 +239,7 @@ class Conv1DMap(MatrixMap):
 
     @classmethod
     def accepts(cls, original: type[nn.Module]) -> bool:
-        # transformers' own is known by its name, so that transformers need not be imported
-        return any(base is Conv1D or base.__name__ == "Conv1D" for base in original.__mro__)
+        return any(map(_is_conv1d, original.__mro__))
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -267,3 +262,9 @@ class Conv1DMap(MatrixMap):
             shape = tuple(self.weight.shape)
             return f"has a weight of shape {shape}, where a Conv1D has (nx, nf)"
         return reason
+
+
+def _is_conv1d(cls: type) -> bool:
+    """Whether `cls` is our own `Conv1D`, or that of transformers, which is not imported for it."""
+    full_name = f"{cls.__module__}.{cls.__qualname__}"
+    return cls is Conv1D or full_name == "transformers.pytorch_utils.Conv1D"

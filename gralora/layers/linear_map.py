@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from gralora.config import GraloraConfig
 from gralora.engines.distributed import is_spread
@@ -33,11 +33,13 @@ class LinearMap:
         part: the name of the map in `module`; "" where the module is the map.
         kind: the name of the kind in files.
         in_all_linear: whether "all-linear" includes maps of this kind.
+        by_own_name: whether a target must name the map itself; that of its module is not enough.
     """
 
     module: nn.Module
     kind: str = "linear"
     in_all_linear: bool = True
+    by_own_name: bool = False
 
     def __init__(self, module: nn.Module, part: str = "") -> None:
         self.module = module
@@ -149,10 +151,10 @@ class LinearMap:
     def reason_unfit(self) -> str | None:
         """Why the map cannot be adapted, whatever the config; None if it can."""
         weight: object = held(*self.place)
-        if isinstance(weight, UninitializedParameter):
-            return "has no shape yet (a lazy module); run one forward pass first"
         if not isinstance(weight, Tensor):
             return "has no weight"
+        if is_lazy(weight):
+            return "has no shape yet (a lazy module); run one forward pass first"
         if weight.is_complex():
             return "has a complex weight"
         if is_spread(weight) and self.kind != "linear" and self.adapters is None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from gralora.config import LARGEST_WEIGHT, GraloraConfig
 from gralora.engines.distributed import no_more_trained, reshard
@@ -249,8 +250,8 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) numbers of parameters, tied ones once."""
-    parameters = list(model.parameters())
+    """(trainable, total) numbers of parameters, tied ones once, those without a shape left out."""
+    parameters = [p for p in model.parameters() if not is_lazy(p)]
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 

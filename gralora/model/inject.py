@@ -80,7 +80,9 @@ def inject(
             (name, module) -> bool: filters, so what they take and holds no weight is passed over; a
             list of names or dotted suffixes; "all-linear" (every layer but the output head); a
             mapping from any of these to its own config (the first match wins); None for
-            `config.target_modules`, then a default by `model.config.model_type`.
+            `config.target_modules`, then a default by `model.config.model_type`. Fused experts, a
+            3-D parameter, are adapted where a target matches the parameter's name, and for a
+            pattern or function not its module's.
         config: a `GraloraConfig`; PEFT's own, or a dict of fields, is taken as well;
             `GraloraConfig()` if None.
         dtype: of the adapter's parameters. By default the base weight's, but float32 for half

@@ -269,7 +269,8 @@ def _check_mergeable(path: str, layer: GraloraLayer) -> None:
     if weight is None:
         raise TypeError(
             f"{path!r} computes its weight (parametrised, pruned or normed), so nothing can be"
-            " merged into it."
+            " merged into it. First make it a parameter, with torch.nn.utils.parametrize's"
+            " remove_parametrizations, prune.remove or remove_weight_norm."
         )
     if is_spread(weight):
         raise TypeError(

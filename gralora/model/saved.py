@@ -22,7 +22,15 @@ from gralora.engines.distributed import is_spread, layout
 from gralora.engines.offload import is_offloaded
 from gralora.engines.walk import modules, named_modules
 from gralora.layers.base import GraloraLayer
-from gralora.layers.class_change import InPlaceModule, change_class, join, traced
+from gralora.layers.class_change import (
+    InPlaceModule,
+    change_class,
+    join,
+    own_class,
+    set_own_class,
+    traced,
+)
+from gralora.layers.loading import Appendage
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import OFF, Rows, Switchable
 from gralora.layers.still import frozen_statistics
@@ -287,7 +295,8 @@ def _base_copy(unit: nn.Module, memo: dict[int, Any]) -> nn.Module:
     cls: type[nn.Module] = unit.__class__
     child = unit._modules.pop(SAVED_CHILD, None)
     try:
-        unit.__class__ = getattr(unit, "_base_class", cls)
+        own = own_class(unit)
+        set_own_class(unit, getattr(own, "_base_class", own))
         replica = copy.deepcopy(unit, memo)
     finally:
         unit.__class__ = cls

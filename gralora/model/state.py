@@ -161,7 +161,7 @@ def unchanged_on_error(changing: Iterable[nn.Module]) -> Iterator[None]:
                     register.clear()
                     register.update(contents.get(name, ()))
         for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
+            parameter.requires_grad = requires_grad
         raise
 
 

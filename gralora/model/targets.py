@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from gralora.config import GraloraConfig, as_config, divisors, legal_k, suggested
 from gralora.engines.walk import all_named_modules, modules
@@ -113,7 +114,7 @@ def resolve(
     saved = _inside(names, [tuple(c.modules_to_save or ()) for _, c in rules])
     found: dict[int, Target] = {}
     strangers: dict[int, str] = {}
-    hosts = {id(map.module) for _, map in names.maps}
+    hosts = {id(map.module) for _, map in names.maps if not map.by_own_name}
     for pattern, rule_config in rules:
         rule = _Rule(_matcher_for(model, pattern, names, rule_config), _excluded(rule_config))
         whole = {
@@ -121,6 +122,7 @@ def resolve(
             for key, its_names, module in names
             if key not in saved and rule.takes(its_names, module)
         }
+        listed = not isinstance(pattern, str) and isinstance(pattern, Collection)
         for index, (its_names, map) in enumerate(names.maps):
             key, owner = id(map.module), map.place[0]
             if index in found or key in saved:
@@ -129,12 +131,16 @@ def resolve(
                 rule.leaves(names.names[key], map.module) or rule.leaves(its_names, owner)
             ):
                 continue
-            if key in whole or (map.part and rule.takes(its_names, owner)):
+            by_module, by_name = key in whole, bool(map.part) and rule.takes(its_names, owner)
+            if map.by_own_name:
+                taken = by_name and (listed or not by_module)
+            else:
+                taken = by_name or by_module
+            if taken:
                 found[index] = Target(its_names[0], map, rule_config)
-        listed = not isinstance(pattern, str) and isinstance(pattern, Collection)
         for key in whole - hosts - names.held:
             if listed or any(p is not None for p in names.modules[key]._parameters.values()):
-                strangers[key] = _stranger(names.names[key][0], names.modules[key], listed)
+                strangers[key] = _stranger(key, names, listed)
         if listed:
             _warn_of_absent(cast(Collection[str], pattern), names)
     ordered = [found[index] for index in range(len(names.maps)) if index in found]
@@ -214,12 +220,14 @@ def _matcher_for(
         linear = [
             (its[0], map)
             for its, map in names.maps
-            if map.in_all_linear and reason_unfit(map) is None and id(map.module) not in heads
+            if map.in_all_linear
+            and (reason_unfit(map) is None or is_lazy(map.weight))  # the error names lazy ones
+            and id(map.module) not in heads
         ]
         fit = {
             id(map.place[0])
             for _, map in linear
-            if not any(size % config.gralora_k for size in map.divided_sizes)
+            if is_lazy(map.weight) or not any(size % config.gralora_k for size in map.divided_sizes)
         }
         if not fit:
             return lambda name, module: (
@@ -299,7 +307,12 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
         if isinstance(head, nn.Module):
             heads.append(head)
     embedded = {id(m.weight) for m in modules(model) if isinstance(m, nn.Embedding)}
-    return heads + [m for m in modules(model) if id(m._parameters.get("weight")) in embedded]
+    return heads + [m for m in modules(model) if id(_own_weight(m)) in embedded]
+
+
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    """The parameter of that name; asked in a way that TorchScript modules know as well."""
+    return dict(module.named_parameters(recurse=False)).get("weight")
 
 
 def output_tied(model: nn.Module) -> bool:
@@ -326,8 +339,24 @@ def reason_unfit(map: LinearMap) -> str | None:
     return map.reason_unfit()
 
 
-def _stranger(name: str, module: nn.Module, listed: bool) -> str:
-    """What is said of a module that is taken and can't be adapted."""
+def _stranger(key: int, names: Names, listed: bool) -> str:
+    """The error for a module that is taken and can't be adapted."""
+    name, module = names.names[key][0], names.modules[key]
+    if any(map(is_lazy, module.parameters(recurse=False))):
+        return f"{name!r} has no shape yet (a lazy module); run one forward pass first."
+    experts = [its_names[0] for its_names, map in names.maps if map.module is module]
+    if experts:
+        return (
+            f"{name!r} is a {type(module).__name__}, whose 3-D parameters are adapted, as fused"
+            " experts, only where a target names them and not their module:"
+            f" {', '.join(map(repr, experts))}. Name these, or leave the module out."
+        )
+    if _looks_like_conv1d(module):
+        return (
+            f"{name!r} is a {type(module).__module__}.{type(module).__qualname__}, which is not"
+            " transformers' Conv1D. If it computes x @ W + b with a weight (in, out), as GPT-2's"
+            " does: gralora.register(its class, transposed=True). If not, leave it out."
+        )
     reason = why_refused(module)
     if reason is not None:
         return (
@@ -346,6 +375,12 @@ def _stranger(name: str, module: nn.Module, listed: bool) -> str:
         f" {ADAPTABLE}. Leave it out with "
         f'exclude_modules, or take "{ALL_LINEAR}", which is every linear layer but the output head.'
     )
+
+
+def _looks_like_conv1d(module: nn.Module) -> bool:
+    weight = _own_weight(module)
+    named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+    return named and type(weight) is nn.Parameter and weight.dim() == 2
 
 
 def _problems(targets: list[Target]) -> list[str]:

@@ -1,14 +1,26 @@
 """Modules that change class, under tools that set their forward."""
 
+import abc
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import gralora
+from gralora.layers.base import gralora_layers
 
-from ..models import assert_same, fingerprint, mlp, random_config, same_bits
+from ..models import (
+    Doubled,
+    Experts,
+    assert_same,
+    fingerprint,
+    mlp,
+    random_config,
+    relative,
+    same_bits,
+)
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 
@@ -88,8 +100,102 @@ def test_inject_into_a_compiled_model_itself():
 def test_a_scripted_or_traced_module_is_no_target_and_says_so():
     for make in (torch.jit.script, lambda m: torch.jit.trace(m, X)):
         model = nn.ModuleDict({"jit": make(nn.Linear(16, 16)), "fc": nn.Linear(16, 16)})
-        with pytest.raises(ValueError, match=r"'jit' is a \w+ \(torch.*\); adaptable are"):
-            gralora.inject(model, ["jit"], random_config())
+        for targets in (["jit"], ".*"):
+            with pytest.raises(ValueError, match=r"'jit' is a \w+, .*: it is TorchScript"):
+                gralora.inject(model, targets, random_config())
+        gralora.inject(model, "all-linear", random_config())
+        assert [name for name, _ in gralora_layers(model)] == ["fc"]
+        gralora.unload(model)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_3d_parameter_within_torchscript_is_no_target():
+    model = nn.Sequential(torch.jit.trace(Experts(dtype=None), torch.randn(2, 8)), nn.Linear(8, 8))
+    gralora.inject(model, "all-linear", random_config())
+    with pytest.raises(ValueError, match="match no module of this model"):
+        gralora.inject(model, ["up"], random_config(), adapter_name="b")
+
+
+class Abstract(abc.ABC, nn.Linear):
+    """Its made class has a metaclass of its own."""
+
+
+PARAMETRIZATIONS = {
+    "weight norm": parametrizations.weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "spectral norm": lambda layer: parametrizations.spectral_norm(layer.eval()),
+}
+
+
+@pytest.mark.parametrize("build", [nn.Linear, Abstract, Doubled])
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+def test_a_parametrization_from_before_inject_can_be_removed_while_an_adapter_is_on(name, build):
+    model = nn.Sequential(PARAMETRIZATIONS[name](build(16, 16)))
+    before, base = fingerprint(model), model(X)
+    gralora.unload(gralora.inject(model, ["0"], random_config()))
+    assert_same(fingerprint(model), before)
+    gralora.inject(model, ["0"], random_config())
+    y = model(X)
+    assert relative(y, base) > 1e-3
+    assert same_bits(copy.deepcopy(model)(X), y)
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is gralora.adapted_class(build)
+    assert type(model[0]._parameters["weight"]) is nn.Parameter
+    torch.testing.assert_close(model(X), y)
+    if build is not Doubled:
+        gralora.merge(model)
+        torch.testing.assert_close(model(X), y, rtol=1e-4, atol=1e-5)
+        gralora.unmerge(model)
+    gralora.unload(model)
+    assert type(model[0]) is build
+    torch.testing.assert_close(model(X), base)
+
+
+@pytest.mark.parametrize("build", [nn.Linear, Abstract])
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+def test_unload_takes_our_class_from_beneath_a_later_parametrization(name, build):
+    model = nn.Sequential(build(16, 16))
+    gralora.inject(model, ["0"], random_config())
+    PARAMETRIZATIONS[name](model[0])
+    y = model(X)
+    with gralora.disable_adapter(model):
+        base = model(X)
+    assert relative(y, base) > 1e-3
+    gralora.unload(model)
+    assert same_bits(model(X), base)
+    assert not any("Gralora" in cls.__name__ for cls in type(model[0]).__mro__)
+    assert parametrize.type_before_parametrizations(model[0]) is build
+    assert "gralora_adapters" not in dict(model[0].named_children())
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is build
+    torch.testing.assert_close(model(X), base)
+
+
+def test_parametrizations_before_and_after_inject_come_off_in_any_order():
+    for order in (("weight", "bias"), ("bias", "weight")):
+        for unloaded in (0, 1, 2):
+            layer = parametrizations.weight_norm(nn.Linear(16, 16))
+            gralora.inject(layer, "", random_config())
+            parametrize.register_parametrization(layer, "bias", nn.Tanh())
+            for step, name in enumerate([*order, None]):
+                if step == unloaded:
+                    gralora.unload(layer)
+                if name is not None:
+                    parametrize.remove_parametrizations(layer, name)
+            assert type(layer) is nn.Linear
+            assert set(dict(layer.named_parameters())) == {"weight", "bias"}
+
+
+def test_a_parametrized_head_can_be_saved_with_an_adapter():
+    model = nn.ModuleDict(
+        {"a": nn.Linear(16, 16), "head": parametrizations.weight_norm(nn.Linear(16, 4))}
+    )
+    before, base = fingerprint(model), model["head"](X)
+    gralora.inject(model, ["a"], random_config(modules_to_save=["head"]))
+    gralora.inject(model, ["a"], random_config(modules_to_save=["head"]), adapter_name="b")
+    assert same_bits(model["head"](X), base)
+    gralora.unload(model)
+    assert_same(fingerprint(model), before)
 
 
 def test_a_layer_called_past_its_call_operator():

@@ -154,3 +154,17 @@ def test_convert_sync_batchnorm_does_not_lose_a_saved_module_in_silence(tmp_path
     )  # the other order
     gralora.inject(first, "0", random_config(modules_to_save=["1"]))
     gralora.save_adapter(first, tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lazy_norm_keeps_its_statistics_once_it_has_some():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyBatchNorm1d())
+    gralora.inject(model, ["0"], random_config())
+    x = torch.randn(16, 8) + 3
+    model.train()(x)
+    assert isinstance(model[1], nn.BatchNorm1d)
+    assert torch.equal(model[1].running_mean, torch.zeros(8))
+    gralora.unload(model)
+    assert type(model[1]) is nn.BatchNorm1d
+    model(x)
+    assert model[1].running_mean.any()

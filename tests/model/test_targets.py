@@ -11,7 +11,17 @@ import gralora
 from gralora import GraloraConfig
 from gralora.layers.base import gralora_layers
 
-from ..models import Block, bert, gpt2, llama, mlp
+from ..models import (
+    Block,
+    Experts,
+    assert_same,
+    bert,
+    fingerprint,
+    gpt2,
+    llama,
+    mlp,
+    random_config,
+)
 
 
 def adapted(model):
@@ -266,17 +276,114 @@ def test_layers_without_a_shape_or_with_complex_weights_are_refused():
         gralora.inject(nn.Linear(4, 4, dtype=torch.complex64), "")
 
 
-def test_a_conv1d_is_known_by_its_name_and_shape():
-    class Conv1D(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(3, 4, 5))
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lazy_module_disturbs_only_where_it_is_targeted():
+    for targets in (["0"], "0|1", "all-linear"):
+        model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 8))
+        with pytest.raises(ValueError, match=r"'0' has no shape yet .*run one forward pass first"):
+            gralora.inject(model, targets, GraloraConfig(r=4))
+        assert type(model[0]) is nn.LazyLinear and type(model[1]) is nn.Linear
+        assert all(p.requires_grad for p in model.parameters())
+    gralora.inject(model, ["1"], random_config())
+    assert gralora.count_parameters(model)[1] == 16 * 8 + 8 + 4 * (16 + 8)
+    assert len(gralora.summary(model)) == 1
+    y = model(torch.randn(2, 5))
+    assert type(model[0]) is nn.Linear
+    assert not any(p.requires_grad for p in model[0].parameters())
+    y.sum().backward()
+    gralora.unload(model)
+    assert all(p.requires_grad for p in model.parameters())
 
+
+class Conv1D(nn.Module):
+    """Another one than that of transformers, which computes the same."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*shape))
+        self.bias = nn.Parameter(torch.randn(shape[-1]))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def test_another_class_called_conv1d_is_not_taken_for_that_of_transformers():
+    before = fingerprint(model := nn.ModuleDict({"a": Conv1D(8, 12), "b": nn.Linear(8, 8)}))
+    for targets in (["a"], "a|b"):
+        with pytest.raises(
+            ValueError,
+            match=r"'a' is a .*Conv1D, which is not transformers' Conv1D.*"
+            r"gralora\.register\(its class, transposed=True\)",
+        ):
+            gralora.inject(model, targets, GraloraConfig(r=4))
+    assert_same(fingerprint(model), before)
+    gralora.inject(model, "all-linear", GraloraConfig(r=4))
+    assert adapted(model) == ["b"]
+
+    class Conv1d(nn.Conv1d):
+        pass
+
+    Conv1d.__name__ = "Conv1D"
+    wrapper = nn.ModuleDict({"c": Conv1d(4, 4, 3)})
+    gralora.inject(wrapper, ["c"], GraloraConfig(r=4))
+    assert isinstance(wrapper["c"], gralora.GraloraConv)
+
+
+def test_another_conv1d_can_be_registered(monkeypatch):
+    monkeypatch.setattr("gralora.layers.kinds._registered", {})
+    gralora.register(Conv1D, transposed=True)
+    layer, x = Conv1D(8, 12), torch.randn(3, 8)
+    y = layer(x)
+    gralora.inject(layer, "", random_config())
+    torch.testing.assert_close(layer(x), y + x @ gralora.delta_weight(layer))
     with pytest.raises(
         ValueError, match=r"weight of shape \(3, 4, 5\), where a Conv1D has \(nx, nf\)"
     ):
-        gralora.inject(Conv1D(), "")
-    assert isinstance(gralora.inject(nn.Conv1d(4, 4, 3), ""), nn.Conv1d)
+        gralora.inject(Conv1D(3, 4, 5), "")
+
+
+class Biased(nn.Module):
+    """An attention with a 3-D table, which no expert has to do with."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.table = nn.Linear(8, 8), nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, x):
+        return self.q(x) + self.table.sum()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["attn"], ["attn", "q"], ["attn", "attn.table"], ".*attn.*", ".*", lambda name, m: True],
+)
+def test_a_module_that_is_named_does_not_name_its_3d_parameters(targets):
+    model = nn.ModuleDict({"attn": Biased()})
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"'attn' is a Biased.*only where a target names them"):
+        gralora.inject(model, targets, GraloraConfig(r=4))
+    assert_same(fingerprint(model), before)
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["experts.up"], ["experts.up"]),
+        (["up", "attn.q"], ["attn.q", "experts.up"]),
+        (r".*experts\.up", ["experts.up"]),
+        (lambda name, module: name.endswith("up"), ["experts.up"]),
+        ("all-linear", ["attn.q"]),
+    ],
+)
+def test_fused_experts_are_adapted_where_the_parameter_is_named(targets, names):
+    model = nn.ModuleDict({"attn": Biased(), "experts": Experts()})
+    gralora.inject(model, targets, GraloraConfig(r=4))
+    assert adapted(model) == names
+
+
+def test_the_error_for_a_module_of_experts_tells_the_names_of_the_parameters():
+    with pytest.raises(ValueError, match=r"'experts' is a Experts.*: 'experts\.up'\."):
+        gralora.inject(nn.ModuleDict({"experts": Experts()}), ["experts"], GraloraConfig(r=4))
 
 
 def test_adapters_are_no_targets():

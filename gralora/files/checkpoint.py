@@ -21,8 +21,8 @@ from gralora.files.formats import FORMATS, convertible, located, model_fields, r
 from gralora.files.gguf import renamed
 from gralora.files.lora import as_lora, lora_pairs
 from gralora.files.own import (
-    LATER_FIELDS,
     LAYER_FIELDS,
+    OPTIONAL_FIELDS,
     AdapterFile,
     AdapterFileError,
     BaseWeight,
@@ -419,7 +419,7 @@ def _keep_or_replace_config(adapter: GraloraAdapter, config: GraloraConfig) -> N
     # else
     if any(
         getattr(adapter.config, field) != getattr(config, field)
-        for field in (*LAYER_FIELDS, *LATER_FIELDS)
+        for field in (*LAYER_FIELDS, *OPTIONAL_FIELDS)
     ):
         adapter.config = config
 

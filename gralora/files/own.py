@@ -30,10 +30,8 @@ from gralora.version import __version__
 
 FORMAT_VERSION = 1
 LAYER_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout")
-LATER_FIELDS = ("use_rslora",)
-"""Written where they are not False only: a version that does not know them refuses the file,
-instead of computing wrongly.
-"""
+OPTIONAL_FIELDS = ("use_rslora",)
+"""Written only where they are set."""
 MODEL_FIELDS = (
     *(
         "model_type",
@@ -312,7 +310,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _layer_fields(config: GraloraConfig) -> dict[str, Any]:
-    later = {field: getattr(config, field) for field in LATER_FIELDS if getattr(config, field)}
+    later = {field: getattr(config, field) for field in OPTIONAL_FIELDS if getattr(config, field)}
     return {**{field: getattr(config, field) for field in LAYER_FIELDS}, **later}
 
 
@@ -358,8 +356,8 @@ def _read_configs(path: Path, text: str) -> dict[str, GraloraConfig]:
     if not isinstance(modules, dict):
         raise AdapterFileError(f"{path}: the metadata 'modules' is no JSON object.")
     for name, values in modules.items():
-        if not isinstance(values, dict) or set(values) - set(LATER_FIELDS) != set(LAYER_FIELDS):
-            legal = f"exactly {', '.join(LAYER_FIELDS)}, and may hold {', '.join(LATER_FIELDS)}"
+        if not isinstance(values, dict) or set(values) - set(OPTIONAL_FIELDS) != set(LAYER_FIELDS):
+            legal = f"exactly {', '.join(LAYER_FIELDS)}, and may hold {', '.join(OPTIONAL_FIELDS)}"
             raise AdapterFileError(f"{path}: the metadata of {name!r} must hold {legal}.")
     return {name: layer_config(path, name, values) for name, values in modules.items()}
 

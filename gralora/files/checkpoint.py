@@ -19,7 +19,7 @@ from gralora.files.diffusers import of_part, of_parts, part_of_pipeline, with_pa
 from gralora.files.experts import together
 from gralora.files.formats import FORMATS, convertible, located, model_fields, read_adapter
 from gralora.files.gguf import renamed
-from gralora.files.lora import as_lora, lora_pairs
+from gralora.files.lora import as_lora
 from gralora.files.own import (
     LAYER_FIELDS,
     OPTIONAL_FIELDS,
@@ -29,6 +29,7 @@ from gralora.files.own import (
     layer_shapes,
     layer_tensors,
 )
+from gralora.files.pairs import lora_pairs
 from gralora.files.tokens import token_modules
 from gralora.layers.adapter import GraloraAdapter, check_adapter_name
 from gralora.layers.base import GraloraLayer, Spot, gralora_layers

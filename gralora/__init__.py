@@ -8,7 +8,6 @@ gralora.save_adapter(model, "adapter.safetensors")
 """
 
 from gralora.config import GraloraConfig
-from gralora.files import former as former
 from gralora.files.checkpoint import load_adapter, save_adapter, to_lora
 from gralora.files.own import AdapterFileError
 from gralora.files.serving import check_serving

@@ -49,11 +49,9 @@ def write_folder(path: Path, write: Callable[[Path], object], *, keep_others: bo
             _sync(each)
             _keep_mode(path / each.relative_to(new), each)
         _keep_mode(path, new)
-        others = (
-            [each for each in path.iterdir() if not (new / each.name).exists()]
-            if keep_others and path.is_dir()
-            else []
-        )
+        others = []
+        if keep_others and path.is_dir():
+            others = [each for each in path.iterdir() if not (new / each.name).exists()]
         for each in others:
             if not each.is_dir() or each.is_symlink():
                 _link(each, new / each.name)
@@ -64,9 +62,10 @@ def write_folder(path: Path, write: Callable[[Path], object], *, keep_others: bo
                 os.rename(old / each.name, each)
     finally:
         for left in (new, _aside(new)):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(
-                missing_ok=True
-            )
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
     _sync(path)
     _sync(path.parent)
 

@@ -13,21 +13,18 @@ def write_card(file: AdapterFile, folder: Path, peft_type: str) -> None:
     """`README.md` into `folder`, as the Hugging Face hub shows it."""
     base = file.base_name or "BASE"
     configs = list(file.configs.values())
-    shown = {
-        what: (
-            ", ".join(dict.fromkeys(f"{getattr(config, field):g}" for config in configs)) or "none"
-        )
-        for what, field in (("r", "r"), ("k", "gralora_k"), ("alpha", "alpha"))
-    }
+
+    def values(field: str) -> str:
+        shown = dict.fromkeys(f"{getattr(config, field):g}" for config in configs)
+        return ", ".join(shown) or "none"
+
+    r, k, alpha = values("r"), values("gralora_k"), values("alpha")
     known = f"base_model: {file.base_name}\n" if file.base_name else ""
-    lora = peft_type == "LORA"
-    what = "plain LoRA, the exact rewriting of GraLoRA" if lora else "GraLoRA"
-    served = (
-        ""
-        if not lora
-        else f"\n```sh\nvllm serve {base} --enable-lora --lora-modules mine=THIS_FOLDER\n```\n"
-    )
-    kind = "its plain LoRA form" if lora else "PEFT's GraLoRA"
+    what, kind, served = "GraLoRA", "PEFT's GraLoRA", ""
+    if peft_type == "LORA":
+        what, kind = "plain LoRA, the exact rewriting of GraLoRA", "its plain LoRA form"
+        serve = f"vllm serve {base} --enable-lora --lora-modules mine=THIS_FOLDER"
+        served = f"\n```sh\n{serve}\n```\n"
     (folder / "README.md").write_text(f"""---
 {known}library_name: peft
 tags:
@@ -38,7 +35,7 @@ tags:
 # An adapter of `{base}`
 
 {what} ([arXiv 2505.20355](https://arxiv.org/abs/2505.20355)) on {len(configs)} layers:
-r {shown["r"]}, k {shown["k"]}, alpha {shown["alpha"]}. Made with gralora; this folder holds {kind}.
+r {r}, k {k}, alpha {alpha}. Made with gralora; this folder holds {kind}.
 
 ```python
 from gralora import load_adapter

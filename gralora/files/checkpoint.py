@@ -19,16 +19,17 @@ from gralora.files.diffusers import of_part, of_parts, part_of_pipeline, with_pa
 from gralora.files.experts import together
 from gralora.files.formats import FORMATS, convertible, located, model_fields, read_adapter
 from gralora.files.gguf import renamed
-from gralora.files.lora import as_lora, lora_pairs
+from gralora.files.lora import as_lora
 from gralora.files.own import (
-    LATER_FIELDS,
     LAYER_FIELDS,
+    OPTIONAL_FIELDS,
     AdapterFile,
     AdapterFileError,
     BaseWeight,
     layer_shapes,
     layer_tensors,
 )
+from gralora.files.pairs import lora_pairs
 from gralora.files.tokens import token_modules
 from gralora.layers.adapter import GraloraAdapter, check_adapter_name
 from gralora.layers.base import GraloraLayer, gralora_layers
@@ -431,7 +432,7 @@ def _keep_or_replace_config(adapter: GraloraAdapter, config: GraloraConfig) -> N
     # else
     if any(
         getattr(adapter.config, field) != getattr(config, field)
-        for field in (*LAYER_FIELDS, *LATER_FIELDS)
+        for field in (*LAYER_FIELDS, *OPTIONAL_FIELDS)
     ):
         adapter.config = config
 

@@ -17,13 +17,11 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from gralora.config import GraloraConfig
-from gralora.files.own import AdapterFile, layer_keys, layer_tensors
+from gralora.files.own import AdapterFile, kind_of, out_in, pop_layer
+from gralora.files.pairs import Pair, padded, pair_config, pair_of, put_pair
 from gralora.layers.class_change import join
-from gralora.model.state import adapter_keys
 
 FUSED = ("gate_up_proj", "down_proj")
 """The parameters of fused experts as transformers names and orders them."""
@@ -36,23 +34,6 @@ class Wrapped(NamedTuple):
 
     path: str
     parameter: str
-
-
-def is_experts(file: AdapterFile, name: str) -> bool:
-    grouped = (
-        name in file.base and file.base[name].kind == "convolution"
-    )  # groups lie on a leading axis as well
-    return layer_tensors(file, name)[0].dim() > 3 and not grouped
-
-
-def refuse_experts(file: AdapterFile, what: str) -> None:
-    """Raise ValueError if some adapter is one of fused experts, whose tensors have an axis more."""
-    for name in file.configs:
-        if is_experts(file, name):
-            raise ValueError(
-                f"{name!r} holds adapters of fused experts, which {what} can't express."
-                ' format="lora" can, and "gralora".'
-            )
 
 
 def wrapped(names: Collection[str]) -> list[Wrapped]:
@@ -106,52 +87,40 @@ def unwrapped(
 
 
 def _sorted(names: list[str]) -> list[str]:
-    last = [name.rpartition(".")[2] for name in names]
-    return (
-        sorted(names, key=lambda name: FUSED.index(name.rpartition(".")[2]))
-        if set(last) <= set(FUSED)
-        else names
-    )
-
-
-def stacked(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """(experts, R, in), (experts, out, R) -> PEFT's (experts · R, in), (out, R · experts)."""
-    return (
-        rearrange(down, "e r i -> (e r) i").contiguous(),
-        rearrange(up, "e o r -> o (r e)").contiguous(),
-    )
-
-
-def unstacked(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The reverse of `stacked`."""
-    return rearrange(down, "(e r) i -> e r i", r=rank), rearrange(up, "o (r e) -> e o r", r=rank)
+    """In the order of `FUSED`, where all are of it."""
+    last = {name: name.rpartition(".")[2] for name in names}
+    if not set(last.values()) <= set(FUSED):
+        return names
+    return sorted(names, key=lambda name: FUSED.index(last[name]))
 
 
 def apart(file: AdapterFile) -> AdapterFile:
     """A file with k = 1 in which every expert has pairs of its own, gate and up each one, under a
     checkpoint's names.
     """
-    configs, tensors, base = dict(file.configs), dict(file.tensors), dict(file.base)
-    for name in [name for name in file.configs if is_experts(file, name)]:
-        module, _, parameter = name.rpartition(".")
-        known = base.pop(name, None)
-        if parameter == FUSED[0] and known is not None and known.fan_in_fan_out:
-            raise ValueError(
-                f"{name!r} is stored (in, out), where gate and up may lie interleaved: its experts"
-                " can't be written one by one. Servers take such a model's as experts=\"fused\"."
-            )
-        A, B, _, _ = layer_tensors(file, name)
-        config = configs.pop(name)
-        for key in layer_keys(name, config):
-            del tensors[key]
-        for expert, (down, up) in enumerate(zip(A, B, strict=True)):
-            halves = up.chunk(2, -1) if parameter == FUSED[0] else [up]
-            parts = ("gate_proj", "up_proj") if parameter == FUSED[0] else (parameter,)
-            for part, own in zip(parts, halves, strict=True):
-                path = f"{module}.{expert}.{part}"
-                configs[path] = config
-                tensors.update(adapter_keys(path, {"A": down.contiguous(), "B": own.contiguous()}))
-    return dataclasses.replace(file, configs=configs, tensors=tensors, base=base)
+    result = dataclasses.replace(
+        file, configs=dict(file.configs), tensors=dict(file.tensors), base=dict(file.base)
+    )
+    for name in file.configs:
+        if kind_of(file, name) == "experts":
+            _take_apart(result, name)
+    return result
+
+
+def _take_apart(file: AdapterFile, name: str) -> None:
+    module, _, parameter = name.rpartition(".")
+    parts = ("gate_proj", "up_proj") if parameter == FUSED[0] else (parameter,)
+    if len(parts) > 1 and name in file.base and file.base[name].fan_in_fan_out:
+        raise ValueError(
+            f"{name!r} is stored (in, out), where gate and up may lie interleaved: its experts"
+            " can't be written one by one. Servers take such a model's as experts=\"fused\"."
+        )
+    downs, ups, config = pair_of(file, name)
+    pop_layer(file, name)
+    file.base.pop(name, None)
+    for expert, (down, up) in enumerate(zip(downs, ups, strict=True)):
+        for part, own in zip(parts, up.chunk(len(parts)), strict=True):
+            put_pair(file, f"{module}.{expert}.{part}", Pair(down, own, config))
 
 
 def together(file: AdapterFile, known: Collection[str]) -> None:
@@ -162,45 +131,53 @@ def together(file: AdapterFile, known: Collection[str]) -> None:
     for name in file.configs:
         match = APART.fullmatch(name)
         if match and name not in known and join(match["module"], FUSED[1]) in known:
-            found.setdefault(match["module"], {}).setdefault(match["part"], {})[
-                int(match["expert"])
-            ] = name
+            parts = found.setdefault(match["module"], {})
+            parts.setdefault(match["part"], {})[int(match["expert"])] = name
     for module, parts in found.items():
         if "down_proj" in parts:
             _fuse(file, join(module, FUSED[1]), [parts["down_proj"]])
-        halves = [parts[part] for part in ("gate_proj", "up_proj") if part in parts]
-        if len(halves) == 2 and halves[0].keys() == halves[1].keys():
-            _fuse(file, join(module, FUSED[0]), halves)
+        if "gate_proj" in parts and "up_proj" in parts:
+            _fuse(file, join(module, FUSED[0]), [parts["gate_proj"], parts["up_proj"]])
 
 
 def _fuse(file: AdapterFile, name: str, parts: list[dict[int, str]]) -> None:
     """One adapter of fused experts out of those of each; the parts' outputs one behind the
     other.
     """
-    if any(sorted(part) != list(range(len(part))) for part in parts):
-        return  # some expert has none: the error names those that the model lacks
+    if not _can_fuse(file, parts):
+        return  # then loading names the layers that the model lacks
     pairs = []
+    dropout = file.configs[parts[0][0]].gralora_dropout
     for expert in range(len(parts[0])):
         names = [part[expert] for part in parts]
-        downs, ups = zip(*(layer_tensors(file, own)[:2] for own in names), strict=True)
-        ups = tuple(up * file.configs[own].scaling for own, up in zip(names, ups, strict=True))
-        if all(torch.equal(downs[0], down) for down in downs):
-            pairs.append((downs[0], torch.cat(ups, -1)))
-        else:  # each part keeps ranks of its own
-            blocks: Tensor = torch.block_diag(*(up[0] for up in ups))  # type: ignore[no-untyped-call]
-            pairs.append((torch.cat(downs, -1), blocks[None]))
-    rank = max(down.shape[-1] for down, _ in pairs)
-    dropout = file.configs[parts[0][0]].gralora_dropout
-    for own in [own for part in parts for own in part.values()]:
-        for key in layer_keys(own, file.configs.pop(own)):
-            del file.tensors[key]
-    A = torch.stack([_padded(down, rank, -1) for down, _ in pairs])
-    B = torch.stack([_padded(up, rank, -2) for _, up in pairs])
-    file.configs[name] = GraloraConfig(r=rank, alpha=rank, gralora_k=1, gralora_dropout=dropout)
-    file.tensors.update(adapter_keys(name, {"A": A, "B": B}))
+        pairs.append(_side_by_side([pair_of(file, own).folded() for own in names]))
+        for own in names:
+            pop_layer(file, own)
+    rank = max(down.shape[-2] for down, _ in pairs)
+    downs, ups = zip(*(padded(down, up, rank) for down, up in pairs), strict=True)
+    config = pair_config(rank, rank, dropout)
+    put_pair(file, name, Pair(torch.stack(downs), torch.stack(ups), config))
 
 
-def _padded(tensor: Tensor, rank: int, axis: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[axis] = rank - shape[axis]
-    return torch.cat([tensor, tensor.new_zeros(shape)], axis)
+def _can_fuse(file: AdapterFile, parts: list[dict[int, str]]) -> bool:
+    """Whether every expert has a LoRA pair of the same sizes."""
+    names = [name for part in parts for name in part.values()]
+    plain = all(
+        file.configs[name].gralora_k == 1
+        and file.configs[name].hybrid_r == 0
+        and kind_of(file, name) == "linear"
+        for name in names
+    )
+    complete = all(part.keys() == set(range(len(parts[0]))) for part in parts)
+    sizes_of_parts = [{out_in(file, name) for name in part.values()} for part in parts]
+    inputs = {n_in for sizes in sizes_of_parts for _, n_in in sizes}
+    return plain and complete and len(inputs) == 1 and all(len(s) == 1 for s in sizes_of_parts)
+
+
+def _side_by_side(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    """down and up of one pair with the outputs of all."""
+    downs, ups = [pair.down for pair in pairs], [pair.up for pair in pairs]
+    if all(torch.equal(downs[0], down) for down in downs):
+        return downs[0], torch.cat(ups)
+    blocks: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
+    return torch.cat(downs), blocks

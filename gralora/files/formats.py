@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,13 +26,19 @@ from gralora.files.own import (
     AdapterFileError,
     Format,
     check_finite,
-    layer_keys,
+    kind_of,
+    tensors_beside,
 )
 from gralora.files.peft import LORA, PEFT
 
 FORMATS: dict[str, Format] = {
-    **{"gralora": GRALORA, "peft": PEFT, "lora": LORA, "gguf": GGUF},
-    **{"diffusers": DIFFUSERS, "kohya": KOHYA, "mlx": MLX},
+    "gralora": GRALORA,
+    "peft": PEFT,
+    "lora": LORA,
+    "gguf": GGUF,
+    "diffusers": DIFFUSERS,
+    "kohya": KOHYA,
+    "mlx": MLX,
 }
 """By the name that `save_adapter` takes; the last that matches reads."""
 
@@ -52,6 +59,9 @@ def convertible(
 ) -> AdapterFile:
     """`file` as `format` can express it: for plain LoRA as pairs of rank `rank`, or of their own,
     exactly.
+
+    Raises:
+        ValueError: the format can't hold it, or an option is not legal or for another format.
     """
     if experts not in ("fused", "each"):
         raise ValueError(f'experts={experts!r} is not legal: it must be "fused" or "each".')
@@ -61,22 +71,44 @@ def convertible(
         raise ValueError(
             f"dtype={dtype} is not legal: it must be one of {', '.join(map(str, FLOATS.values()))}."
         )
-    if format in LORA_FORMATS:
-        file = as_lora(file, _rank(file, rank), errors)
-        file = apart(file) if experts == "each" else file
-    elif rank is not None:
+    if rank is not None and format not in LORA_FORMATS:
         raise ValueError(
             f'rank={rank} is for plain LoRA, such as format="lora"; the rank of GraLoRA is its r.'
         )
+    for refusal in refusals(file, format):
+        raise ValueError(refusal)
+    if format in LORA_FORMATS:
+        file = as_lora(file, _rank(file, rank), errors)
     elif errors is not None:
         errors.update(dict.fromkeys(file.configs, 0.0))
+    if experts == "each":
+        file = apart(file)
     if dtype is not None:
-        own = {key for name, config in file.configs.items() for key in layer_keys(name, config)}
-        cast = {
-            key: tensor.to(dtype) if key in own else tensor for key, tensor in file.tensors.items()
-        }
-        file = dataclasses.replace(file, tensors=cast)
+        beside = tensors_beside(file)
+        tensors = {key: each.to(dtype) for key, each in file.tensors.items() if key not in beside}
+        file = dataclasses.replace(file, tensors={**tensors, **beside})
     return file
+
+
+def refusals(file: AdapterFile, format: str) -> Iterator[str]:
+    """What of an adapter a format can't hold, and why, as texts of errors."""
+    row = FORMATS[format]
+    kinds = {name: kind_of(file, name) for name in file.configs}
+    name = next((name for name, kind in kinds.items() if kind not in row.kinds), None)
+    if name is not None:
+        others = [f'"{other}"' for other in FORMATS if kinds[name] in FORMATS[other].kinds]
+        yield (
+            f"{name!r}, of kind {kinds[name]!r}, can't be saved with format={format!r}:"
+            f" {row.reason}. Formats that hold it: {', '.join(others)}."
+        )
+    beside = [*file.biases, *file.modules_to_save]
+    if beside and not row.beside:
+        others = [f'"{other}"' for other in FORMATS if FORMATS[other].beside]
+        yield (
+            f"the adapter trains {beside[0]!r} as well, which can't be saved with"
+            f" format={format!r}: {row.reason}. Formats that hold it: {', '.join(others)}; or"
+            " merge_and_unload, and save or convert the whole model."
+        )
 
 
 def exact_rank(file: AdapterFile) -> int:
@@ -87,18 +119,17 @@ def exact_rank(file: AdapterFile) -> int:
 def _rank(file: AdapterFile, rank: int | float | str | None) -> int | float | None:
     if not isinstance(rank, str):
         return rank
-    legal = [each for each in VLLM_RANKS if each >= exact_rank(file)]
-    if rank != "vllm" or not legal:
-        why = (
-            f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this adapter's is {exact_rank(file)}:"
-            " give a number, to cut it"
-        )
+    if rank != "vllm":
         raise ValueError(
-            why + "."
-            if rank == "vllm"
-            else f'rank={rank!r} is not legal: it must be an integer, a share below 1, or "vllm".'
+            f'rank={rank!r} is not legal: it must be an integer, a share below 1, or "vllm".'
         )
-    return legal[0]
+    exact = exact_rank(file)
+    if exact > VLLM_RANKS[-1]:
+        raise ValueError(
+            f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this adapter's is {exact}: give a"
+            " number, to cut it."
+        )
+    return min(each for each in VLLM_RANKS if each >= exact)
 
 
 def read_adapter(path: Path, *, allow_nonfinite: bool = False) -> AdapterFile:
@@ -139,12 +170,11 @@ def located(path: str | Path) -> Path:
         raise FileNotFoundError(
             f"no adapter at {path}, nor on the Hugging Face hub: {error}"
         ) from error
-    own = [
-        file
-        for file in sorted(folder.glob("*.safetensors"))
-        if not (folder / "adapter_config.json").exists()
-    ]
-    return own[0] if len(own) == 1 and own[0].name != "pytorch_lora_weights.safetensors" else folder
+    files = list(folder.glob("*.safetensors"))
+    is_peft = (folder / "adapter_config.json").exists()
+    if len(files) == 1 and not is_peft and files[0].name != "pytorch_lora_weights.safetensors":
+        return files[0]
+    return folder
 
 
 def model_fields(config: object) -> dict[str, Any] | None:
@@ -157,8 +187,7 @@ def model_fields(config: object) -> dict[str, Any] | None:
         config = SimpleNamespace(**{**config, **(config.get("text_config") or {})})
     found = {field: getattr(config, field, None) for field in MODEL_FIELDS}
     if found["num_hidden_layers"] is None:  # GPT-2's names, in a file
-        found["num_hidden_layers"], found["num_attention_heads"] = (
-            getattr(config, n, None) for n in ("n_layer", "n_head")
-        )
+        found["num_hidden_layers"] = getattr(config, "n_layer", None)
+        found["num_attention_heads"] = getattr(config, "n_head", None)
     plain = {key: value for key, value in found.items() if isinstance(value, (str, int, list))}
     return plain if isinstance(found["model_type"], str) else None

@@ -13,7 +13,6 @@ halves of each head that rotary embeddings turn together lie side by side.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +21,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from gralora.config import GraloraConfig
 from gralora.files.atomic import write_atomically
-from gralora.files.experts import refuse_experts
-from gralora.files.lora import is_embedding, lora_pairs
-from gralora.files.own import AdapterFile, AdapterFileError, BaseWeight, Format, layer_config
-from gralora.layers.class_change import join
-from gralora.model.state import adapter_keys
+from gralora.files.own import (
+    AdapterFile,
+    AdapterFileError,
+    Format,
+    Header,
+    kind_of,
+    with_names,
+)
+from gralora.files.pairs import PairReader, Stored, pair_of, put_pair
 
 
 class Architecture(NamedTuple):
@@ -52,15 +54,25 @@ ARCHITECTURES = {
 
 MAGIC = b"GGUF"
 TOKEN_EMBEDDING = "token_embd.weight"
+DTYPES = ("F32", "F16", "BF16")
+DAMAGES = (
+    ValueError,
+    IndexError,
+    KeyError,
+    OSError,
+    TypeError,
+    OverflowError,
+    UnicodeDecodeError,
+)
+"""What the package raises at a damaged file."""
 
 
 def write_gguf(file: AdapterFile, path: Path) -> None:
     """Write a file with k = 1 throughout."""
     gguf = _package()
     architecture = architecture_of(file.model)
-    _refuse(file)
+    _refuse_tied(file)
     names = gguf_names(list(file.configs), file.model)
-    pairs = lora_pairs(file)
     alpha = max((config.alpha for config in file.configs.values()), default=1.0)
 
     def write(target: Path) -> None:
@@ -68,11 +80,10 @@ def write_gguf(file: AdapterFile, path: Path) -> None:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(alpha))
-        for name, config in file.configs.items():
-            down, up = (pairs[join(name, f"lora_{letter}.weight")] for letter in "AB")
-            up = up.to(torch.promote_types(up.dtype, torch.float32)) * (config.alpha / alpha)
-            up = permuted(up, heads_of(name, file.model)).to(down.dtype)
-            both = (up, down.mT) if is_embedding(file, name) else (down, up)
+        for name in file.configs:
+            down, up, _ = pair_of(file, name).with_alpha(alpha)
+            up = permuted(up, heads_of(name, file.model))
+            both = (up, down.mT) if kind_of(file, name) == "embedding" else (down, up)
             for letter, tensor in zip("ab", both, strict=True):
                 _add(gguf, writer, f"{names[name]}.lora_{letter}", tensor)
         writer.write_header_to_file()
@@ -87,58 +98,42 @@ def read_gguf(path: Path) -> AdapterFile:
     """Read llama.cpp's file. Its layers bear llama.cpp's names until a model says what it calls
     them (`renamed`).
     """
+    fields, header = _opened(path)
+    if fields.get("general.type") != "adapter" or fields.get("adapter.type") != "lora":
+        raise AdapterFileError(f"{path} is a GGUF file, but no LoRA adapter.")
+    reader = PairReader(path, header, "gguf")
+    for key in header.shapes:
+        if not key.endswith(".lora_a"):
+            continue
+        name = key.removesuffix(".lora_a")
+        lora_a, lora_b = f"{name}.lora_a", f"{name}.lora_b"
+        if name == TOKEN_EMBEDDING:
+            down, up, kind = Stored(lora_b, transposed=True), Stored(lora_a), "embedding"
+        else:
+            down, up, kind = Stored(lora_a), Stored(lora_b), "linear"
+        reader.add(name, down, up, fields.get("adapter.lora.alpha") or None, kind=kind)
+    file = reader.finished()
+    file.model = {"architecture": fields.get("general.architecture")}
+    return file
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], Header]:
+    """The metadata of a GGUF file, and its tensors."""
     gguf = _package()
     try:
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        OSError,
-        TypeError,
-        OverflowError,
-        UnicodeDecodeError,
-    ) as error:
+    except DAMAGES as error:
         raise AdapterFileError(f"{path} cannot be read as a GGUF file: {error}") from error
-    if fields.get("general.type") != "adapter" or fields.get("adapter.type") != "lora":
-        raise AdapterFileError(f"{path} is a GGUF file, but no LoRA adapter.")
-    alpha = fields.get("adapter.lora.alpha")
-    result = AdapterFile(
-        {}, {}, format="gguf", model={"architecture": fields.get("general.architecture")}
-    )
-    for key in [key for key in tensors if key.endswith(".lora_a")]:
-        name = key.removesuffix(".lora_a")
-        if f"{name}.lora_b" not in tensors:
-            raise AdapterFileError(f"{path}: {name!r} has a lora_a and no lora_b.")
-        down, up = (_read(gguf, path, tensors[f"{name}.lora_{letter}"]) for letter in "ab")
-        if name == TOKEN_EMBEDDING:
-            up, down = down, up.mT
-            result.base[name] = BaseWeight(
-                (len(up), down.shape[1]), "unknown", False, None, "embedding"
-            )
-        if (
-            down.dim() != 2
-            or up.dim() != 2
-            or len(down) != up.shape[1]
-            or 0 in (*down.shape, *up.shape)
-        ):
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    dtypes = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
             raise AdapterFileError(
-                f"{path}: {name!r} has a pair of shapes {tuple(down.shape)} and {tuple(up.shape)}."
+                f"{path}: {name} is of type {dtype}; legal are {', '.join(DTYPES)}."
             )
-        r = len(down)
-        result.configs[name] = layer_config(
-            path, name, {"r": r, "alpha": alpha or r, "gralora_k": 1}
-        )
-        A, B = rearrange(down, "r i -> 1 i r"), rearrange(up, "o r -> 1 r o")
-        result.tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
-    if len(result.configs) * 2 != len(tensors):
-        raise AdapterFileError(f"{path} holds tensors that are no pair of a LoRA.")
-    return result
-
-
-GGUF = Format(lambda path: path.is_file() and _starts(path), read_gguf, write_gguf)
+    shapes = {name: tuple(t.shape.tolist()[::-1]) for name, t in tensors.items()}
+    return fields, Header({}, shapes, dtypes, lambda key: _tensor(gguf, tensors[key]))
 
 
 def renamed(file: AdapterFile, layers: list[str], model: Mapping[str, Any] | None) -> AdapterFile:
@@ -162,16 +157,16 @@ def renamed(file: AdapterFile, layers: list[str], model: Mapping[str, Any] | Non
     lacking = [name for name in file.configs if name not in here]
     if lacking:
         raise AdapterFileError(f"the file adapts {lacking[0]!r}, which this model lacks.")
-    configs: dict[str, GraloraConfig] = {}
-    tensors: dict[str, Tensor] = {}
-    for old, config in file.configs.items():
-        new = here[old]
-        A, B = (file.tensors[key] for key in adapter_keys(old, dict.fromkeys("AB")))
-        up = permuted(rearrange(B, "1 r o -> o r"), heads_of(new, model), back=True)
-        configs[new] = config
-        tensors.update(adapter_keys(new, {"A": A, "B": rearrange(up, "o r -> 1 r o").contiguous()}))
-    base = {here[name]: weight for name, weight in file.base.items()}
-    return dataclasses.replace(file, configs=configs, tensors=tensors, base=base)
+    result = with_names(file, {name: here[name] for name in file.configs})
+    for name in result.configs:
+        pair, heads = pair_of(result, name), heads_of(name, model)
+        if heads is not None and len(pair.up) % (2 * heads):
+            raise AdapterFileError(
+                f"the file has {len(pair.up)} outputs for {name!r}, which in this model has"
+                f" {heads} heads of an even size."
+            )
+        put_pair(result, name, pair._replace(up=permuted(pair.up, heads, back=True)))
+    return result
 
 
 def architecture_of(model: Mapping[str, Any] | None) -> Architecture:
@@ -245,21 +240,11 @@ def permuted(up: Tensor, heads: int | None, *, back: bool = False) -> Tensor:
     return rearrange(up, "(h two d) r -> (h d two) r", h=heads, two=2)
 
 
-def _refuse(file: AdapterFile) -> None:
-    refuse_experts(file, "llama.cpp's file, as it is written here,")
-    beside = [*file.biases, *file.modules_to_save]
-    if beside:
-        raise ValueError(
-            f"the adapter trains {beside[0]!r} as well, which a LoRA of llama.cpp can't hold:"
-            " merge_and_unload, save the model and convert that."
-        )
+def _refuse_tied(file: AdapterFile) -> None:
+    if not (file.model or {}).get("tie_word_embeddings"):
+        return
     for name in file.configs:
-        kind = file.base[name].kind if name in file.base else "linear"
-        if kind not in ("linear", "embedding"):
-            raise ValueError(f"{name!r}, of kind {kind!r}, is nothing that llama.cpp adapts.")
-        if (file.model or {}).get("tie_word_embeddings") and (
-            kind == "embedding" or name.endswith("lm_head")
-        ):
+        if kind_of(file, name) == "embedding" or name.endswith("lm_head"):
             raise ValueError(
                 f"{name!r} is tied to its head or embedding, which in llama.cpp are one tensor:"
                 " merge_and_unload, save the model and convert that."
@@ -267,26 +252,19 @@ def _refuse(file: AdapterFile) -> None:
 
 
 def _add(gguf: Any, writer: Any, name: str, tensor: Tensor) -> None:
+    values = tensor if tensor.dtype is torch.float16 else tensor.float()
+    array = values.contiguous().numpy()
     if tensor.dtype is torch.bfloat16:
         kind = gguf.GGMLQuantizationType.BF16
-        writer.add_tensor(
-            name, gguf.quants.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind
-        )
+        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
     else:
-        kept = tensor if tensor.dtype is torch.float16 else tensor.float()
-        writer.add_tensor(name, kept.contiguous().numpy())
+        writer.add_tensor(name, array)
 
 
-def _read(gguf: Any, path: Path, tensor: Any) -> Tensor:
-    kinds = {getattr(gguf.GGMLQuantizationType, kind): kind for kind in ("F32", "F16", "BF16")}
-    if tensor.tensor_type not in kinds:
-        raise AdapterFileError(
-            f"{path}: {tensor.name} is of type {tensor.tensor_type.name}; legal are F32, F16, BF16."
-        )
-    if kinds[tensor.tensor_type] == "BF16":
-        return torch.from_numpy(
-            gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()
-        ).bfloat16()
+def _tensor(gguf: Any, tensor: Any) -> Tensor:
+    if tensor.tensor_type.name == "BF16":
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(values.copy()).bfloat16()
     return torch.from_numpy(tensor.data.copy())
 
 
@@ -303,3 +281,13 @@ def _package() -> Any:
             "llama.cpp's files need the package gguf: pip install 'gralora[gguf]'."
         ) from error
     return gguf
+
+
+GGUF = Format(
+    lambda path: path.is_file() and _starts(path),
+    read_gguf,
+    write_gguf,
+    kinds=("linear", "embedding"),
+    beside=False,
+    reason="llama.cpp's LoRA file, as it is written here, holds linear layers and the embedding",
+)

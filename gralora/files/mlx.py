@@ -13,60 +13,57 @@ import re
 from pathlib import Path
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from gralora.files.atomic import write_folder
-from gralora.files.experts import refuse_experts
-from gralora.files.lora import is_embedding, lora_pairs
 from gralora.files.own import (
     AdapterFile,
     AdapterFileError,
-    BaseWeight,
     Format,
-    check_dtype,
-    layer_config,
+    kind_of,
     opened,
     read_json,
     unshared,
     write_tensors,
 )
+from gralora.files.pairs import PairReader, Stored, padded, pair_of
 from gralora.layers.class_change import join
-from gralora.model.state import adapter_keys
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 BLOCK = re.compile(r"^.*\blayers\.\d+\.")
+EMBEDDINGS = ("embed_tokens", "wte", "embedding", "embeddings")
+"""Names of embeddings in mlx-lm's models."""
 
 
 def write_mlx(file: AdapterFile, path: Path) -> None:
     """Write a file with k = 1 throughout."""
-    refuse_experts(file, "mlx-lm's folder, as it is written here,")
-    beside = [*file.biases, *file.modules_to_save]
-    if beside:
-        raise ValueError(
-            f"the adapter trains {beside[0]!r} as well, which mlx-lm's LoRA can't hold: merge, and"
-            " convert the model."
-        )
-    for name in file.configs:
-        kind = file.base[name].kind if name in file.base else "linear"
-        if kind not in ("linear", "embedding"):
-            raise ValueError(f"{name!r}, of kind {kind!r}, is nothing that mlx-lm adapts.")
-    pairs, tensors = lora_pairs(file), {}
-    rank = max((config.r for config in file.configs.values()), default=1)
+    pairs = {name: pair_of(file, name) for name in file.configs}
+    scale = 1.0
     scalings = {config.scaling for config in file.configs.values()}
-    scale = scalings.pop() if len(scalings) == 1 else 1.0
-    for name, config in file.configs.items():
-        down, up = (pairs[join(name, f"lora_{letter}.weight")] for letter in "AB")
-        up = up * (config.scaling / scale)
-        down, up = _padded(down, rank, 0), _padded(up, rank, 1)
-        a, b = (up, down) if is_embedding(file, name) else (down.mT, up.mT)
-        tensors[join(name, "lora_a")], tensors[join(name, "lora_b")] = (
-            a.contiguous(),
-            b.contiguous(),
-        )
+    if len(scalings) == 1:
+        (scale,) = scalings
+    else:
+        pairs = {name: pair.folded() for name, pair in pairs.items()}
+    rank = max((config.r for config in file.configs.values()), default=1)
+    tensors: dict[str, Tensor] = {}
+    for name, pair in pairs.items():
+        down, up = padded(pair.down, pair.up, rank)
+        embedding = kind_of(file, name) == "embedding"
+        both = (up, down) if embedding else (down.mT, up.mT)
+        tensors.update(zip(_keys(name), (each.contiguous() for each in both), strict=True))
+    config = _config(file, rank, scale)
+    tensors = unshared(tensors)
+
+    def write(folder: Path) -> None:
+        write_tensors(tensors, folder / WEIGHTS, {"format": "mlx"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    write_folder(path, write, keep_others=True)
+
+
+def _config(file: AdapterFile, rank: int, scale: float) -> dict[str, Any]:
     dropouts = {config.gralora_dropout for config in file.configs.values()}
-    config_json = {
+    return {
         "fine_tune_type": "lora",
         "model": file.base_name,
         "num_layers": -1,
@@ -77,13 +74,6 @@ def write_mlx(file: AdapterFile, path: Path) -> None:
             "keys": sorted({BLOCK.sub("", name) for name in file.configs}),
         },
     }
-    tensors = unshared(tensors)
-
-    def write(folder: Path) -> None:
-        write_tensors(tensors, folder / WEIGHTS, {"format": "mlx"})
-        (folder / CONFIG).write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
-
-    write_folder(path, write, keep_others=True)
 
 
 def read_mlx(path: Path) -> AdapterFile:
@@ -92,59 +82,34 @@ def read_mlx(path: Path) -> AdapterFile:
     parameters = config.get("lora_parameters")
     if config.get("fine_tune_type", "lora") != "lora" or not isinstance(parameters, dict):
         raise AdapterFileError(f"{path} holds {WEIGHTS}, but {CONFIG} describes no LoRA.")
-    scale: Any = parameters.get("scale")
-    result = AdapterFile({}, {}, format="mlx")
-    with opened(path / WEIGHTS) as (_, shapes, dtypes, get):
-        names = [
-            key.removesuffix("lora_a").removesuffix(".") for key in shapes if key.endswith("lora_a")
-        ]
-        if len(names) * 2 != len(shapes):
-            raise AdapterFileError(f"{path} holds tensors that are no pair of a LoRA.")
-        for name in names:
-            a, b = (shapes.get(join(name, f"lora_{letter}"), ()) for letter in "ab")
-            if (
-                len(a) != 2
-                or len(b) != 2
-                or a[1] != b[0]
-                or 0 in a + b
-                or not isinstance(scale, (int, float))
-            ):
-                raise AdapterFileError(
-                    f"{path}: {name!r} has a pair of shapes {a} and {b}, and a scale of {scale!r}."
-                )
-            for letter in "ab":
-                check_dtype(path, f"{name}.lora_{letter}", dtypes[join(name, f"lora_{letter}")])
-            embedding = name.rpartition(".")[2] in (
-                "embed_tokens",
-                "wte",
-                "embedding",
-                "embeddings",
-            )
-            down, up = get(join(name, "lora_a")).mT, get(join(name, "lora_b")).mT
-            if embedding:
-                down, up = up.mT, down.mT
-                result.base[name] = BaseWeight(
-                    (len(up), down.shape[1]), "unknown", False, None, "embedding"
-                )
-            r = a[1]
-            fields = {
-                "r": r,
-                "alpha": scale * r,
-                "gralora_k": 1,
-                "gralora_dropout": parameters.get("dropout", 0.0),
-            }
-            result.configs[name] = layer_config(path, name, fields)
-            pair = {
-                "A": rearrange(down, "r i -> 1 i r").contiguous(),
-                "B": rearrange(up, "o r -> 1 r o").contiguous(),
-            }
-            result.tensors.update(adapter_keys(name, pair))
-    return result
+    scale = parameters.get("scale")
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise AdapterFileError(f"{path / CONFIG} has a scale of {scale!r}; it must be a number.")
+    with opened(path / WEIGHTS) as header:
+        reader = PairReader(path, header, "mlx")
+        for key in header.shapes:
+            if not key.endswith("lora_a"):
+                continue
+            name = key.removesuffix("lora_a").removesuffix(".")
+            lora_a, lora_b = _keys(name)
+            dropout = parameters.get("dropout", 0.0)
+            if name.rpartition(".")[2] in EMBEDDINGS:
+                down, up, kind = Stored(lora_b), Stored(lora_a), "embedding"
+            else:
+                down, up, kind = Stored(lora_a, True), Stored(lora_b, True), "linear"
+            reader.add(name, down, up, scaling=scale, dropout=dropout, kind=kind)
+        return reader.finished()
 
 
-MLX = Format(lambda path: path.is_dir() and (path / WEIGHTS).is_file(), read_mlx, write_mlx)
+def _keys(name: str) -> tuple[str, str]:
+    return join(name, "lora_a"), join(name, "lora_b")
 
 
-def _padded(tensor: Tensor, rank: int, axis: int) -> Tensor:
-    missing = rank - tensor.shape[axis]
-    return F.pad(tensor, (0, 0, 0, missing) if axis == 0 else (0, missing))
+MLX = Format(
+    lambda path: path.is_dir() and (path / WEIGHTS).is_file(),
+    read_mlx,
+    write_mlx,
+    kinds=("linear", "embedding"),
+    beside=False,
+    reason="mlx-lm adapts linear layers and embeddings, and reads nothing else",
+)

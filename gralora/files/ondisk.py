@@ -20,9 +20,16 @@ from torch import Tensor
 
 from gralora.config import GraloraConfig, legal_k
 from gralora.files.atomic import write_atomically, write_folder
-from gralora.files.experts import is_experts
-from gralora.files.lora import is_embedding, is_projection, tensors_beside
-from gralora.files.own import FLOATS, GRALORA, AdapterFile, BaseWeight, layer_tensors, out_in
+from gralora.files.own import (
+    FLOATS,
+    GRALORA,
+    AdapterFile,
+    BaseWeight,
+    kind_of,
+    layer_tensors,
+    out_in,
+    tensors_beside,
+)
 from gralora.files.shards import CONV1D_MODELS, DTYPES, INDEX, Checkpoint, Shard
 from gralora.files.tokens import token_modules
 from gralora.layers.attention import PACKED, third
@@ -122,12 +129,8 @@ class _Merging:
         return buffer
 
     def write(self, shard: Shard, path: Path) -> None:
-        last = self.checkpoint.shards[-1]
-        new = {
-            key: t
-            for key, t in self.replaced.items()
-            if self.checkpoint.where.get(key, last) is shard
-        }
+        last, where = self.checkpoint.shards[-1], self.checkpoint.where
+        new = {key: t for key, t in self.replaced.items() if where.get(key, last) is shard}
         shard.write(path, lambda key: self.merged(shard, key), new)
         if shard is last:
             next(self.steps, None)  # so that a bar ends
@@ -138,9 +141,13 @@ class _Merging:
             target = folder / each.name
             if each.name in shards:
                 self.write(shards[each.name], target)
+                continue
+            if each.name.endswith(WEIGHT_FILES):
+                self.unmerged.append(each.name)
+            if each.is_dir():
+                shutil.copytree(each, target)
             else:
-                shutil.copytree(each, target) if each.is_dir() else shutil.copy2(each, target)
-                self.unmerged += [each.name] if each.name.endswith(WEIGHT_FILES) else []
+                shutil.copy2(each, target)
         if self.checkpoint.index is not None:
             _write_index(self.checkpoint, self.replaced, folder / INDEX)
 
@@ -168,36 +175,32 @@ def extract_checkpoint(
             f"{targets!r} matches no layer of {base}. Nearest names:"
             f" {nearest(targets, first.names())}."
         )
-    file = AdapterFile({}, {})
-    transposed = first.model_type in CONV1D_MODELS
     _check_extractable(first, second, names, config)
-    rows = []
-    for name in progress(names):
-        key = join(name, "weight")
-        weight = first.where[key].read(key)[0]
-        delta = difference(key, weight, second.where[key].read(key)[0])
-        delta = delta.mT if transposed else delta
-        factors, error = fitted(delta, config)
-        shape = (delta.shape[0], delta.shape[1])
-        file.configs[name] = config
-        pairs = adapter_keys(name, dict(zip(FACTORS, factors, strict=True)))
-        file.tensors.update(
-            {
-                key: tensor.float().contiguous()
-                for key, tensor in pairs.items()
-                if tensor is not None
-            }
-        )
-        file.base[name] = BaseWeight.of(
-            weight.dtype, shape, transposed, weight.mT if transposed else weight
-        )
-        rows.append(
-            Extracted(
-                name, shape, error, functional.best_lora_error(delta, config.r + config.hybrid_r)
-            )
-        )
+    file = AdapterFile({}, {})
+    rows = [_extract(first, second, name, config, file) for name in progress(names)]
     GRALORA.write(file, out)
     return rows
+
+
+def _extract(
+    first: Checkpoint, second: Checkpoint, name: str, config: GraloraConfig, file: AdapterFile
+) -> Extracted:
+    """Fit the adapter of one layer and put it into `file`."""
+    key, transposed = join(name, "weight"), first.model_type in CONV1D_MODELS
+    weight, _ = first.where[key].read(key)
+    tuned, _ = second.where[key].read(key)
+    delta = difference(key, weight, tuned)
+    if transposed:
+        weight, delta = weight.mT, delta.mT
+    factors, error = fitted(delta, config)
+    for factor_key, factor in adapter_keys(name, dict(zip(FACTORS, factors, strict=True))).items():
+        if factor is not None:
+            file.tensors[factor_key] = factor.float().contiguous()
+    file.configs[name] = config
+    shape = (delta.shape[0], delta.shape[1])
+    file.base[name] = BaseWeight.of(weight.dtype, shape, transposed, weight)
+    best = functional.best_lora_error(delta, config.r + config.hybrid_r)
+    return Extracted(name, shape, error, best)
 
 
 def _places(
@@ -223,27 +226,27 @@ def _places(
 
 def _stored_in(file: AdapterFile, name: str, packed: bool) -> str:
     path, _, own = name.rpartition(".")
-    if is_experts(file, name):
+    kind = kind_of(file, name)
+    if kind == "experts":
         return name
-    if is_projection(file, name) and own in PACKED:
+    if kind == "attention" and own in PACKED:
         return join(path, "in_proj_weight" if packed else f"{own}_weight")
     return join(name, "weight")
 
 
 def _matrix(tensor: Tensor, file: AdapterFile, name: str, transposed: bool) -> Tensor:
     """The map (..., out, in) within the tensor that holds it, a view."""
-    if is_projection(file, name) and len(tensor) == 3 * out_in(file, name)[0]:
+    kind = kind_of(file, name)
+    if kind == "attention" and len(tensor) == 3 * out_in(file, name)[0]:
         return third(tensor, name.rpartition(".")[2])
-    if is_experts(file, name) or tensor.dim() == 2:
+    if kind == "experts" or tensor.dim() == 2:
         return tensor.mT if transposed else tensor
-    if file.base[name].kind == "transposed convolution":
+    if kind == "transposed convolution":
         return tensor.flatten(1).mT
     A = layer_tensors(file, name)[0]
-    return (
-        tensor.flatten(1)
-        if A.dim() == 3
-        else rearrange(tensor.flatten(1), "(g o) m -> g o m", g=len(A))
-    )
+    if A.dim() == 3:
+        return tensor.flatten(1)
+    return rearrange(tensor.flatten(1), "(g o) m -> g o m", g=len(A))
 
 
 def _renaming(names: list[str], have: set[str], checkpoint: Checkpoint) -> Callable[[str], str]:
@@ -313,7 +316,7 @@ def _check_tied(checkpoint: Checkpoint, file: AdapterFile) -> None:
     """Raise ValueError where the embedding's weight is the head's as well, and the adapter is of
     the embedding alone.
     """
-    embeddings = [name for name in file.configs if is_embedding(file, name)]
+    embeddings = [name for name in file.configs if kind_of(file, name) == "embedding"]
     if embeddings and checkpoint.tied:
         raise ValueError(
             f"{checkpoint.path} ties its head to an embedding (tie_word_embeddings in config.json):"

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,23 +30,32 @@ from gralora.version import __version__
 
 FORMAT_VERSION = 1
 LAYER_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", "gralora_dropout")
-LATER_FIELDS = ("use_rslora",)
-"""Written where they are not False only: a version that does not know them refuses the file,
-instead of computing wrongly.
-"""
+OPTIONAL_FIELDS = ("use_rslora",)
+"""Written only where they are set."""
 MODEL_FIELDS = (
-    *(
-        "model_type",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "hidden_size",
-        "vocab_size",
-    ),
-    *("tie_word_embeddings", "architectures"),
+    "model_type",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+    "vocab_size",
+    "tie_word_embeddings",
+    "architectures",
 )
 """What a file remembers of the config of a transformers model: enough to name and order its layers
 for other readers.
+"""
+
+KINDS = (
+    "linear",
+    "embedding",
+    "attention",
+    "convolution",
+    "transposed convolution",
+    "experts",
+)
+"""The kinds of layers; of an embedding tokens are the outputs, "attention" is a projection within
+one.
 """
 
 SAMPLES = 256
@@ -70,8 +79,7 @@ class BaseWeight:
         fan_in_fan_out: the layer stores it as (in, out), as GPT-2's Conv1D does.
         values: a hash of values spread over the weight, each rounded to bfloat16 so that a cast of
             the same weight agrees; None where they can't be read (quantised, offloaded, sharded).
-        kind: "linear", "convolution", "transposed convolution", "embedding" (tokens are its
-            outputs), "attention" (a projection within one) or "experts".
+        kind: one of `KINDS`.
     """
 
     shape: tuple[int, ...]
@@ -122,11 +130,20 @@ class AdapterFile:
 
 
 class Format(NamedTuple):
-    """One row of the table of file formats."""
+    """One row of the table of file formats.
+
+    Attributes:
+        kinds: the kinds of layers whose adapters it can hold.
+        beside: whether it can hold biases, modules_to_save and tokens.
+        reason: why it can hold no more, for an error.
+    """
 
     matches: Callable[[Path], bool]
     read: Callable[[Path], AdapterFile]
     write: Callable[[AdapterFile, Path], None]
+    kinds: Collection[str] = KINDS
+    beside: bool = True
+    reason: str = ""
 
 
 class Header(NamedTuple):
@@ -233,12 +250,12 @@ def layer_shapes(
         raise AdapterFileError(
             f"gralora_k={k} divides not both sizes of {name!r}, {in_features} and {out_features}."
         )
-    shapes: dict[str, Any] = {"A": (k, in_features // k, r), "B": (k, r, out_features // k)}
+    shapes: Shapes = {"A": (k, in_features // k, r), "B": (k, r, out_features // k)}
     if h:
         shapes |= {"A_general": (h, in_features), "B_general": (out_features, h)}
     if copies is not None:
         shapes = {key: (copies, *shape) for key, shape in shapes.items()}
-    return cast(Shapes, adapter_keys(name, shapes))
+    return adapter_keys(name, shapes)
 
 
 def check_shapes(path: Path, configs: Mapping[str, GraloraConfig], shapes: Shapes) -> None:
@@ -312,8 +329,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _layer_fields(config: GraloraConfig) -> dict[str, Any]:
-    later = {field: getattr(config, field) for field in LATER_FIELDS if getattr(config, field)}
-    return {**{field: getattr(config, field) for field in LAYER_FIELDS}, **later}
+    optional = [field for field in OPTIONAL_FIELDS if getattr(config, field)]
+    return {field: getattr(config, field) for field in (*LAYER_FIELDS, *optional)}
 
 
 def layer_config(path: Path, name: str, values: Mapping[str, Any]) -> GraloraConfig:
@@ -330,14 +347,53 @@ def layer_tensors(file: AdapterFile, name: str) -> Tensors:
     return A, B, A_general, B_general
 
 
+def kind_of(file: AdapterFile, name: str) -> str:
+    """The kind of a layer; where the file does not say it, as far as the tensors tell."""
+    kind = file.base[name].kind if name in file.base else "linear"
+    has_copies = layer_tensors(file, name)[0].dim() > 3
+    # the groups of a convolution are on the leading axis, too
+    return "experts" if has_copies and kind != "convolution" else kind
+
+
 def out_in(file: AdapterFile, name: str) -> tuple[int, int]:
     """The sizes of a layer, as its adapter's tensors have them."""
     A, B, _, _ = layer_tensors(file, name)
     return B.shape[-3] * B.shape[-1], A.shape[-3] * A.shape[-2]
 
 
-def layer_keys(name: str, config: GraloraConfig) -> Iterable[str]:
-    return adapter_keys(name, dict.fromkeys(FACTORS if config.hybrid_r else FACTORS[:2]))
+def layer_keys(name: str, config: GraloraConfig) -> list[str]:
+    return list(adapter_keys(name, dict.fromkeys(FACTORS if config.hybrid_r else FACTORS[:2])))
+
+
+def tensors_beside(file: AdapterFile) -> dict[str, Tensor]:
+    """The tensors that are not an adapter's: biases, saved modules and tokens."""
+    owned = {key for name, config in file.configs.items() for key in layer_keys(name, config)}
+    return {key: tensor for key, tensor in file.tensors.items() if key not in owned}
+
+
+def pop_layer(file: AdapterFile, name: str) -> GraloraConfig:
+    """Remove the adapter of one layer; returns its config."""
+    config = file.configs.pop(name)
+    for key in layer_keys(name, config):
+        del file.tensors[key]
+    return config
+
+
+def with_names(file: AdapterFile, names: Mapping[str, str]) -> AdapterFile:
+    """The layers in `names`, a mapping from old to new names, and nothing beside them."""
+    tensors = {}
+    for old, new in names.items():
+        config = file.configs[old]
+        for old_key, new_key in zip(layer_keys(old, config), layer_keys(new, config), strict=True):
+            tensors[new_key] = file.tensors[old_key]
+    return replace(
+        file,
+        configs={new: file.configs[old] for old, new in names.items()},
+        tensors=tensors,
+        base={new: file.base[old] for old, new in names.items() if old in file.base},
+        biases=[],
+        modules_to_save=[],
+    )
 
 
 def _hash(weight: Tensor) -> str:
@@ -347,9 +403,7 @@ def _hash(weight: Tensor) -> str:
     )
     weight = weight.reshape(-1, weight.shape[-1])
     values = weight[positions // weight.shape[1], positions % weight.shape[1]].to(torch.bfloat16)
-    bits = values.view(
-        torch.int16
-    ).tolist()  # as numbers: the same on machines of either byte order
+    bits = values.view(torch.int16).tolist()  # numbers: the same in either byte order
     return hashlib.sha256(repr(bits).encode()).hexdigest()[:16]
 
 
@@ -358,8 +412,8 @@ def _read_configs(path: Path, text: str) -> dict[str, GraloraConfig]:
     if not isinstance(modules, dict):
         raise AdapterFileError(f"{path}: the metadata 'modules' is no JSON object.")
     for name, values in modules.items():
-        if not isinstance(values, dict) or set(values) - set(LATER_FIELDS) != set(LAYER_FIELDS):
-            legal = f"exactly {', '.join(LAYER_FIELDS)}, and may hold {', '.join(LATER_FIELDS)}"
+        if not isinstance(values, dict) or set(values) - set(OPTIONAL_FIELDS) != set(LAYER_FIELDS):
+            legal = f"exactly {', '.join(LAYER_FIELDS)}, and may hold {', '.join(OPTIONAL_FIELDS)}"
             raise AdapterFileError(f"{path}: the metadata of {name!r} must hold {legal}.")
     return {name: layer_config(path, name, values) for name, values in modules.items()}
 

@@ -19,13 +19,13 @@ def pattern(
     """What a pattern of PEFT's says of a layer: the first that matches the name, or its end after a
     dot.
     """
-    if not isinstance(patterns or {}, dict):
+    patterns = patterns or {}
+    if not isinstance(patterns, dict):
         raise AdapterFileError(f"{path}: {field} is no JSON object.")
-    plain: dict[
-        str, tuple[int, Any]
-    ] = {}  # a name as it stands, "^" before it if it must be the whole
+    # plain names, with "^" before those that must be the whole name, and regular expressions
+    plain: dict[str, tuple[int, Any]] = {}
     regexes: list[tuple[re.Pattern[str], bool, tuple[int, Any]]] = []
-    for position, (text, value) in enumerate((patterns or {}).items()):
+    for position, (text, value) in enumerate(patterns.items()):
         bare = re.sub(r"\\([.\-])", r"\1", text).removesuffix("$")
         if re.fullmatch(r"\^?[\w.\-]+", bare):
             plain.setdefault(bare, (position, value))

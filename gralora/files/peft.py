@@ -7,49 +7,50 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor
 
 from gralora.config import GraloraConfig
 from gralora.files.atomic import write_folder
 from gralora.files.card import write_card
-from gralora.files.experts import is_experts, refuse_experts, stacked, unstacked, unwrapped, wrapped
-from gralora.files.lora import (
-    groups_of,
-    is_embedding,
-    is_projection,
-    lora_pairs,
-    own_channels,
-    packed,
-    tensors_beside,
-    unpacked,
-)
+from gralora.files.experts import unwrapped, wrapped
+from gralora.files.lora import packed, unpacked
 from gralora.files.own import (
+    KINDS,
     LAYER_FIELDS,
     AdapterFile,
     AdapterFileError,
     BaseWeight,
     Format,
-    Shapes,
+    Header,
     check_dtype,
     check_shapes,
+    kind_of,
     layer_config,
     layer_keys,
     opened,
     out_in,
     parse_json,
     read_json,
+    tensors_beside,
     unshared,
     write_tensors,
+)
+from gralora.files.pairs import (
+    PairReader,
+    Stored,
+    groups_of,
+    in_peft_layout,
+    lora_keys,
+    pair_of,
+    stacked,
 )
 from gralora.files.patterns import pattern
 from gralora.files.tokens import for_peft, from_peft
 from gralora.layers.class_change import join
-from gralora.model.state import adapter_keys
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -60,41 +61,36 @@ config does not tell.
 """
 
 HARMLESS = {
-    *(
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "ensure_weight_tying",
-        "exclude_modules",
-    ),
-    *(
-        "fan_in_fan_out",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
-    ),
-    *(
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-    ),
-    *(
-        "revision",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-        "corda_config",
-        "eva_config",
-        "lora_ga_config",
-    ),
-    *("init_lora_weights", "loftq_config", "target_parameters", "trainable_token_indices"),
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "trainable_token_indices",
+    "use_rslora",
 }
 """Fields of PEFT's LoRA config that leave a trained adapter plain LoRA; any other that is set names
 a variant.
@@ -111,14 +107,6 @@ def write_peft(file: AdapterFile, path: Path) -> None:
     """A folder that PEFT reads as GraLoRA. There, one config holds for all layers, which are
     linear.
     """
-    refuse_experts(file, "PEFT's GraLoRA")
-    for name in file.configs:
-        if name in file.base and file.base[name].kind != "linear":
-            raise ValueError(
-                f"{name!r}, of kind {file.base[name].kind!r}, is no linear layer, and PEFT's"
-                ' GraLoRA adapts no other. format="lora" writes it as plain LoRA, exactly;'
-                ' format="gralora" as it is.'
-            )
     plain = {
         name: config.scaled(config.scaling) if config.use_rslora else config
         for name, config in file.configs.items()
@@ -135,20 +123,15 @@ def write_peft(file: AdapterFile, path: Path) -> None:
             )
     config = next(iter(file.configs.values()), GraloraConfig())
     fields = {field: getattr(config, field) for field in LAYER_FIELDS}
-    _write(
-        file,
-        path,
-        {"peft_type": "GRALORA", **fields, "init_weights": True},
-        "gralora_only",
-        file.tensors,
-    )
+    fields |= {"peft_type": "GRALORA", "init_weights": True}
+    _write(file, path, fields, "gralora_only", file.tensors)
 
 
 def write_lora(file: AdapterFile, path: Path) -> None:
     """A folder that PEFT, and all that reads its folders, reads as plain LoRA; `file` has k = 1
     throughout.
     """
-    projections = [name for name in file.configs if is_projection(file, name)]
+    projections = [name for name in file.configs if kind_of(file, name) == "attention"]
     attentions = [join(name.rpartition(".")[0], "out_proj") for name in projections]
     file = packed(file)
     doubled = [name for name in projections if name in attentions]
@@ -160,286 +143,50 @@ def write_lora(file: AdapterFile, path: Path) -> None:
             UserWarning,
             stacklevel=3,
         )
-    refused = [
-        name
-        for name in file.configs
-        if name in file.base and file.base[name].kind == "transposed convolution"
-    ]
-    if refused:
-        raise ValueError(
-            f"{refused[0]!r} is a transposed convolution, for which there is no LoRA."
-            ' format="gralora" holds it.'
-        )
-    groups = {
-        name: groups_of(file, name) for name in file.configs
-    }  # PEFT counts the ranks of all groups
-    sizes = {
-        name: (config.r * groups[name], config.alpha * groups[name])
-        for name, config in file.configs.items()
-    }
-    common = Counter(sizes.values()).most_common(1)
+    experts = wrapped([name for name in file.configs if kind_of(file, name) == "experts"])
+    paths = {parameter: path for path, parameter in experts}
+    tensors = tensors_beside(file)
+    for name in file.configs:
+        tensors.update(_peft_pair(file, name, paths))
+    parameters = [parameter for _, parameter in experts]
+    _write(file, path, _lora_fields(file), "lora_only", tensors, attentions, parameters)
+
+
+def _peft_pair(file: AdapterFile, name: str, paths: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of one layer; `paths` says where PEFT has the pairs of fused experts."""
+    down, up = in_peft_layout(file, name, pair_of(file, name))
+    match kind_of(file, name):
+        case "embedding":  # PEFT's is the transposed map
+            keys, down, up = _embedding_keys(name), up.mT.contiguous(), down.mT.contiguous()
+        case "experts":
+            keys, (down, up) = lora_keys(paths[name]), stacked(down, up)
+        case _:
+            keys = lora_keys(name)
+    return dict(zip(keys, (down, up), strict=True))
+
+
+def _lora_fields(file: AdapterFile) -> dict[str, Any]:
+    """What a LoraConfig says of the layers' ranks and scalings."""
+    ranks, alphas = {}, {}
+    for name, config in file.configs.items():
+        groups = groups_of(file, name)  # PEFT counts the ranks of all groups
+        ranks[name], alphas[name] = config.r * groups, config.alpha * groups
+    common = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)
     r, alpha = common[0][0] if common else (1, 1)
-    experts = wrapped([name for name in file.configs if is_experts(file, name)])
     dropouts = {config.gralora_dropout for config in file.configs.values()}
-    fields = {
+    if len(dropouts) > 1 or any(kind_of(file, name) == "experts" for name in file.configs):
+        dropouts = {0.0}  # PEFT's experts take none
+    return {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": (
-            dropouts.pop() if len(dropouts) == 1 and not experts else 0.0
-        ),  # PEFT's experts take none
-        "rank_pattern": {_exactly(name): own for name, (own, _) in sizes.items() if own != r},
-        "alpha_pattern": {_exactly(name): own for name, (_, own) in sizes.items() if own != alpha},
+        "lora_dropout": next(iter(dropouts), 0.0),
+        "rank_pattern": {_exactly(name): own for name, own in ranks.items() if own != r},
+        "alpha_pattern": {_exactly(name): own for name, own in alphas.items() if own != alpha},
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
     }
-    pairs = lora_pairs(file)
-    for name in [
-        name for name in file.configs if is_embedding(file, name)
-    ]:  # PEFT's is the transposed map
-        down, up = (pairs.pop(join(name, f"lora_{letter}.weight")) for letter in "AB")
-        pairs.update(
-            dict(
-                zip(_embedding_keys(name), (up.mT.contiguous(), down.mT.contiguous()), strict=True)
-            )
-        )
-    for inner, name in experts:
-        both = stacked(*(pairs.pop(join(name, f"lora_{letter}.weight")) for letter in "AB"))
-        pairs.update(
-            {
-                join(inner, f"lora_{letter}.weight"): each
-                for letter, each in zip("AB", both, strict=True)
-            }
-        )
-    _write(
-        file,
-        path,
-        fields,
-        "lora_only",
-        {**pairs, **tensors_beside(file)},
-        attentions,
-        [e.parameter for e in experts],
-    )
-
-
-def read_folder(path: Path) -> AdapterFile:
-    """Read a folder of PEFT's: GraLoRA, or plain LoRA as GraLoRA with k = 1. Variants of LoRA are
-    refused by name.
-    """
-    if (path / PICKLE).exists():
-        raise AdapterFileError(
-            f"{path} holds {PICKLE}, a pickle, which can run any code and is never opened. Save the"
-            f" adapter with PEFT's save_pretrained (which writes {WEIGHTS}), and remove the pickle."
-        )
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise AdapterFileError(f"{path} is no folder of an adapter: it lacks {name}.")
-    if (path / CONFIG).stat().st_size > LARGEST_CONFIG:
-        raise AdapterFileError(
-            f"{path / CONFIG} is {(path / CONFIG).stat().st_size} bytes long: no config of an"
-            " adapter."
-        )
-    config = read_json(path / CONFIG)
-    kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in READERS:
-        raise AdapterFileError(
-            f"{path}: peft_type={kind!r} is not known; known are {', '.join(READERS)}."
-        )
-    with opened(path / WEIGHTS) as (metadata, shapes, dtypes, get):
-        # in full, `base_layer` and `modules_to_save` are PEFT's wrappers; `original_module` is the
-        # base's own
-        wanted = [
-            key
-            for key in shapes
-            if ".original_module." not in key and ".modules_to_save." not in key
-        ]
-        keys, experts = _without_wrappers(path, config, wanted, metadata)
-        stripped = {key: shapes[full] for key, full in keys.items()}
-        for key, full in keys.items():
-            if _last(key.removesuffix(".weight")).startswith(("lora_", "gralora_")):
-                check_dtype(path, key, dtypes[full])
-        file, names = READERS[kind](path, config, stripped, lambda key: get(keys[key]), experts)
-        embeddings = {
-            join(name, "weight") for name in file.configs if is_embedding(file, name)
-        }  # PEFT adds the base's own
-        rest = [key for key in keys if key not in names | embeddings]
-        for key in embeddings & keys.keys():
-            name, weight = key.rpartition(".")[0], get(keys[key])
-            file.base[name] = BaseWeight.of(
-                weight.dtype, file.base[name].shape, False, weight, "embedding"
-            )
-        file.tensors.update({key: get(keys[key]) for key in rest})
-    tokens = from_peft(file, config)
-    rest = [key for key in rest if key in file.tensors]
-    _sort_out(file, rest, config.get("modules_to_save") or [])
-    file.modules_to_save += tokens
-    base_name = config.get("base_model_name_or_path")
-    layout = config.get("fan_in_fan_out")
-    if isinstance(layout, bool):  # all that a folder says of the weights beneath
-        known = {
-            name: BaseWeight(out_in(file, name), "unknown", layout, None) for name in file.configs
-        }
-        file.base = {**known, **file.base}
-    file.base_name = base_name if isinstance(base_name, str) else None
-    return file
-
-
-Loader = Callable[[str], Tensor]
-
-
-def _without_wrappers(
-    path: Path, config: Mapping[str, Any], keys: Iterable[str], metadata: Mapping[str, str]
-) -> tuple[dict[str, str], Collection[str]]:
-    """The file's keys by their names without PEFT's wrappers, and which parameters of fused experts
-    are among these.
-    """
-    bare = {key.removeprefix(PREFIX): key for key in keys}
-    parameters = config.get("target_parameters") or []
-    ordered = parse_json(path, f"the metadata {EXPERTS!r}", metadata.get(EXPERTS, "[]"))
-    if not all(
-        isinstance(part, list) and all(isinstance(n, str) for n in part)
-        for part in (parameters, ordered)
-    ):
-        raise AdapterFileError(f"{path}: target_parameters is no list of names.")
-    paths = [key.removesuffix(".lora_A.weight") for key in bare if key.endswith(".lora_A.weight")]
-    try:
-        found = unwrapped(paths, parameters, ordered)
-    except ValueError as error:
-        raise AdapterFileError(f"{path}: {error}") from error
-    result: dict[str, str] = {}
-    for name, key in bare.items():
-        inner = re.sub(r"\.lora_[AB]\.weight$", "", name)
-        renamed = (
-            name.replace(".base_layer.", ".")
-            if inner not in found
-            else found[inner] + name.removeprefix(inner)
-        )
-        if renamed in result:
-            raise AdapterFileError(f"{path}: {key} and {result[renamed]} are of one layer.")
-        result[renamed] = key
-    return result, set(found.values())
-
-
-def _read_gralora(
-    path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loader, experts: Collection[str]
-) -> tuple[AdapterFile, set[str]]:
-    names = [key.rpartition(".")[0] for key in shapes if _last(key) == "gralora_A"]
-    given = {field: config[field] for field in LAYER_FIELDS if field in config}
-    configs = {name: layer_config(path, name, given) for name in names}
-    check_shapes(path, configs, shapes)
-    owned = {key for name, each in configs.items() for key in layer_keys(name, each)}
-    return AdapterFile(configs, {key: get(key) for key in owned}, format="peft"), owned
-
-
-def _read_lora(
-    path: Path, config: Mapping[str, Any], shapes: Shapes, get: Loader, experts: Collection[str]
-) -> tuple[AdapterFile, set[str]]:
-    _refuse_variants(path, config, shapes)
-    rank_of = pattern(path, config.get("rank_pattern"), config.get("r", 8), "rank_pattern")
-    alpha_of = pattern(path, config.get("alpha_pattern"), config.get("lora_alpha", 8))
-    configs, tensors, owned = {}, {}, set()
-    base: dict[str, BaseWeight] = {}
-    for key in [key for key in shapes if key.endswith(("lora_A.weight", "lora_embedding_A"))]:
-        embedding = key.endswith("lora_embedding_A")
-        name = re.sub(r"\.?lora_(A\.weight|embedding_A)$", "", key)
-        pair = (
-            _embedding_keys(name)
-            if embedding
-            else [join(name, f"lora_{letter}.weight") for letter in "AB"]
-        )
-        down, up = (shapes.get(each, ()) for each in pair)
-        groups = (
-            down[0] // up[1]
-            if len(down) > 2 and len(up) > 1 and up[1] and not down[0] % up[1]
-            else 1
-        )
-        fits = (
-            len(down) >= 2 and len(up) == len(down) and 0 not in down + up and not set(up[2:]) - {1}
-        )
-        if not fits or down[0] != up[1] * groups or up[0] % groups or down[1] % groups:
-            raise AdapterFileError(
-                f"{path}: {name!r} has lora_A of shape {down} and lora_B of {up}: no pair of"
-                " matrices or of kernels."
-            )
-        if embedding:
-            base[name] = BaseWeight((down[1], up[0]), "unknown", False, None, "embedding")
-        if len(down) > 2:
-            kernel = (down[1] // groups, *down[2:])
-            base[name] = BaseWeight((up[0], *kernel), "unknown", False, None, "convolution")
-        alpha, r = alpha_of(name), rank_of(name) if name in experts else down[0] // groups
-        if name in experts and (not isinstance(r, int) or r < 1 or down[0] % r or len(down) > 2):
-            raise AdapterFileError(
-                f"{path}: {name!r} has lora_A of shape {down}, no multiple of its rank {r!r}."
-            )
-        fields = {
-            "r": r,
-            "alpha": alpha,
-            "gralora_k": 1,
-            "gralora_dropout": config.get("lora_dropout", 0.0),
-        }
-        configs[name] = layer_config(path, name, fields)
-        factor = (
-            (r * groups) ** 0.5 / groups if config.get("use_rslora") else 1 / groups
-        )  # rsLoRA's scaling is alpha / √r
-        if factor != 1:
-            configs[name] = layer_config(
-                path, name, {**fields, "alpha": configs[name].alpha * factor}
-            )
-        A, B = (get(key).flatten(1) for key in pair)
-        if groups > 1:
-            A, B = own_channels(path, name, A, groups), rearrange(B, "(g o) r -> g o r", g=groups)
-        A, B = unstacked(A, B, r) if name in experts else (B.mT, A.mT) if embedding else (A, B)
-        A, B = rearrange(A, "... r i -> ... 1 i r"), rearrange(B, "... o r -> ... 1 r o")
-        tensors.update(adapter_keys(name, {"A": A.contiguous(), "B": B.contiguous()}))
-        owned.update(pair)
-    return unpacked(AdapterFile(configs, tensors, base=base, format="lora")), owned
-
-
-READERS = {"GRALORA": _read_gralora, "LORA": _read_lora}
-"""By PEFT's `peft_type`."""
-
-PEFT = Format(Path.is_dir, read_folder, write_peft)
-LORA = Format(Path.is_dir, read_folder, write_lora)
-
-
-def _refuse_variants(path: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
-    for field, value in config.items():
-        if field not in HARMLESS and value:
-            raise AdapterFileError(
-                f"{path}: {field}={value!r} is a variant of LoRA; only plain LoRA can be read."
-            )
-    if config.get("init_lora_weights", True) not in PLAIN_INITS:
-        raise AdapterFileError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} changed the base weights"
-            " too, so the adapter alone is not the whole update. Let PEFT convert it:"
-            " save_pretrained(path_initial_model_for_weight_conversion=...)."
-        )
-    for key in shapes:
-        if "lora_" in _last(key.removesuffix(".weight")) and not key.endswith(PAIRS):
-            raise AdapterFileError(
-                f"{path}: {key} belongs to a variant of LoRA; only plain LoRA can be read."
-            )
-
-
-def _sort_out(file: AdapterFile, keys: Iterable[str], saved: Any) -> None:
-    """Tell from their names what the tensors beside the adapters are: whole modules that were
-    saved, or biases.
-    """
-    wanted = (
-        tuple(name for name in saved if isinstance(name, str)) if isinstance(saved, list) else ()
-    )
-    modules: dict[str, None] = {}
-    for key in keys:
-        owner = key.rpartition(".")[0]
-        parts = owner.split(".")
-        above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        root = next((path for path in above if path.endswith(wanted)), None)
-        if root is None and _last(key) == "bias":
-            file.biases.append(key)
-        else:
-            modules[root or owner] = None
-    file.modules_to_save = list(modules)
 
 
 def _write(
@@ -460,40 +207,48 @@ def _write(
             " that. Put it into a module, and inject there."
         )
     file, tokens = for_peft(dataclasses.replace(file, tensors=dict(tensors)))
+    targets = [name for name in file.configs if name not in experts and name not in attentions]
     adapted = {join(name, "bias") for name in file.configs}
-    bias = "none" if not file.biases else some_biases if adapted.issuperset(file.biases) else "all"
-    layers = [name for name in file.configs if name not in experts]
-    layouts = {file.base[name].fan_in_fan_out for name in layers if name in file.base}
     config = {
         **fields,
         "base_model_name_or_path": file.base_name,
-        "bias": bias,
-        "fan_in_fan_out": layouts == {True},
+        "bias": _bias(file, adapted, some_biases),
+        "fan_in_fan_out": _fan_in_fan_out(file, experts),
         "inference_mode": True,
         "modules_to_save": _named_by_end(file.modules_to_save, file.module_names) or None,
-        "target_modules": _target_modules(
-            [n for n in layers if n not in attentions], file.module_names
-        ),
+        "target_modules": _target_modules(targets, file.module_names),
         "task_type": None,
-        **({"target_parameters": list(experts)} if experts else {}),
-        **({"trainable_token_indices": tokens} if tokens else {}),
     }
+    metadata = {"format": "pt"}
+    if experts:
+        config["target_parameters"] = list(experts)
+        metadata[EXPERTS] = json.dumps(list(experts))
+    if tokens:
+        config["trainable_token_indices"] = tokens
     renamed = {
         PREFIX + _renamed(key, adapted, attentions): tensor
         for key, tensor in unshared(file.tensors).items()
     }
 
     def write(folder: Path) -> None:
-        write_tensors(
-            renamed,
-            folder / WEIGHTS,
-            {"format": "pt", **({EXPERTS: json.dumps(list(experts))} if experts else {})},
-        )
+        write_tensors(renamed, folder / WEIGHTS, metadata)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if not (path / "README.md").exists():
             write_card(file, folder, fields["peft_type"])
 
     write_folder(path, write, keep_others=True)
+
+
+def _bias(file: AdapterFile, adapted: Collection[str], some_biases: str) -> str:
+    """PEFT's word for the biases of the file."""
+    if not file.biases:
+        return "none"
+    return some_biases if set(file.biases) <= set(adapted) else "all"
+
+
+def _fan_in_fan_out(file: AdapterFile, experts: Collection[str]) -> bool:
+    layers = [name for name in file.configs if name not in experts and name in file.base]
+    return {file.base[name].fan_in_fan_out for name in layers} == {True}
 
 
 def _renamed(key: str, adapted: Collection[str], attentions: Collection[str]) -> str:
@@ -503,9 +258,9 @@ def _renamed(key: str, adapted: Collection[str], attentions: Collection[str]) ->
     if key in adapted:
         return key.removesuffix("bias") + "base_layer.bias"
     layer = key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
-    return (
-        key.replace("out_proj.lora_", "base_layer.out_proj.lora_") if layer in attentions else key
-    )
+    if layer in attentions:
+        return key.replace("out_proj.lora_", "base_layer.out_proj.lora_")
+    return key
 
 
 def _target_modules(targets: list[str], names: list[str]) -> list[str] | str:
@@ -532,8 +287,195 @@ def _named_by_end(saved: list[str], names: list[str]) -> list[str]:
     return saved
 
 
-def _embedding_keys(name: str) -> list[str]:
-    return [join(name, f"lora_embedding_{letter}") for letter in "AB"]
+def read_folder(path: Path) -> AdapterFile:
+    """Read a folder of PEFT's: GraLoRA, or plain LoRA as GraLoRA with k = 1. Variants of LoRA are
+    refused by name.
+    """
+    config = _read_config(path)
+    read = READERS[config["peft_type"]]
+    with opened(path / WEIGHTS) as header:
+        inner, experts = _without_wrappers(path, config, header)
+        for key, dtype in inner.dtypes.items():
+            if _last(key.removesuffix(".weight")).startswith(("lora_", "gralora_")):
+                check_dtype(path, key, dtype)
+        file, used = read(path, config, inner, experts)
+        used = used | _read_embeddings(file, inner)
+        file.tensors.update({key: inner.get(key) for key in inner.shapes if key not in used})
+    tokens = from_peft(file, config)
+    rest = [key for key in inner.shapes if key not in used and key in file.tensors]
+    _sort_out(file, rest, config.get("modules_to_save") or [])
+    file.modules_to_save += tokens
+    _describe_base(file, config)
+    return file
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if (path / PICKLE).exists():
+        raise AdapterFileError(
+            f"{path} holds {PICKLE}, a pickle, which can run any code and is never opened. Save the"
+            f" adapter with PEFT's save_pretrained (which writes {WEIGHTS}), and remove the pickle."
+        )
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise AdapterFileError(f"{path} is no folder of an adapter: it lacks {name}.")
+    size = (path / CONFIG).stat().st_size
+    if size > LARGEST_CONFIG:
+        raise AdapterFileError(f"{path / CONFIG} is {size} bytes long: no config of an adapter.")
+    config = read_json(path / CONFIG)
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in READERS:
+        raise AdapterFileError(
+            f"{path}: peft_type={kind!r} is not known; known are {', '.join(READERS)}."
+        )
+    return config
+
+
+def _without_wrappers(
+    path: Path, config: Mapping[str, Any], header: Header
+) -> tuple[Header, Collection[str]]:
+    """The file with the names of its keys without PEFT's wrappers, and which parameters of fused
+    experts are among these.
+    """
+    # `base_layer` and `modules_to_save` are wrappers, `original_module` is the base's own
+    inside = (".original_module.", ".modules_to_save.")
+    keys = [key for key in header.shapes if not any(each in key for each in inside)]
+    bare = {key.removeprefix(PREFIX): key for key in keys}
+    parameters = config.get("target_parameters") or []
+    ordered = parse_json(path, f"the metadata {EXPERTS!r}", header.metadata.get(EXPERTS, "[]"))
+    for part in (parameters, ordered):
+        if not isinstance(part, list) or not all(isinstance(name, str) for name in part):
+            raise AdapterFileError(f"{path}: target_parameters is no list of names.")
+    paths = [key.removesuffix(".lora_A.weight") for key in bare if key.endswith(".lora_A.weight")]
+    try:
+        found = unwrapped(paths, parameters, ordered)
+    except ValueError as error:
+        raise AdapterFileError(f"{path}: {error}") from error
+    full: dict[str, str] = {}
+    for name, key in bare.items():
+        inner = re.sub(r"\.lora_[AB]\.weight$", "", name)
+        if inner in found:
+            renamed = found[inner] + name.removeprefix(inner)
+        else:
+            renamed = name.replace(".base_layer.", ".")
+        if renamed in full:
+            raise AdapterFileError(f"{path}: {key} and {full[renamed]} are of one layer.")
+        full[renamed] = key
+    shapes = {name: header.shapes[key] for name, key in full.items()}
+    dtypes = {name: header.dtypes[key] for name, key in full.items()}
+    result = Header(header.metadata, shapes, dtypes, lambda name: header.get(full[name]))
+    return result, set(found.values())
+
+
+def _read_gralora(
+    path: Path, config: Mapping[str, Any], header: Header, experts: Collection[str]
+) -> tuple[AdapterFile, set[str]]:
+    names = [key.rpartition(".")[0] for key in header.shapes if _last(key) == "gralora_A"]
+    given = {field: config[field] for field in LAYER_FIELDS if field in config}
+    configs = {name: layer_config(path, name, given) for name in names}
+    check_shapes(path, configs, header.shapes)
+    used = {key for name, each in configs.items() for key in layer_keys(name, each)}
+    return AdapterFile(configs, {key: header.get(key) for key in used}, format="peft"), used
+
+
+def _read_lora(
+    path: Path, config: Mapping[str, Any], header: Header, experts: Collection[str]
+) -> tuple[AdapterFile, set[str]]:
+    _refuse_variants(path, config, header)
+    rank_of = pattern(path, config.get("rank_pattern"), config.get("r", 8), "rank_pattern")
+    alpha_of = pattern(path, config.get("alpha_pattern"), config.get("lora_alpha", 8))
+    reader = PairReader(path, header, "lora")
+    for key in header.shapes:
+        end = _last(key.removesuffix(".weight"))
+        if end not in ("lora_A", "lora_embedding_A"):
+            continue
+        name = key.removesuffix(".weight").removesuffix(end).removesuffix(".")
+        down, up = (Stored(key) for key in lora_keys(name))
+        kind = "experts" if name in experts else "convolution"
+        if end == "lora_embedding_A":  # the transposed map
+            up, down = (Stored(key, transposed=True) for key in _embedding_keys(name))
+            kind = "embedding"
+        reader.add(
+            name,
+            down,
+            up,
+            alpha_of(name),
+            dropout=config.get("lora_dropout", 0.0),
+            use_rslora=bool(config.get("use_rslora")),
+            kind=kind,
+            expert_rank=rank_of(name) if kind == "experts" else None,
+        )
+    return unpacked(reader.file), reader.used
+
+
+READERS = {"GRALORA": _read_gralora, "LORA": _read_lora}
+"""By PEFT's `peft_type`."""
+
+
+def _read_embeddings(file: AdapterFile, header: Header) -> set[str]:
+    """Remember the weights of adapted embeddings, which PEFT adds to its files; returns their
+    keys.
+    """
+    used = set()
+    for name in file.configs:
+        key = join(name, "weight")
+        if kind_of(file, name) == "embedding" and key in header.shapes:
+            weight = header.get(key)
+            shape = file.base[name].shape
+            file.base[name] = BaseWeight.of(weight.dtype, shape, False, weight, "embedding")
+            used.add(key)
+    return used
+
+
+def _describe_base(file: AdapterFile, config: Mapping[str, Any]) -> None:
+    """What the config says of the weights beneath the adapters."""
+    base_name, layout = config.get("base_model_name_or_path"), config.get("fan_in_fan_out")
+    file.base_name = base_name if isinstance(base_name, str) else None
+    if isinstance(layout, bool):
+        for name in file.configs:
+            weight = BaseWeight(out_in(file, name), "unknown", layout, None)
+            file.base.setdefault(name, weight)
+
+
+def _refuse_variants(path: Path, config: Mapping[str, Any], header: Header) -> None:
+    for field, value in config.items():
+        if field not in HARMLESS and value:
+            raise AdapterFileError(
+                f"{path}: {field}={value!r} is a variant of LoRA; only plain LoRA can be read."
+            )
+    if config.get("init_lora_weights", True) not in PLAIN_INITS:
+        raise AdapterFileError(
+            f"{path}: init_lora_weights={config['init_lora_weights']!r} changed the base weights"
+            " too, so the adapter alone is not the whole update. Let PEFT convert it:"
+            " save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    for key in header.shapes:
+        if "lora_" in _last(key.removesuffix(".weight")) and not key.endswith(PAIRS):
+            raise AdapterFileError(
+                f"{path}: {key} belongs to a variant of LoRA; only plain LoRA can be read."
+            )
+
+
+def _sort_out(file: AdapterFile, keys: Iterable[str], saved: Any) -> None:
+    """Tell from their names what the tensors beside the adapters are: whole modules that were
+    saved, or biases.
+    """
+    names = saved if isinstance(saved, list) else []
+    wanted = tuple(name for name in names if isinstance(name, str))
+    modules: dict[str, None] = {}
+    for key in keys:
+        owner = key.rpartition(".")[0]
+        parts = owner.split(".")
+        above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        root = next((path for path in above if path.endswith(wanted)), None)
+        if root is None and _last(key) == "bias":
+            file.biases.append(key)
+        else:
+            modules[root or owner] = None
+    file.modules_to_save = list(modules)
+
+
+def _embedding_keys(name: str) -> tuple[str, str]:
+    return join(name, "lora_embedding_A"), join(name, "lora_embedding_B")
 
 
 def _exactly(name: str) -> str:
@@ -542,3 +484,19 @@ def _exactly(name: str) -> str:
 
 def _last(key: str) -> str:
     return key.rpartition(".")[2]
+
+
+PEFT = Format(
+    Path.is_dir,
+    read_folder,
+    write_peft,
+    kinds=("linear",),
+    reason="PEFT's GraLoRA adapts linear layers only",
+)
+LORA = Format(
+    Path.is_dir,
+    read_folder,
+    write_lora,
+    kinds=[kind for kind in KINDS if kind != "transposed convolution"],
+    reason="there is no LoRA of a transposed convolution",
+)

@@ -16,11 +16,18 @@ from torch import nn
 
 from gralora.files.checkpoint import adapter_file
 from gralora.files.diffusers import PARTS
-from gralora.files.experts import FUSED, is_experts
-from gralora.files.formats import VLLM_RANKS, exact_rank, located, model_fields, read_adapter
+from gralora.files.experts import FUSED
+from gralora.files.formats import (
+    VLLM_RANKS,
+    exact_rank,
+    located,
+    model_fields,
+    read_adapter,
+    refusals,
+)
 from gralora.files.gguf import ARCHITECTURES
 from gralora.files.lora import as_lora
-from gralora.files.own import AdapterFile, layer_tensors, out_in, read_json
+from gralora.files.own import AdapterFile, kind_of, layer_tensors, out_in, read_json
 from gralora.files.tokens import token_modules
 from gralora.layers.class_change import join
 
@@ -82,6 +89,7 @@ class _Adapter:
 
     file: AdapterFile
     base: dict[str, Any]
+    format: str
 
     @property
     def rank(self) -> int:
@@ -89,7 +97,7 @@ class _Adapter:
 
     @property
     def experts(self) -> list[str]:
-        return [name for name in self.file.configs if is_experts(self.file, name)]
+        return self.kinds("experts")
 
     @property
     def tokens(self) -> list[str]:
@@ -100,8 +108,7 @@ class _Adapter:
         return [name for name in self.file.modules_to_save if name not in self.tokens]
 
     def kinds(self, *kinds: str) -> list[str]:
-        known = self.file.base
-        return [name for name in self.file.configs if name in known and known[name].kind in kinds]
+        return [name for name in self.file.configs if kind_of(self.file, name) in kinds]
 
     @property
     def alphas(self) -> set[float]:
@@ -208,7 +215,7 @@ def _not_linear(a: _Adapter) -> Told:
         yield (
             "refuses",
             (
-                f"{other[0]!r}, of kind {a.file.base[other[0]].kind!r}: it adapts linear layers of"
+                f"{other[0]!r}, of kind {kind_of(a.file, other[0])!r}: it adapts linear layers of"
                 " language models"
             ),
         )
@@ -239,11 +246,6 @@ def _experts_each(a: _Adapter) -> Told:
         yield "needs", 'experts="each" in save_adapter: a pair for every expert'
 
 
-def _no_experts(a: _Adapter) -> Told:
-    if a.experts:
-        yield "refuses", f"adapters of fused experts ({a.experts[0]!r}): {MERGE}"
-
-
 def _architecture(a: _Adapter) -> Told:
     model_type = a.base.get("model_type")
     if model_type is None:
@@ -265,24 +267,12 @@ def _tied(a: _Adapter) -> Told:
 
 
 def _known_names(a: _Adapter) -> Told:
-    known = {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-        "gate_up_proj",
-        "w1",
-        "w2",
-        "w3",
-        "gate",
-    }
+    known = {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down", "gate_up")}
+    known |= {"w1", "w2", "w3", "gate"}
     strangers = [
         name
         for name in a.file.configs
-        if name.rpartition(".")[2] not in known and not is_experts(a.file, name)
+        if name.rpartition(".")[2] not in known and kind_of(a.file, name) != "experts"
     ]
     if strangers:
         yield "refuses", f"{strangers[0]!r}: a name that is not in its table of modules"
@@ -306,16 +296,9 @@ def _part_named(a: _Adapter) -> Told:
         )
 
 
-def _pictures(a: _Adapter) -> Told:
-    other = [*a.kinds("embedding", "transposed convolution", "attention"), *a.experts]
-    if other:
-        yield "refuses", f"{other[0]!r}, which is neither a linear layer nor a convolution"
-
-
-def _loses_whole(a: _Adapter) -> Told:
-    beside = [*a.file.biases, *a.file.modules_to_save]
-    if beside:
-        yield "refuses", f"what is trained beside the adapters ({beside[0]!r}): {MERGE}"
+def _not_held(a: _Adapter) -> Told:
+    for text in refusals(a.file, a.format):
+        yield "refuses", text
 
 
 VLLM_HELPER = "vllm/lora/peft_helper.py, PEFTHelper, vLLM 0.15"
@@ -342,13 +325,9 @@ RULES = [
     Rule("sglang", f"{SGLANG}: target_modules", _not_linear),
     Rule("sglang", "python/sglang/srt/lora/lora_manager.py: experts by name", _experts_each),
     Rule("llama.cpp", f"{LLAMA}: general.architecture", _architecture),
-    Rule("llama.cpp", f"{LLAMA}: LoRA tensor has unexpected suffix", _loses_whole),
     Rule("llama.cpp", f"{LLAMA}: does not exist in base model", _tied),
-    Rule("llama.cpp", f"{LLAMA}: does not exist in base model", _not_linear),
-    Rule("llama.cpp", f'{LLAMA}: experts, as format="gguf" writes them', _no_experts),
-    Rule("mlx", MLX, _not_linear),
-    Rule("mlx", MLX, _loses_whole),
-    Rule("mlx", f'{MLX}: SwitchLinear, as format="mlx" writes it', _no_experts),
+    Rule("llama.cpp", f"{LLAMA}: LoRA tensor has unexpected suffix", _not_held),
+    Rule("mlx", MLX, _not_held),
     Rule("tensorrt-llm", f"{TENSORRT}: lora_alpha / effective rank", _one_alpha),
     Rule("tensorrt-llm", f"{TENSORRT}: max_lora_rank", _rank_of_tensorrt),
     Rule("tensorrt-llm", f"{TENSORRT}: hf_module is not in supported list", _known_names),
@@ -360,8 +339,7 @@ RULES = [
         for server, source in (("diffusers", DIFFUSERS), ("comfyui", COMFY))
         for rule in (
             Rule(server, f"{source}: prefixes", _part_named),
-            Rule(server, f"{source}: pairs of matrices and kernels", _pictures),
-            Rule(server, f"{source}: pairs of matrices and kernels", _loses_whole),
+            Rule(server, f"{source}: pairs of matrices and kernels", _not_held),
         )
     ),
 ]
@@ -402,7 +380,7 @@ def check_serving(
         base = read_json(folder / "config.json" if folder.is_dir() else folder)
     if base is not None:
         fields.update(model_fields(base) or {})
-    adapter = _Adapter(file, fields)
+    adapter = _Adapter(file, fields, FORMAT[server])
     findings = [
         Finding(kind, text, rule.source)
         for rule in RULES

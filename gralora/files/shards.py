@@ -22,8 +22,12 @@ INDEX = "model.safetensors.index.json"
 CHUNK = 2**22  # bytes
 DTYPES = {
     **FLOATS,
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool},
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
@@ -54,12 +58,10 @@ class Shard:
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
         start = 8 + length
-        entries = {
-            key: Entry(
-                each["dtype"], tuple(each["shape"]), start + each["data_offsets"][0], _extent(each)
-            )
-            for key, each in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
-        }
+        entries = {}
+        for key, each in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+            begin, end = each["data_offsets"]
+            entries[key] = Entry(each["dtype"], tuple(each["shape"]), start + begin, end - begin)
         return cls(path, metadata, entries)
 
     def read(self, key: str) -> tuple[Tensor, bytearray]:
@@ -78,10 +80,9 @@ class Shard:
         the tensors `new`.
         """
         layout = {key: (e.code, e.shape, e.size) for key, e in self.entries.items()}
-        layout |= {
-            key: (CODES[t.dtype], tuple(t.shape), t.numel() * t.element_size())
-            for key, t in new.items()
-        }
+        for key, tensor in new.items():
+            size = tensor.numel() * tensor.element_size()
+            layout[key] = (CODES[tensor.dtype], tuple(tensor.shape), size)
         # the widest types first, as safetensors itself writes, so that each lies at a multiple of
         # its width
         if new:
@@ -118,27 +119,29 @@ class Checkpoint:
     def open(cls, path: Path) -> Checkpoint:
         if path.is_file():
             result = cls(path, [Shard.open(path)])
-        elif not path.is_dir():
-            raise FileNotFoundError(f"no checkpoint at {path}")
+        elif path.is_dir():
+            result = cls._open_folder(path)
         else:
-            index = read_json(path / INDEX) if (path / INDEX).is_file() else None
-            names = (
-                sorted(set(index.get("weight_map", {}).values()))
-                if index
-                else ["model.safetensors"]
-            )
+            raise FileNotFoundError(f"no checkpoint at {path}")
+        result.where = {key: shard for shard in result.shards for key in shard.entries}
+        return result
+
+    @classmethod
+    def _open_folder(cls, path: Path) -> Checkpoint:
+        index = read_json(path / INDEX) if (path / INDEX).is_file() else None
+        names = ["model.safetensors"]
+        if index:
+            names = sorted(set(index.get("weight_map", {}).values()))
             if not all(isinstance(name, str) and Path(name).name == name for name in names):
                 raise ValueError(f"{path / INDEX} names files outside its folder.")
-            if not index and not (path / names[0]).is_file():
-                raise ValueError(
-                    f"{path} is no checkpoint: it holds neither {INDEX} nor model.safetensors."
-                )
-            config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-            result = cls(
-                path, [Shard.open(path / name) for name in names], index, config.get("model_type")
+        elif not (path / names[0]).is_file():
+            raise ValueError(
+                f"{path} is no checkpoint: it holds neither {INDEX} nor model.safetensors."
             )
-            result.tied = bool(config.get("tie_word_embeddings"))
-        result.where = {key: shard for shard in result.shards for key in shard.entries}
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        shards = [Shard.open(path / name) for name in names]
+        result = cls(path, shards, index, config.get("model_type"))
+        result.tied = bool(config.get("tie_word_embeddings"))
         return result
 
     def entry(self, key: str) -> Entry:
@@ -173,17 +176,10 @@ def _width(code: str) -> int:
     return DTYPES[code].itemsize if code in DTYPES else 1
 
 
-def _extent(entry: dict[str, Any]) -> int:
-    begin, end = entry["data_offsets"]
-    return int(end - begin)
-
-
 def _tensor_in(buffer: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    return (
-        torch.frombuffer(buffer, dtype=dtype).reshape(shape)
-        if buffer
-        else torch.empty(shape, dtype=dtype)
-    )
+    if not buffer:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
 
 
 def _bytes_of(tensor: Tensor) -> bytearray:

@@ -16,7 +16,7 @@ def test_a_folder_says_what_it_is_of_and_a_card_of_ones_own_stays(tmp_path):
             "base_model: owner/base" in card and "2 layers" in card and "load_adapter(model" in card
         )
         assert ("vllm serve owner/base" in card) == (format == "lora")
-    assert "r 8, k 4, alpha\n3." in card
+    assert "r 8, k 4, alpha 3." in card
     (tmp_path / "lora" / "README.md").write_text("mine")
     gralora.save_adapter(model, tmp_path / "lora", format="lora")
     assert (tmp_path / "lora" / "README.md").read_text() == "mine"

@@ -251,13 +251,13 @@ def test_what_cannot_be_told_or_held_is_refused_by_name(tmp_path):
         gralora.save_adapter({"transformer": model}, tmp_path / "a", format="kohya")
     saved = gralora.inject(mlp(8, 8, 8), ["0"], random_config(modules_to_save=["2"]))
     with pytest.raises(
-        ValueError, match=r"trains 'unet.2' as well, which no LoRA of a pipeline can hold"
+        ValueError, match=r"trains 'unet.2' as well, which can't be saved with format='diffusers'"
     ):
         gralora.save_adapter({"unet": saved}, tmp_path / "a", format="diffusers")
     embedding = gralora.inject(nn.Sequential(nn.Embedding(8, 8)), ["0"], random_config())
     with pytest.raises(
         ValueError,
-        match=r"'unet.0', of kind 'embedding', is nothing that a LoRA of a pipeline holds",
+        match=r"'unet.0', of kind 'embedding', can't be saved .*: a LoRA of a pipeline holds",
     ):
         gralora.save_adapter({"unet": embedding}, tmp_path / "a", format="diffusers")
     twins = nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
@@ -285,10 +285,19 @@ def test_what_cannot_be_told_or_held_is_refused_by_name(tmp_path):
         (
             {**good, "unet.0.lora_magnitude_vector": torch.ones(8)},
             {},
-            "which is no pair of a plain LoRA",
+            "which is not part of a LoRA pair",
         ),
-        ({k: v for k, v in good.items() if "lora_B" not in k}, {}, "has a pair of shapes"),
+        ({k: v for k, v in good.items() if "lora_B" not in k}, {}, "without 'unet.0.lora_B.weight"),
+        ({**good, "unet.0.alpha": torch.ones(2)}, {}, "'unet.0.alpha', which is not part of a"),
+        ({**good, "unet.0.alpha": torch.tensor(1j)}, {}, "unet.0.alpha is complex"),
         (good, {"lora_adapter_metadata": json.dumps([1])}, "is no JSON object"),
+        (good, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": "x"})}, "alpha='x'"),
+        (good, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 10**400})}, "no finite"),
+        (
+            good,
+            {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": [1]})},
+            "alpha_pattern is no JSON object",
+        ),
     ):
         save_file(tensors, file, {"format": "pt", **metadata})
         with pytest.raises(gralora.AdapterFileError, match=why):
@@ -296,5 +305,11 @@ def test_what_cannot_be_told_or_held_is_refused_by_name(tmp_path):
     gralora.save_adapter({"unet": model}, tmp_path / "k.safetensors", format="kohya")
     tensors = load_file(tmp_path / "k.safetensors")
     save_file({**tensors, "lora_unet_0.hada_w1_a": torch.ones(2)}, tmp_path / "k.safetensors")
-    with pytest.raises(gralora.AdapterFileError, match="which is no pair of a plain LoRA"):
+    with pytest.raises(gralora.AdapterFileError, match="which is not part of a LoRA pair"):
         gralora.load_adapter({"unet": mlp(8, 8)}, tmp_path / "k.safetensors")
+    gralora.save_adapter({"text_encoder": model}, tmp_path / "k.safetensors", format="kohya")
+    tensors = load_file(tmp_path / "k.safetensors")
+    other = {k.replace("lora_te_", "lora_te1_"): t.clone() for k, t in tensors.items()}
+    save_file({**tensors, **other}, tmp_path / "k.safetensors")
+    with pytest.raises(gralora.AdapterFileError, match="two pairs for one layer of the part"):
+        gralora.load_adapter({"text_encoder": mlp(8, 8)}, tmp_path / "k.safetensors")

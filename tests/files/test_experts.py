@@ -3,6 +3,7 @@ them.
 """
 
 import copy
+import dataclasses
 import json
 
 import peft
@@ -14,6 +15,7 @@ from torch import nn
 import gralora
 from gralora import GraloraConfig
 from gralora.files.experts import unwrapped, wrapped
+from gralora.files.formats import FORMATS, read_adapter
 
 from ..layers.test_experts import gpt_oss, mixtral, qwen
 from ..models import TOKENS, Experts, random_config, relative
@@ -157,6 +159,30 @@ def test_pairs_that_differ_between_gate_and_up_become_one_of_both_ranks(tmp_path
         gralora.AdapterFileError, match=r"experts.0.down_proj', which this model lacks"
     ):
         gralora.load_adapter(copy.deepcopy(base), tmp_path / "each")
+
+
+@pytest.mark.parametrize("change", ["inputs", "outputs", "k", "hybrid_r"])
+def test_experts_that_cannot_become_one_adapter_are_refused_by_name(change, tmp_path):
+    base, model = adapted("mixtral", r=4, gralora_k=1)
+    gralora.save_adapter(model, tmp_path / "each", format="lora", experts="each")
+    file = read_adapter(tmp_path / "each")
+    name = "model.layers.0.mlp.experts.2.down_proj"
+    A, B = f"{name}.gralora_A", f"{name}.gralora_B"
+    if change == "inputs":
+        file.tensors[A] = file.tensors[A][:, 2:].contiguous()
+    if change == "outputs":
+        file.tensors[B] = file.tensors[B][:, :, 2:].contiguous()
+    if change == "k":
+        file.configs[name] = dataclasses.replace(file.configs[name], gralora_k=2)
+        file.tensors[A] = file.tensors[A].reshape(2, -1, 4)
+        file.tensors[B] = file.tensors[B].reshape(2, 4, -1)
+    if change == "hybrid_r":
+        file.configs[name] = dataclasses.replace(file.configs[name], hybrid_r=1)
+        file.tensors[f"{name}.gralora_A_general.weight"] = torch.ones(1, file.tensors[A].shape[1])
+        file.tensors[f"{name}.gralora_B_general.weight"] = torch.ones(file.tensors[B].shape[2], 1)
+    FORMATS["gralora"].write(file, tmp_path / "a")
+    with pytest.raises(gralora.AdapterFileError, match=r"experts.0.down_proj', which this model"):
+        gralora.load_adapter(copy.deepcopy(base), tmp_path / "a")
 
 
 def test_a_lower_rank_and_its_error(tmp_path):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 import gralora
 from gralora.files.formats import FORMATS, LORA_FORMATS, exact_rank, located, model_fields
@@ -13,6 +15,18 @@ from ..llama_cpp import small_model
 from ..models import llama, random_config, relative
 
 TOKENS = torch.arange(8)[None]
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.mark.parametrize("name", ["saved.safetensors", "saved_peft", "saved_lora"])
+def test_stored_adapters_compute_what_they_did_when_they_were_written(name):
+    base = load_file(DATA / "base_of_saved.safetensors")
+    x, y = base.pop("x"), base.pop("y")
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    model.load_state_dict(base)
+    assert relative(model(x), y) > 1e-2
+    gralora.load_adapter(model, DATA / name)
+    assert relative(model(x), y) < 1e-6
 
 
 def test_every_format_of_plain_lora_is_in_the_table():

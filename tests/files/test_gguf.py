@@ -169,7 +169,9 @@ def test_what_llama_cpp_cannot_hold_is_refused_by_name_and_nothing_is_written(tm
 
     moe = gralora.inject(mixtral(), ["down_proj"], random_config())
     moe.config.model_type = "llama"
-    with pytest.raises(ValueError, match="holds adapters of fused experts, which llama.cpp's file"):
+    with pytest.raises(
+        ValueError, match="of kind 'experts', can't be saved .*llama.cpp's LoRA file"
+    ):
         gralora.save_adapter(moe, tmp_path / "a.gguf", format="gguf")
     with pytest.raises(ValueError, match=r"dtype=torch.int8 is not legal"):
         gralora.save_adapter(
@@ -194,6 +196,10 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
         gralora.AdapterFileError, match="'blk.1.attn_q.weight', which this model lacks"
     ):
         gralora.load_adapter(small_model("llama", num_hidden_layers=1), tmp_path / "a.gguf")
+    with pytest.raises(
+        gralora.AdapterFileError, match="64 outputs for .*, which in this model has"
+    ):
+        gralora.load_adapter(small_model("llama", num_attention_heads=64), tmp_path / "a.gguf")
     whole = (tmp_path / "a.gguf").read_bytes()
     for cut in (4, 30, 200, len(whole) // 2):
         (tmp_path / "cut.gguf").write_bytes(whole[:cut])
@@ -219,9 +225,9 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
 
     a, b = torch.randn(2, 4), torch.randn(4, 2)
     for tensors, why in (
-        ({"x.lora_a": a}, "'x' has a lora_a and no lora_b"),
+        ({"x.lora_a": a}, "holds 'x.lora_a' without 'x.lora_b'"),
         ({"x.lora_a": a, "x.lora_b": a}, "has a pair of shapes"),
-        ({"x.lora_a": a, "x.lora_b": b, "y": b}, "holds tensors that are no pair"),
+        ({"x.lora_a": a, "x.lora_b": b, "y": b}, "holds 'y', which is not part of a LoRA pair"),
         ({"x.lora_a": a.double(), "x.lora_b": b}, "is of type F64; legal are F32, F16, BF16"),
     ):
         written(tensors)

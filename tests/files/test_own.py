@@ -41,7 +41,7 @@ def test_the_file_describes_itself(tmp_path):
     assert keys == set(gralora.adapter_state_dict(one))
 
 
-def test_use_rslora_is_written_where_it_is_set_so_that_older_versions_refuse_the_file(tmp_path):
+def test_use_rslora_is_written_only_where_it_is_set(tmp_path):
     one, two = pair()
     gralora.inject(
         one, {"q": MIXED["q"], "k|v": dataclasses.replace(MIXED["k|v"], use_rslora=True)}

@@ -234,7 +234,7 @@ def test_folders_that_are_broken_or_dangerous_are_refused(tmp_path):
         ({key: torch.ones(3, 16)}, "no pair of matrices"),
         ({key: torch.ones(4, 8)}, "must have shape"),
         ({"base_model.model.q.lora_magnitude_vector": torch.ones(16)}, "variant of LoRA"),
-        ({"base_model.model.z.lora_A.weight": torch.ones(4, 16)}, "no pair"),
+        ({"base_model.model.z.lora_A.weight": torch.ones(4, 16)}, "without 'z.lora_B.weight'"),
     ]:
         save_file({**tensors, **change}, folder / "adapter_model.safetensors")
         refused(message)

@@ -30,7 +30,6 @@ from gralora.layers.class_change import (
     set_own_class,
     traced,
 )
-from gralora.layers.loading import Appendage
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import OFF, Rows, Switchable
 from gralora.layers.still import frozen_statistics

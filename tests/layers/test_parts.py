@@ -8,7 +8,7 @@ from torch import nn
 
 import gralora
 
-from ..models import random_config, same_bits
+from ..models import random_config
 from .test_attention import attention, inputs
 
 

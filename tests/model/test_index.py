@@ -29,9 +29,7 @@ def test_what_has_vanished_is_named_and_nothing_is_written(tmp_path):
     for format in ("gralora", "peft", "lora"):
         with pytest.raises(
             ValueError,
-            match=(
-                r"2 of what adapter 'default' was injected into are there no more: q, mlp\.0"
-            ),
+            match=(r"2 of what adapter 'default' was injected into are there no more: q, mlp\.0"),
         ):
             gralora.save_adapter(model, tmp_path / "left", format=format)
         assert not (tmp_path / "left").exists()

@@ -91,8 +91,7 @@ def merge(
             owner, name = layer.map.place
             adapters, place = layer.gralora_adapters, _place(layer)
             if adapters.base_weight is None:
-                now = cast(nn.Parameter, owner._parameters[name])
-                adapters.__dict__["base_weight"] = aside.setdefault(place, now)
+                adapters.__dict__["base_weight"] = aside.setdefault(place, layer.map.parameter)
             owner._parameters[name] = merged[place]
             adapters.merged = weights
 
@@ -153,7 +152,7 @@ def merge_and_unload(
     together = _sharing(layers, owners)
     for _, layer, weights in layers:
         owner, name = layer.map.place
-        weight = cast(nn.Parameter, owner._parameters[name])
+        weight = layer.map.parameter
         if (
             id(layer) in together
         ):  # all that hold the weight have this adapter, and the first of them has written it
@@ -334,9 +333,7 @@ def _merged_parameters(
     """
     new: dict[tuple[int, str], nn.Parameter] = {}
     for layer, weights in plan:
-        owner, name = layer.map.place
-        now = cast(nn.Parameter, owner._parameters[name])
-        place = _place(layer)
+        now, place = layer.map.parameter, _place(layer)
         if place not in new:
             whole = layer.map.base_matrix().numel() == now.numel()  # nothing else lies there
             new[place] = nn.Parameter(

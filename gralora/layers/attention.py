@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -52,7 +52,8 @@ class Projection(PartLayer):
     def forward(self, x: Tensor, dim: int | None) -> Tensor:
         """x (..., in) -> (..., out); the batch is on axis `dim`."""
         base = partial(F.linear, x, *self._weight_and_bias())
-        return cast(Tensor, self.apply_adapters(x, base, plain=self.plain(), dim=dim))
+        y: Tensor = self.apply_adapters(x, base, plain=self.plain(), dim=dim)
+        return y
 
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
         weight, bias = self._weight_and_bias()
@@ -153,6 +154,11 @@ class ReadProjection(InPlaceModule):
 class GraloraMultiheadAttention(PartHost):
     """Mixin of an `nn.MultiheadAttention` whose projections can have adapters."""
 
+    gralora_q_proj: Projection
+    gralora_k_proj: Projection
+    gralora_v_proj: Projection
+    gralora_out_proj: Projection
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, ReadProjection):
@@ -160,20 +166,18 @@ class GraloraMultiheadAttention(PartHost):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if name not in WEIGHTS or type(value) not in (Tensor, nn.Parameter):
+        if name not in WEIGHTS or not isinstance(value, Tensor):
             return value
-        held = [
-            cast(Projection, self._modules[p])
-            for part in PACKED
-            if (p := PREFIX + part) in self._modules
-        ]
-        held = [each for each in held if each.map.place[1] == name and each.acts]
+        if type(value) not in (Tensor, nn.Parameter):
+            return value
+        projections = [layer for layer in self.part_layers() if isinstance(layer, Projection)]
+        held = [each for each in projections if each.map.place[1] == name and each.acts]
         if not held:
             return value
         if name != WEIGHTS[0]:
-            return held[0].read(cast(Tensor, value))
+            return held[0].read(value)
         acting = {each.part: each for each in held}
-        thirds = {part: third(cast(Tensor, value), part) for part in PACKED}
+        thirds = {part: third(value, part) for part in PACKED}
         parts = [acting[part].read(own) if part in acting else own for part, own in thirds.items()]
         return value if all(type(part) is Tensor for part in parts) else torch.cat(parts)
 
@@ -191,16 +195,21 @@ class GraloraMultiheadAttention(PartHost):
         """As `nn.MultiheadAttention.forward`."""
         if isinstance(query, Proxy):
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return cast(tuple[Tensor, Tensor | None], traced(self, (query, key, value, *masks), {}))
-        projections = [cast(Projection, self._modules[PREFIX + part]) for part in PARTS]
+            node: tuple[Tensor, Tensor | None] = traced(self, (query, key, value, *masks), {})
+            return node
+        projections = (
+            *(self.gralora_q_proj, self.gralora_k_proj, self.gralora_v_proj),
+            self.gralora_out_proj,
+        )
         if not any(projection.acts for projection in projections):
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return cast(tuple[Tensor, Tensor | None], self.base_forward(query, key, value, *masks))
+            base: tuple[Tensor, Tensor | None] = self.base_forward(query, key, value, *masks)
+            return base
         if is_causal and attn_mask is None:
             raise ValueError(
                 "is_causal=True is a hint about attn_mask, which must be given with it."
             )
-        attention = cast(nn.MultiheadAttention, self)
+        attention = self.gralora_q_proj.map.module
         batched = query.dim() == 3
         first = attention.batch_first or not batched
         dim = 0 if first else 1

@@ -61,8 +61,9 @@ class InPlaceModule(nn.Module):
             name == LOADED
         ):  # transformers has given the parameters their values, in new objects that are trained
             for frozen in self.__dict__.get(FROZEN, ()):
-                if self._parameters.get(frozen) is not None:
-                    cast(nn.Parameter, self._parameters[frozen]).requires_grad_(False)
+                parameter = self._parameters.get(frozen)
+                if parameter is not None:
+                    parameter.requires_grad_(False)
         # accelerate replaces and removes its hooks by setting `forward`, to a wrapper round the
         # bound method that it once found. If that is the base's, the wrapper belongs under the
         # adapter, not over it.
@@ -187,19 +188,19 @@ def set_own_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _is_parametrized(module: nn.Module) -> bool:
-    if not parametrize.is_parametrized(module):
-        return False
-    tensors = cast(nn.ModuleDict, module.parametrizations)
-    return set(tensors) <= vars(type(module)).keys()  # else yet another class is the outermost
+    # without a property of a parametrized tensor, the outermost class is yet another
+    return parametrize.is_parametrized(module) and any(
+        parametrize.is_parametrized(module, name) for name in vars(type(module))
+    )
 
 
 def _with_base(over: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """`parametrize`'s class `over`, on another base; the class it was made of, if that fits."""
     space = {key: value for key, value in vars(over).items() if key not in _OF_ONE_CLASS}
-    earlier = vars(over).get(_MADE_OF)
+    earlier: type[nn.Module] | None = vars(over).get(_MADE_OF)
     if earlier is not None and earlier.__bases__ == (base,):
         if space == {key: value for key, value in vars(earlier).items() if key in space}:
-            return cast(type[nn.Module], earlier)
+            return earlier
     return type(f"Parametrized{base.__name__}", (base,), {**space, _MADE_OF: over})
 
 

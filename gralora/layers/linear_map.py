@@ -111,6 +111,14 @@ class LinearMap:
         return weight
 
     @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the map, of one that is not parametrized."""
+        owner, name = self.place
+        parameter = owner._parameters[name]
+        assert parameter is not None
+        return parameter
+
+    @property
     def base_weight(self) -> Tensor:
         """The weight without this map's adapters, also while they are merged."""
         adapters = self.adapters
@@ -148,13 +156,20 @@ class LinearMap:
         plain = type(weight) is nn.Parameter and weight.dtype in (*FULL, *HALF)
         return weight is not None and not is_spread(weight) and not plain
 
+    @property
+    def lazy(self) -> bool:
+        """Whether the weight has no shape yet."""
+        owner, name = self.place
+        parameter = owner._parameters.get(name)
+        return parameter is not None and is_lazy(parameter)
+
     def reason_unfit(self) -> str | None:
         """Why the map cannot be adapted, whatever the config; None if it can."""
+        if self.lazy:
+            return "has no shape yet (a lazy module); run one forward pass first"
         weight: object = held(*self.place)
         if not isinstance(weight, Tensor):
             return "has no weight"
-        if is_lazy(weight):
-            return "has no shape yet (a lazy module); run one forward pass first"
         if weight.is_complex():
             return "has a complex weight"
         if is_spread(weight) and self.kind != "linear" and self.adapters is None:

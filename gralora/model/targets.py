@@ -89,6 +89,7 @@ class _Rule(NamedTuple):
 
     match: Predicate
     excluded: Predicate
+    listed: bool
 
     def takes(self, its_names: list[str], module: nn.Module) -> bool:
         return any(
@@ -97,6 +98,18 @@ class _Rule(NamedTuple):
 
     def leaves(self, its_names: list[str], module: nn.Module) -> bool:
         return all(self.excluded(name, module) for name in its_names)
+
+    def takes_part(
+        self, map: LinearMap, its_names: list[str], module_names: list[str], by_module: bool
+    ) -> bool:
+        """Whether a map that is a part of its module is taken, by its own name or the module's."""
+        owner = map.place[0]
+        if self.leaves(module_names, map.module) or self.leaves(its_names, owner):
+            return False
+        by_name = self.takes(its_names, owner)
+        if map.by_own_name:
+            return by_name and (self.listed or not by_module)
+        return by_name or by_module
 
 
 def resolve(
@@ -116,26 +129,21 @@ def resolve(
     strangers: dict[int, str] = {}
     hosts = {id(map.module) for _, map in names.maps if not map.by_own_name}
     for pattern, rule_config in rules:
-        rule = _Rule(_matcher_for(model, pattern, names, rule_config), _excluded(rule_config))
+        listed = not isinstance(pattern, str) and isinstance(pattern, Collection)
+        match = _matcher_for(model, pattern, names, rule_config)
+        rule = _Rule(match, _excluded(rule_config), listed)
         whole = {
             key
             for key, its_names, module in names
             if key not in saved and rule.takes(its_names, module)
         }
-        listed = not isinstance(pattern, str) and isinstance(pattern, Collection)
         for index, (its_names, map) in enumerate(names.maps):
-            key, owner = id(map.module), map.place[0]
+            key = id(map.module)
             if index in found or key in saved:
                 continue
-            if map.part and (
-                rule.leaves(names.names[key], map.module) or rule.leaves(its_names, owner)
-            ):
-                continue
-            by_module, by_name = key in whole, bool(map.part) and rule.takes(its_names, owner)
-            if map.by_own_name:
-                taken = by_name and (listed or not by_module)
-            else:
-                taken = by_name or by_module
+            taken = key in whole
+            if map.part:
+                taken = rule.takes_part(map, its_names, names.names[key], taken)
             if taken:
                 found[index] = Target(its_names[0], map, rule_config)
         for key in whole - hosts - names.held:
@@ -221,13 +229,13 @@ def _matcher_for(
             (its[0], map)
             for its, map in names.maps
             if map.in_all_linear
-            and (reason_unfit(map) is None or is_lazy(map.weight))  # the error names lazy ones
+            and (map.lazy or reason_unfit(map) is None)  # the error names lazy ones
             and id(map.module) not in heads
         ]
         fit = {
             id(map.place[0])
             for _, map in linear
-            if is_lazy(map.weight) or not any(size % config.gralora_k for size in map.divided_sizes)
+            if map.lazy or not any(size % config.gralora_k for size in map.divided_sizes)
         }
         if not fit:
             return lambda name, module: (

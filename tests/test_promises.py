@@ -727,8 +727,18 @@ def test_all_linear_passes_over_a_scripted_submodule(how):
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-@pytest.mark.parametrize("targets", [["0"], ["1"], "all-linear"])
-def test_a_lazy_module_anywhere_is_named_in_the_error(targets):
+def test_a_lazy_module_that_is_not_targeted_does_not_disturb():
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    gralora.inject(model, ["1"], random_config())
+    y = model(X)
+    assert type(model[0]) is nn.Linear and not model[0].weight.requires_grad
+    with gralora.disable_adapter(model):
+        assert relative(model(X), y) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("targets", [["0"], "all-linear"])
+def test_a_lazy_module_that_is_targeted_is_named_in_the_error(targets):
     model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
     with pytest.raises(ValueError, match="'0'.*lazy"):
         gralora.inject(model, targets, random_config())

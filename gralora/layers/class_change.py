@@ -7,6 +7,7 @@ be handed out this way is in `InPlaceModule`.
 
 from __future__ import annotations
 
+import inspect
 from types import MethodType
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -42,6 +43,27 @@ class InPlaceModule(nn.Module):
         if instance_forward is not None:
             return instance_forward(*args, **kwargs)
         return self._base_class.forward(self, *args, **kwargs)
+
+    def bound_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The arguments that are given to the base's forward, in the order of its signature.
+
+        Raises:
+            TypeError: they do not fit it, as it would raise itself.
+        """
+        if not kwargs and len(args) == 1:
+            return [args[0]]
+        instance_forward = self.__dict__.get("_base_instance_forward")
+        forward = instance_forward or MethodType(self._base_class.forward, self)
+        signature, found = inspect.signature(forward), list[Any]()
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                found.extend(value)
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                found.extend(value.values())
+            else:
+                found.append(value)
+        return found
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)

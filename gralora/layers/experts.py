@@ -136,7 +136,7 @@ class GraloraExperts(PartHost):
         """Each token through its row's adapters: one run for every adapter, which sees its own
         tokens and their routing.
         """
-        x, routed = (*args, *kwargs.values(), None, None)[:2]
+        x, routed = [*self.bound_arguments(args, kwargs), None, None][:2]
         if (
             not isinstance(x, Tensor)
             or not isinstance(routed, Tensor)

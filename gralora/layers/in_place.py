@@ -5,7 +5,6 @@ The other kind, maps that are parts of a module, is in `parts.py`.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -72,21 +71,8 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         raise NotImplementedError
 
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The input of the map: what the base's forward takes first.
-
-        Raises:
-            TypeError: the arguments do not fit the base's forward, as it would raise itself.
-        """
-        base = self.__dict__.get("_base_instance_forward")
-        signature = inspect.signature(self._base_class.forward if base is None else base)
-        bound = signature.bind(*(args if base is not None else (self, *args)), **kwargs)
-        values = list(bound.arguments.values())[0 if base is not None else 1 :]
-        first = values[0] if values else None
-        if isinstance(first, tuple):  # *args
-            first = first[0] if first else values[1]
-        if isinstance(first, dict):  # **kwargs
-            first = next(iter(first.values()))
-        return first
+        """The input of the map: what the base's forward takes first."""
+        return next(iter(self.bound_arguments(args, kwargs)), None)
 
     def own_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward, in which the weight is the parameter, whoever reads it there: the

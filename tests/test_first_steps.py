@@ -278,7 +278,7 @@ def test_the_state_of_an_adapter():
     )
     gralora.inject(model, ["0"], random_config(r=8), adapter_name="b")
     status = gralora.adapter_status(model, "a")
-    assert (status.active, status.merged, status.trained, status.vanished) == (1.0, None, True, [])
+    assert (status.active, status.merged, status.trained, status.missing) == (1.0, None, True, [])
     assert status.configs["0"].r == 4 and gralora.adapter_status(model, "b").active is None
     gralora.set_adapter(model, {"b": 0.5}, trainable=False)
     assert (
@@ -454,18 +454,18 @@ def test_a_linear_layer_of_somebody_elses_is_registered(tmp_path):
 # layers that a framework rebuilds
 
 
-def test_what_has_vanished_is_told_by_everything_that_acts_on_adapters():
+def test_everything_that_uses_adapters_warns_about_replaced_layers():
     model = gralora.inject(mlp(16, 16, 8), ["0", "2"], random_config())
     model[0] = nn.Linear(16, 16)
     for call in (lambda: gralora.set_adapter(model, "default"), lambda: gralora.merge(model)):
-        with pytest.warns(UserWarning, match="0: adapted once, and there no more"):
+        with pytest.warns(UserWarning, match="0: adapted by inject and no longer in the model"):
             call()
     gralora.unmerge(model)
-    assert "adapted once, and there no more: 0" in str(gralora.summary(model))
-    assert gralora.adapter_status(model).vanished == ["0"]
-    with pytest.raises(ValueError, match="0: adapted once, and there no more"):
+    assert "adapted by inject and no longer in the model: 0" in str(gralora.summary(model))
+    assert gralora.adapter_status(model).missing == ["0"]
+    with pytest.raises(ValueError, match="0: adapted by inject and no longer in the model"):
         gralora.check_effect(model, X)
-    with pytest.warns(UserWarning, match="0: adapted once"):
+    with pytest.warns(UserWarning, match="0: adapted by inject"):
         gralora.merge_and_unload(model)
 
 

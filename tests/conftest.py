@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 
@@ -52,6 +53,28 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if hasattr(config.option, "randomly_reset_seed"):
         config.option.randomly_reset_seed = False
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps all tests on `processes` in one worker of xdist, so that they are started once; and
+    counts no coverage of slow tests: the others reach the limit, and counting costs half as much
+    time as the test.
+    """
+    for item in items:
+        if "processes" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.no_cover)
+
+
+def pytest_collection_finish() -> None:
+    """Collects garbage less often: a full collection visits every object of PyTorch, transformers
+    and their compilers, and took up to a third of a test's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)

@@ -147,7 +147,7 @@ class Served:
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, -1
-        params.cpuparams.n_threads = 2
+        params.cpuparams.n_threads = 1  # several wait for each other in busy loops
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if adapter is not None:

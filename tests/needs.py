@@ -1,4 +1,4 @@
-"""Engines that a test needs and a machine may lack."""
+"""What a test needs: engines, which a machine may lack, and time, which the gate has."""
 
 from types import ModuleType
 
@@ -12,3 +12,8 @@ def needs(package: str) -> ModuleType:
     return pytest.importorskip(
         package, reason=f"{package} is missing: pip install '.[dev]'", exc_type=ImportError
     )
+
+
+def parts(count: int) -> list[object]:
+    """The parts of a long search, as parameters of a test: all but the first are slow."""
+    return [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, count))]

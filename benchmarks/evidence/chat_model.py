@@ -47,7 +47,7 @@ from torch.nn import functional as F
 import gralora
 from benchmarks import common
 from benchmarks.evidence import _methods as methods
-from benchmarks.jobs.chat import Term, load_chat, load_data
+from benchmarks.jobs.chat import QUICK_BLOCKS, Term, load_chat, load_data
 
 RANKS, ALPHA, SEEDS = (16, 64), 32, (0, 1, 2)
 STEPS, WARM_UP, BATCH, VALIDATED, TESTED = 40, 4, 16, 120, 300
@@ -154,11 +154,11 @@ def _runs(done: Done) -> Iterator[Run]:
         yield Run(result["name"], result["r"], result["lr"], result["seed"])
 
 
-def base_model() -> nn.Module:
+def base_model(blocks: int | None = None) -> nn.Module:
     """In bfloat16. Two settings are for speed on a CPU: of short sequences, plain attention is the
     faster, and a head that is given a slice copies its weight for every sequence.
     """
-    model: Any = load_chat().model().to(torch.bfloat16)
+    model: Any = load_chat().model(blocks).to(torch.bfloat16)
     model.set_attn_implementation("eager")
     model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     return model  # type: ignore[no-any-return]
@@ -228,7 +228,7 @@ def prepared(
     """The model with what is trained, and the groups that the optimiser gets; `few`: in the first
     block alone.
     """
-    method, model = METHODS[run.name], base_model()
+    method, model = METHODS[run.name], base_model(QUICK_BLOCKS if few else None)
     torch.manual_seed(run.seed)
     if method.lora:
         where = (
@@ -463,7 +463,7 @@ def write(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.parser(__doc__, quick="two methods, one rate, 2 steps of 4 terms")
+    parser = common.parser(__doc__, quick="two methods, one rate, six blocks, 2 steps of 4 terms")
     parser.add_argument(
         "--only",
         default="",

@@ -6,7 +6,7 @@ the largest difference of log-probabilities over what the adapter changes, and t
 answers.
 
     python -m benchmarks.evidence.formats            30 steps, 200 questions; five minutes on two
-    cores python -m benchmarks.evidence.formats --quick    2 steps, 20 questions
+    cores python -m benchmarks.evidence.formats --quick    six blocks, 2 steps, 8 questions
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 
 import gralora
 from benchmarks import common
-from benchmarks.jobs.chat import answers, load_chat, load_data, train
+from benchmarks.jobs.chat import QUICK_BLOCKS, answers, load_chat, load_data, train
 
 FORMATS = ("gralora", "peft", "lora", "gguf", "mlx")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def measure(steps: int, questions: int) -> dict[str, dict[str, Any]]:
+def measure(steps: int, questions: int, blocks: int | None = None) -> dict[str, dict[str, Any]]:
     chat, (training, held_out) = load_chat(), load_data()
     model = gralora.inject(
-        chat.model(), "all-linear", gralora.GraloraConfig(r=16, gralora_k=2, alpha=32)
+        chat.model(blocks), "all-linear", gralora.GraloraConfig(r=16, gralora_k=2, alpha=32)
     )
     asked = held_out[:questions]
     base = answers(model, chat, asked)
@@ -63,8 +63,8 @@ def measure(steps: int, questions: int) -> dict[str, dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parser(__doc__, quick="2 steps, 20 questions").parse_args(argv)
-    result = measure(*((2, 20) if args.quick else (30, 200)))
+    args = common.parser(__doc__, quick="six blocks, 2 steps, 8 questions").parse_args(argv)
+    result = measure(*((2, 8, QUICK_BLOCKS) if args.quick else (30, 200)))
     rows = [
         (name, f"{v['bytes'] / 2**20:.2f}", f"{v['error']:.1e}", f"{v['same']:.1%}")
         for name, v in result.items()

@@ -17,6 +17,7 @@ import argparse
 import copy
 import functools
 import importlib.util
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ ANSWERS = ("negative", "positive")
 SYSTEM = "positive or negative?"
 BATCH, RATE, SECONDS = 16, 1e-3, 80
 HELD_OUT, ASKED = 300, 100
+QUICK_BLOCKS = 6  # of 30, in the experiments with --quick
 
 
 class Term(NamedTuple):
@@ -65,11 +67,15 @@ class Chat:
         assert all(len(tokens) == 1 for tokens in self.answers)
         self.ids = torch.tensor([tokens[0] for tokens in self.answers])
 
-    def model(self) -> nn.Module:
-        """A model of its own, in float32. The file is read once: that takes longer than many
-        steps.
+    def model(self, blocks: int | None = None) -> nn.Module:
+        """A new model in float32, with the first `blocks` of its 30 blocks or all of them. The file
+        is read once: that takes longer than many steps.
         """
-        return common.placed(copy.deepcopy(self._base))
+        model: Any = copy.deepcopy(self._base)
+        if blocks is not None:
+            del model.model.layers[blocks:]
+            model.config.num_hidden_layers = blocks
+        return common.placed(model)
 
     @functools.cached_property
     def _base(self) -> nn.Module:
@@ -165,6 +171,7 @@ def train(
     model: nn.Module, chat: Chat, terms: list[Term], steps: int | None
 ) -> tuple[list[float], float]:
     """`steps` steps, or as many as fit into `SECONDS` up to an epoch: (losses, seconds)."""
+    limit = math.inf if steps else SECONDS
     optimizer = torch.optim.AdamW(gralora.adapter_parameters(model), lr=RATE)
     losses: list[float] = []
     steps = steps or len(terms) // BATCH
@@ -182,7 +189,7 @@ def train(
             optimizer.step()
             losses.append(loss.item())
             bar.set_postfix(loss=f"{sum(losses[-10:]) / len(losses[-10:]):.3f}", refresh=False)
-            if time.perf_counter() - start > SECONDS:
+            if time.perf_counter() - start > limit:
                 break
     return losses, time.perf_counter() - start
 
@@ -231,8 +238,8 @@ def ask_llama_cpp(
 
 def main_job(r: int, k: int, steps: int | None, out: Path) -> None:
     chat, (training, held_out) = load_chat(), load_data()
-    held_out = held_out[:40] if steps else held_out
-    asked = held_out[: 20 if steps else ASKED]
+    held_out = held_out[:20] if steps else held_out
+    asked = held_out[:ASKED]
     out.mkdir(parents=True, exist_ok=True)
     model = chat.model()
     torch.manual_seed(0)
@@ -349,6 +356,7 @@ def _parameters(out: Path) -> Any:
         1.0,
     )
     parameters.lora_adapters = [adapter]
+    parameters.cpuparams.n_threads = torch.get_num_threads()
     parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.verbosity = (
         1024,
         1,

@@ -56,10 +56,7 @@ class Case(NamedTuple):
 
 
 def base_model(dtype: torch.dtype, device: str, quick: bool) -> nn.Module:
-    model: Any = load_chat().model()
-    if quick:
-        del model.model.layers[2:]
-        model.config.num_hidden_layers = 2
+    model = load_chat().model(2 if quick else None)
     return model.to(device, dtype).requires_grad_(False)
 
 

@@ -6,9 +6,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = {"speed.chat_model": "speed_chat_model"}  # where it is not the module's own name
+
+
+# the tests that load SmolLM2, in one process that loads it once
+SMOLLM2 = (pytest.mark.slow, pytest.mark.xdist_group("SmolLM2"))
 
 
 def names(folder: str) -> list[str]:

@@ -11,15 +11,23 @@ from benchmarks.evidence import _methods as methods
 from benchmarks.evidence import confirmation, quality, vision
 from benchmarks.evidence.chat_model import Run
 
-from .quick import RESULTS, check, names, run
+from .quick import RESULTS, SMOLLM2, check, names, run
+
+EXPERIMENTS = [
+    pytest.param(name, marks=SMOLLM2 if name in ("chat_model", "confirmation", "formats") else ())
+    for name in names("evidence")
+    if name != "quality"
+]
 
 
-@pytest.mark.parametrize("name", [name for name in names("evidence") if name != "quality"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_prints_a_table_and_writes_json_and_picture(name, tmp_path, capsys):
     run(f"evidence.{name}", tmp_path, "--quick")
     check(name, tmp_path, capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_quality_goes_on_where_it_was_interrupted(tmp_path, capsys):
     first = run("evidence.quality", tmp_path, "--quick")
     key = next(key for key in first["runs"] if key.startswith("LoRA"))

@@ -10,6 +10,7 @@ from gralora.__main__ import main as gralora_main
 from .quick import ROOT, check, run
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_reloads_and_merges(tmp_path, capsys):
     run("jobs.encoder", tmp_path, "--quick")
     result = check("jobs.encoder", tmp_path, capsys.readouterr().out)
@@ -28,6 +29,8 @@ def test_a_benchmark_is_a_command():
     assert "python -m benchmarks.jobs.encoder" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("SmolLM2")
 def test_the_chat_model_learns_and_llama_cpp_answers_as_pytorch_does(tmp_path, capsys):
     run("jobs.chat", tmp_path, "--quick")
     printed = capsys.readouterr().out

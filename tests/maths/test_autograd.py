@@ -280,6 +280,7 @@ def test_compile_without_a_graph_break(kind, dropout):
     torch.testing.assert_close(compiled(x), eager[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_compiled_by_inductor_it_equals_eager():
     torch._dynamo.reset()

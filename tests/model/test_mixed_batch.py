@@ -174,6 +174,7 @@ def test_inside_it_disable_adapter_wins_and_it_is_undone_after_an_exception():
     assert_same(fingerprint(model), before)
 
 
+@pytest.mark.slow
 def test_compiled():
     model = four_adapters(mlp(16, 24, 8))
     x = torch.randn(8, 16)

@@ -47,7 +47,7 @@ def test_pytorch_has(name):
 
 
 PRIVATE = re.compile(
-    r"\btorch\._|\bforward_ad\._|\bTensor\._make|nn\.Module\._|parametrizations\._|import _[A-Z]"
+    r"\btorch\._|\bforward_ad\._|\bTensor\._make|nn\.Module\._[a-z]|parametrizations\._|import _[A-Z]"
 )
 
 

@@ -185,7 +185,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         ({"format": "other"}, "no gralora adapter"),
         ({"format_version": "2"}, "format version '2'"),
         ({"biases": '"q.bias"'}, "no JSON list of names"),
-        ({"biases": '["q.weight"]'}, "is no bias of this model"),
+        ({"biases": '["q.weight"]'}, "is not a bias of this model"),
         ({"biases": '["q.bias"]'}, "missing: q.bias"),
         ({"biases": '["../x.bias"]'}, "which this model lacks"),
         ({"modules_to_save": '["mlp"]'}, "missing: mlp.0.weight"),

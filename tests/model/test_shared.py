@@ -63,10 +63,7 @@ def test_adapters_active_sets_and_training_are_each_models_own():
     model = everything()
     base = memory(model)
     other = gralora.shared_copy(model)
-    shared = {name: address for name, address in memory(other).items() if address == base[name]}
-    assert set(base) - set(shared) == {
-        f"{name}.bias" for name in ("q", "k", "v", "mlp.0", "mlp.2")
-    }  # an adapter's, in place
+    assert memory(other) == base
     assert same_bits(other(X), model(X))
     before, y = fingerprint(model), model(X)
     gralora.set_adapter(other, {"b": 2.0})

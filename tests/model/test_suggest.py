@@ -51,7 +51,7 @@ def test_what_is_suggested_for_a_layer_is_legal_there(layer, r, k):
     assert suggest_k(layer, GraloraConfig(r=r)) == k
     gralora.inject(
         nn.Sequential(layer),
-        lambda name, module: name == "0",
+        ["0.up"] if isinstance(layer, Experts) else lambda name, module: name == "0",
         GraloraConfig(r=r, gralora_k=k),
         adapter_name="new",
     )

@@ -16,8 +16,18 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
+from gralora.engines.distributed import is_spread
 from gralora.layers.base import PREFIX, GraloraLayer
-from gralora.layers.class_change import InPlaceModule, change_class, held, restore_class, traced
+from gralora.layers.class_change import (
+    InPlaceModule,
+    change_class,
+    held,
+    restore_class,
+    traced,
+    traced_read,
+)
+from gralora.layers.effective_weight import EffectiveWeight, MatrixWeight, Share
+from gralora.layers.lazy_weight import is_dense
 from gralora.layers.parts import PartHost, PartLayer
 from gralora.layers.scope import OFF
 
@@ -118,6 +128,9 @@ class Projection(PartLayer):
         weight, bias = self._weight_and_bias()
         return (weight, bias) if type(weight) in (nn.Parameter, Tensor) else None
 
+    def effective_weight(self, weight: Tensor, shares: list[Share]) -> EffectiveWeight:
+        return MatrixWeight(weight, shares)
+
     def _base(self, x: Tensor) -> Tensor:
         return F.linear(x, *self._weight_and_bias())
 
@@ -140,6 +153,8 @@ class ReadProjection(InPlaceModule):
         value = super().__getattr__(name)
         if name != "weight" or READER not in self.__dict__:
             return value
+        if isinstance(value, Proxy):
+            return traced_read(self, name, value)
         return self.__dict__[READER]._modules[PREFIX + "out_proj"].read(value)
 
 
@@ -152,23 +167,29 @@ class GraloraMultiheadAttention(PartHost):
             value.__dict__[READER] = self
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        if name not in WEIGHTS or type(value) not in (Tensor, nn.Parameter):
-            return value
-        held = [
-            cast(Projection, self._modules[p])
-            for part in PACKED
-            if (p := PREFIX + part) in self._modules
-        ]
-        held = [each for each in held if each.place[1] == name and each.acts]
-        if not held:
+        value: Any = super().__getattr__(name)
+        if name in WEIGHTS and isinstance(value, Proxy):
+            return traced_read(self, name, value)
+        if name not in WEIGHTS or not (is_dense(value) or is_spread(value)):
             return value
         if name != WEIGHTS[0]:
-            return held[0].read(cast(Tensor, value))
-        acting = {each.part: each for each in held}
-        thirds = {part: third(cast(Tensor, value), part) for part in PACKED}
-        parts = [acting[part].read(own) if part in acting else own for part, own in thirds.items()]
-        return value if all(type(part) is Tensor for part in parts) else torch.cat(parts)
+            reader = self._reader(name.removesuffix("_weight"))
+            return value if reader is None else reader.read(value)
+        readers = [self._reader(part) for part in PACKED]
+        if readers == [None, None, None]:
+            return value
+        thirds = [third(value, part) for part in PACKED]
+        parts = [
+            own if reader is None else reader.read(own)
+            for own, reader in zip(thirds, readers, strict=True)
+        ]
+        unread = all(part is own for part, own in zip(parts, thirds, strict=True))
+        return value if unread else torch.cat(parts)
+
+    def _reader(self, part: str) -> Projection | None:
+        """The projection, if an adapter changes what it computes."""
+        projection = self._modules.get(PREFIX + part)
+        return projection if isinstance(projection, Projection) and projection.acts else None
 
     def forward(
         self,

@@ -24,10 +24,10 @@ from gralora.engines.offload import device_of
 from gralora.engines.walk import named_modules
 from gralora.layers.adapter import FULL, GraloraAdapter, GraloraAdapters, is_hooked
 from gralora.layers.class_change import join
+from gralora.layers.effective_weight import EffectiveWeight, Share, UnreadableWeight
+from gralora.layers.lazy_weight import is_dense, read_as
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import Rows
-from gralora.layers.sums import Share, Sum, evaluation, part_of
-from gralora.layers.unevaluated import unevaluated
 from gralora.maths import autograd, functional
 
 PREFIX = "gralora_"
@@ -214,12 +214,11 @@ class GraloraLayer(nn.Module):
     @property
     def packed(self) -> bool:
         """Whether the weight is quantised, or in a format that its layer alone can read."""
-        # a plain weight is exactly a Parameter over exactly a Tensor; subclasses carry formats that
-        # only they know
         owner, name = self.place
         weight = owner._parameters.get(name)
-        plain = type(weight) is nn.Parameter and weight.dtype in (*FULL, *HALF)
-        return weight is not None and not is_spread(weight) and not plain
+        if weight is None or is_spread(weight):
+            return False
+        return not is_dense(weight) or weight.dtype not in (*FULL, *HALF)
 
     @property
     def host(self) -> nn.Module:
@@ -348,20 +347,17 @@ class GraloraLayer(nn.Module):
         return y.index_add(dim, adapted, update.to(y.dtype))
 
     def read(self, weight: Tensor) -> Tensor:
-        """What whoever reads the weight of the map gets: itself, but while a forward runs what
-        acts, W + Σ weight * ΔW.
+        """The weight as code outside the map sees it: W + ΔW of the active adapters while a forward
+        runs, else the parameter; always the parameter if its layer alone can read it.
 
         Args:
             weight: the parameter that holds the map.
         """
         adapters = cast("GraloraAdapters | None", self._modules.get(CHILD))
-        if (
-            adapters is None
-            or not (adapters.active or adapters.scopes)
-            or type(weight) not in (Tensor, nn.Parameter)
-        ):
+        if adapters is None or not (adapters.active or adapters.scopes):
             return weight
-        if not self.is_read(weight):
+        sharded = is_spread(weight)
+        if not (sharded or is_dense(weight)) or not self.is_read(weight):
             return weight
         mode = adapters.mode
         if isinstance(mode, Rows):
@@ -374,39 +370,30 @@ class GraloraLayer(nn.Module):
             applied = adapters.applied()
         if not applied:
             return weight
-        sum = self.sum(weight, [adapter.arguments(share) for adapter, share in applied])
+        effective = self.effective_weight(
+            weight, [adapter.arguments(share) for adapter, share in applied]
+        )
         if isinstance(mode, Rows):
-            sum = sum._replace(evaluate=self._refuse_rows, stack=None, part=None)
-        if not autograd.eager():
-            return sum.evaluate(*sum.parameters)
-        return cast(Tensor, unevaluated(sum))
+            effective = UnreadableWeight(
+                effective,
+                f"the weight of {self} is read whole, and can't be another one for every row of the"
+                " batch.",
+            )
+        elif sharded:
+            effective = UnreadableWeight(
+                effective,
+                f"the weight of {self} is sharded over processes, and another module needs the"
+                " values of W + ΔW, which no process holds. Call the layer instead.",
+            )
+        return read_as(effective)
 
-    def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
-        """What `weight` stands for with these adapters: W + Σ ΔW."""
-        parameters, evaluate = evaluation(
-            weight, shares, partial(self.in_layout, self.host, self.part)
-        )
-        product, turned = self.product(weight), type(self).transposed(self.host, self.part)
-        part = None if product is None else partial(part_of, weight, shares, turned)
-        return Sum(parameters, evaluate, product, turned, part=part)
-
-    def _refuse_rows(self, *tensors: Tensor) -> Tensor:
-        raise ValueError(
-            f"the weight of {self} is read whole, and can't be another one for every row of the"
-            " batch."
-        )
+    def effective_weight(self, weight: Tensor, shares: list[Share]) -> EffectiveWeight:
+        """W + ΔW with these adapters, for code that reads the weight."""
+        return LayerWeight(self, weight, shares)
 
     def is_read(self, weight: Tensor) -> bool:
-        """Whether whoever reads the weight now means to compute with it, and is not the map
-        itself.
-        """
-        return forward_runs(self.host)
-
-    def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-        """x (..., in), bias -> what the map makes of them with its adapters; None if it is no
-        matrix.
-        """
-        return None
+        """Whether the code that reads the weight now computes with it, outside the map itself."""
+        return torch.compiler.is_compiling() or forward_runs(self.host)
 
     def delta_weight(self, adapter_name: str | None = None) -> Tensor:
         """ΔW in the layout of the weight: of one adapter, or the weighted sum of the active
@@ -429,6 +416,17 @@ class GraloraLayer(nn.Module):
     def _attach_container(self) -> None:
         self.gralora_adapters = GraloraAdapters()
         self.gralora_adapters.training = self.training
+
+
+class LayerWeight(EffectiveWeight):
+    """The effective weight of a layer, in the layout that the layer says."""
+
+    def __init__(self, layer: GraloraLayer, weight: Tensor, shares: list[Share]) -> None:
+        super().__init__(weight, shares)
+        self.layer = layer
+
+    def in_layout(self, delta: Tensor) -> Tensor:
+        return self.layer.in_layout(self.layer.host, self.layer.part, delta)
 
 
 def name_of(path: str, layer: GraloraLayer) -> str:

@@ -153,6 +153,15 @@ def traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return None
 
 
+def traced_read(module: nn.Module, name: str, proxy: Proxy) -> Any:
+    """The node of a graph that reads a parameter of `module` each time, where torch.fx would take
+    the parameter itself.
+    """
+    tracer: Any = proxy.tracer
+    owner = tracer.create_proxy("get_attr", tracer.path_of_module(module), (), {})
+    return tracer.create_proxy("call_function", getattr, (owner, name), {})
+
+
 def change_class(module: nn.Module, mixin: type[InPlaceModule]) -> None:
     """Give `module` the class `(mixin, its class)`."""
     module.__class__ = made_class(mixin, type(module))

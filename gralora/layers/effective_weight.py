@@ -1,16 +1,18 @@
-"""W + Σ weight * ΔW, and what can be done with it while nobody has computed it.
+"""What the weight of an adapted map stands for while a forward reads it: W + ΔW, the sum over the
+active adapters in ΔW.
 
-A `Sum` is made where a weight is read (`base.py`, `experts.py`); the tensor that stands for it is
-in `unevaluated.py`.
+An `EffectiveWeight` computes that sum (`evaluate`), and the operations that do not need it:
+products, transposes, the selection of experts. An operation returns None where it needs the sum
+after all. `lazy_weight` has the tensor that asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import ClassVar, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,214 +22,193 @@ from gralora.maths.functional import Tensors
 from gralora.maths.grouped import update_by_groups, update_of_each
 
 Share = tuple[Tensors, float, float]
-"""(tensors, scaling, dropout) of an adapter that acts, the scaling times its weight."""
+"""(tensors, scaling, dropout) of one active adapter; the scaling includes its weight."""
 
 
-class Sum(NamedTuple):
-    """What an unevaluated weight stands for.
-
-    Args:
-        parameters: W as it is held, and the adapters' tensors.
-        evaluate: the sum, in the shape of W, out of `parameters`, differentiably.
-        product: x (..., in), bias -> x @ (W + ΔW)ᵀ + bias; None where W is no matrix.
-        transposed: W is (in, out).
-        stack: of W (n, out, in), many maps in one.
-        other: the same, where W is taken for the transposed map, as in a decoder that uses its
-            encoder's weight.
-        part: (first, last, of the inputs?) -> the sum for these outputs, or inputs, alone; None
-            where they are no whole blocks.
-        look_up: indices (...), padding_idx -> their rows of the sum, as of an embedding.
-    """
-
-    parameters: tuple[Tensor, ...]
-    evaluate: Callable[..., Tensor]
-    product: Callable[[Tensor, Tensor | None], Tensor] | None
-    transposed: bool
-    stack: Stack | None = None
-    other: Callable[[], Sum] | None = None
-    part: Callable[[int, int, bool], Sum | None] | None = None
-    look_up: Callable[[Tensor, int | None], Tensor] | None = None
-
-    def as_(self, transposed: bool) -> Sum | None:
-        """The same in the layout that is asked for: W (in, out) or (out, in)."""
-        if self.transposed == transposed:
-            return self
-        return None if self.other is None else self.other()
-
-
-class Stack(NamedTuple):
-    """What can be done with many maps in one weight.
+class EffectiveWeight:
+    """The sum alone: of a kernel, for instance, whose products are not factored.
 
     Args:
-        one: the map of an index.
-        some: those of a tensor of indices, a stack again.
-        each: x (n, t, in) -> (n, t, out), each of the n through its own.
-        grouped: rows that lie grouped by map, with the function that multiplies them by weights (n,
-            in, out), and its other arguments.
+        weight: W as the model stores it.
+        shares: the active adapters.
     """
 
-    one: Callable[[int], Sum]
-    some: Callable[[Tensor], Sum]
-    each: Callable[[Tensor], Tensor]
-    grouped: Callable[[Callable[..., Tensor], Tensor, dict[str, Any]], Tensor]
-
-
-def evaluation(
-    weight: Tensor, shares: list[Share], in_layout: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
-    """What a sum is computed from, and how; `in_layout` brings ΔW (..., out, in) into the layout of
-    the weight.
+    by_layer: ClassVar[bool] = False
+    """Whether products go through the layer, which knows about rows with adapters of their own and
+    about sharded weights.
     """
 
-    def evaluate(weight: Tensor, *tensors: Tensor) -> Tensor:
-        left, total = (
-            iter(tensors),
-            torch.zeros((), dtype=shares[0][0][0].dtype, device=weight.device),
-        )
-        for own, scaling, _ in shares:
+    def __init__(self, weight: Tensor, shares: Sequence[Share] = ()) -> None:
+        self.weight, self.shares = weight, shares
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What the sum is computed from: W, then the adapters' tensors."""
+        return self.weight, *(t for own, _, _ in self.shares for t in own if t is not None)
+
+    def in_layout(self, delta: Tensor) -> Tensor:
+        """ΔW (..., out, in) in the layout of W."""
+        raise NotImplementedError
+
+    def evaluate(self, weight: Tensor, *tensors: Tensor) -> Tensor:
+        """The sum in the shape of W, differentiable in the arguments: those of `parameters`."""
+        left, deltas = iter(tensors), []
+        for own, scaling, _ in self.shares:
             mine = cast(Tensors, tuple(t if t is None else next(left) for t in own))
-            total = total + functional.delta_weight(*mine, scaling=scaling)
-        return (weight + in_layout(total)).to(weight.dtype)
+            deltas.append(functional.delta_weight(*mine, scaling=scaling))
+        return (weight + self.in_layout(sum(deltas[1:], start=deltas[0]))).to(weight.dtype)
 
-    return (weight, *(t for own, _, _ in shares for t in own if t is not None)), evaluate
+    def transpose(self) -> EffectiveWeight:
+        """The same with its last two axes swapped."""
+        return TransposedWeight(self)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """F.linear(x, self, bias), of a matrix."""
+        return None
+
+    def bmm(self, x: Tensor) -> Tensor | None:
+        """torch.bmm(x, self), of a stack of matrices."""
+        return None
+
+    def grouped(
+        self, multiply: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor
+    ) -> Tensor | None:
+        """multiply(self), of a stack: rows x (t, in) times their matrices (n, in, out).
+
+        Args:
+            multiply: a grouped product of x with the matrices that it is given.
+            ends: for each matrix the end of its rows in x, cumulative.
+        """
+        return None
+
+    def index(self, index: int | slice | Tensor) -> EffectiveWeight | None:
+        """self[index], of a stack."""
+        return None
+
+    def embedding(self, tokens: Tensor, padding_idx: int | None) -> Tensor | None:
+        """F.embedding(tokens, self, padding_idx)."""
+        return None
 
 
-def sum_of_one(weight: Tensor, shares: list[Share], transposed: bool) -> Sum:
-    """Of one map (out, in), or (in, out) if `transposed`, which is no layer: an expert, a part of a
-    layer.
-    """
-    matrix = weight.mT if transposed else weight
+class TransposedWeight(EffectiveWeight):
+    """Another one with its last two axes swapped; a product that swaps them again finds it."""
 
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        first, *more = shares
-        square = all(len(A) == len(B) for (A, B, _, _), _, _ in shares)
-        if not square or not autograd.usable(x, first[0][0]):
-            y = F.linear(x, matrix, bias)
+    def __init__(self, inner: EffectiveWeight) -> None:
+        super().__init__(inner.weight.mT)
+        self.inner = inner
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self.inner.parameters
+
+    def evaluate(self, weight: Tensor, *tensors: Tensor) -> Tensor:
+        return self.inner.evaluate(weight, *tensors).mT
+
+    def transpose(self) -> EffectiveWeight:
+        return self.inner
+
+
+class MatrixWeight(EffectiveWeight):
+    """Of one map: (out, in), or (in, out) if `transposed`."""
+
+    def __init__(self, weight: Tensor, shares: Sequence[Share], transposed: bool = False) -> None:
+        super().__init__(weight, shares)
+        self.transposed = transposed
+
+    def in_layout(self, delta: Tensor) -> Tensor:
+        return delta.mT if self.transposed else delta
+
+    def transpose(self) -> EffectiveWeight:
+        turned = copy(self)
+        turned.weight, turned.transposed = self.weight.mT, not self.transposed
+        return turned
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        shares = swapped(self.shares) if self.transposed else self.shares
+        if not autograd.usable(x, shares[0][0][0]):
+            y = F.linear(x, self.weight, bias)
             for tensors, scaling, dropout in shares:
                 own = x.to(tensors[0].dtype)
-                y = (
-                    y + functional.gralora_update(own, *tensors, scaling=scaling, dropout=dropout)
-                ).to(y.dtype)
+                update = functional.gralora_update(own, *tensors, scaling=scaling, dropout=dropout)
+                y = (y + update).to(y.dtype)
             return y
-        y = autograd.linear_with_adapter(x, matrix, bias, *first)
-        for rest in more:
-            y = autograd.add_adapter_(y, x, *rest)
+        first, *more = shares
+        y = autograd.linear_with_adapter(x, self.weight, bias, *first)
+        for share in more:
+            y = autograd.add_adapter_(y, x, *share)
         return y
 
-    parameters, evaluate = evaluation(weight, shares, _turn if transposed else _keep)
-    return Sum(
-        parameters,
-        evaluate,
-        product,
-        transposed,
-        other=lambda: sum_of_one(weight, swapped(shares), not transposed),
-        part=lambda *which: part_of(weight, shares, transposed, *which),
-    )
 
+class ExpertsWeight(MatrixWeight):
+    """Of n maps, each with adapters of its own: (n, out, in), or (n, in, out) if `transposed`."""
 
-def part_of(
-    weight: Tensor, shares: list[Share], transposed: bool, first: int, last: int, of_inputs: bool
-) -> Sum | None:
-    """Of the outputs, or inputs, from `first` to `last` alone; None where these are no whole blocks
-    of every adapter.
-    """
-    parts = []
-    for tensors, scaling, dropout in shares:
-        blocks = tensors[0] if of_inputs else tensors[1]
-        size = blocks.shape[1] if of_inputs else blocks.shape[2]
-        if first % size or last % size or first == last:
-            return None
-        parts.append(
-            (
-                _blocks_of(tensors, slice(first // size, last // size), of_inputs, size),
-                scaling,
-                dropout,
-            )
-        )
-    return sum_of_one(
-        weight.narrow(int(of_inputs != transposed), first, last - first), parts, transposed
-    )
+    def __init__(self, weight: Tensor, shares: Sequence[Share], transposed: bool = False) -> None:
+        super().__init__(weight, shares, transposed)
+        self.apart: list[list[Tensors]] = []  # a transposed copy has the same list
 
+    def linear(self, x: Tensor, bias: Tensor | None) -> None:
+        return None
 
-def sum_of_many(weight: Tensor, shares: list[Share], transposed: bool) -> Sum:
-    """Of maps (n, out, in), or (n, in, out) if `transposed`, with the adapters of each."""
-    parameters, evaluate = evaluation(weight, shares, _turn if transposed else _keep)
-    stack = _stack_of(weight, shares, transposed)
-    return Sum(
-        parameters,
-        evaluate,
-        None,
-        transposed,
-        stack,
-        lambda: sum_of_many(weight, swapped(shares), not transposed),
-    )
-
-
-def swapped(shares: list[Share]) -> list[Share]:
-    """The adapters of the transposed maps: A and B change roles."""
-    return [
-        (tuple(None if t is None else t.mT for t in (B, A, B_general, A_general)), scaling, dropout)  # type: ignore[misc]
-        for (A, B, A_general, B_general), scaling, dropout in shares
-    ]
-
-
-def _stack_of(weight: Tensor, shares: list[Share], transposed: bool) -> Stack:
-    apart: list[
-        list[Tensors]
-    ] = []  # taken apart once: each time would cost a gradient of all of A and B
-
-    def one(index: int) -> Sum:
-        if not apart:
-            apart.extend(each(tensors) for tensors, _, _ in shares)
-        own = [
-            (tensors[index], share[1], share[2])
-            for tensors, share in zip(apart, shares, strict=True)
-        ]
-        return sum_of_one(weight[index], own, transposed)
-
-    def some(index: Tensor) -> Sum:
-        picked = [
-            cast(Tensors, tuple(None if t is None else t[index] for t in tensors))
-            for tensors, _, _ in shares
-        ]
-        own = [(tensors, share[1], share[2]) for tensors, share in zip(picked, shares, strict=True)]
-        return sum_of_many(weight[index], own, transposed)
-
-    def of_each(x: Tensor) -> Tensor:
-        y = torch.bmm(x, weight if transposed else weight.mT)
-        for tensors, scaling, dropout in shares:
+    def bmm(self, x: Tensor) -> Tensor:
+        y = torch.bmm(x, self.weight)
+        for tensors, scaling, dropout in self._from_rows():
             y = y + update_of_each(x, tensors, scaling, dropout).to(y.dtype)
         return y
 
-    def grouped(function: Callable[..., Tensor], x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        y = function(x, weight if transposed else weight.mT, **kwargs)
-        ends = kwargs["offs"].tolist()
-        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        for tensors, scaling, dropout in shares:
+    def grouped(self, multiply: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor) -> Tensor:
+        y, last = multiply(self.weight), ends.tolist()
+        counts = [end - start for start, end in zip([0, *last], last, strict=False)]
+        for tensors, scaling, dropout in self._from_rows():
             y = y + update_by_groups(x, counts, tensors, scaling, dropout).to(y.dtype)
         return y
 
-    return Stack(one, some, of_each, grouped)
+    def index(self, index: int | slice | Tensor) -> EffectiveWeight:
+        if not isinstance(index, int):
+            picked = [tuple(t if t is None else t[index] for t in own) for own, _, _ in self.shares]
+            return ExpertsWeight(self.weight[index], self._with(picked), self.transposed)
+        if not self.apart:  # once: each time would cost a gradient of all of A and B
+            self.apart.extend(each(tensors) for tensors, _, _ in self.shares)
+        own = [tensors[index] for tensors in self.apart]
+        return MatrixWeight(self.weight[index], self._with(own), self.transposed)
+
+    def _with(self, tensors: Sequence[tuple[Tensor | None, ...]]) -> list[Share]:
+        return [
+            (cast(Tensors, own), scaling, dropout)
+            for own, (_, scaling, dropout) in zip(tensors, self.shares, strict=True)
+        ]
+
+    def _from_rows(self) -> Sequence[Share]:
+        """The adapters for x @ self[n]."""
+        return self.shares if self.transposed else swapped(self.shares)
 
 
-def _blocks_of(tensors: Tensors, blocks: slice, of_inputs: bool, size: int) -> Tensors:
-    """The tensors for some input blocks (rows of A), or some output blocks (rows of B)."""
-    A, B, A_general, B_general = tensors
-    own = slice(blocks.start * size, blocks.stop * size)
-    if of_inputs:
-        B = rearrange(
-            rearrange(B, "j (i s) o -> j i s o", i=len(A))[:, blocks], "j i s o -> j (i s) o"
-        )
-        return A[blocks], B, None if A_general is None else A_general[:, own], B_general
-    A = rearrange(
-        rearrange(A, "i m (j s) -> i m j s", j=len(B))[:, :, blocks], "i m j s -> i m (j s)"
-    )
-    return A, B[blocks], A_general, None if B_general is None else B_general[own]
+class UnreadableWeight(EffectiveWeight):
+    """A weight that has no one value in this process, or for this batch.
+
+    Products that go through the layer are possible; all that needs the sum raises `reason`.
+    """
+
+    def __init__(self, inner: EffectiveWeight, reason: str) -> None:
+        super().__init__(inner.weight, inner.shares)
+        self.inner, self.reason = inner, reason
+
+    def evaluate(self, weight: Tensor, *tensors: Tensor) -> Tensor:
+        raise ValueError(self.reason)
+
+    def transpose(self) -> EffectiveWeight:
+        return UnreadableWeight(self.inner.transpose(), self.reason)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        return self.inner.linear(x, bias) if self.inner.by_layer else None
+
+    def embedding(self, tokens: Tensor, padding_idx: int | None) -> Tensor | None:
+        return self.inner.embedding(tokens, padding_idx) if self.inner.by_layer else None
 
 
-def _turn(delta: Tensor) -> Tensor:
-    return delta.mT
-
-
-def _keep(delta: Tensor) -> Tensor:
-    return delta
+def swapped(shares: Sequence[Share]) -> list[Share]:
+    """The adapters of the transposed maps: A and B change roles."""
+    found = []
+    for (A, B, A_general, B_general), scaling, dropout in shares:
+        turned = tuple(None if t is None else t.mT for t in (B, A, B_general, A_general))
+        found.append((cast(Tensors, turned), scaling, dropout))
+    return found

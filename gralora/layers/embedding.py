@@ -8,7 +8,6 @@ with A; ΔW is never made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -18,11 +17,13 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
+from gralora.engines.distributed import is_spread
 from gralora.layers.adapter import GraloraAdapter
 from gralora.layers.class_change import held, traced
+from gralora.layers.effective_weight import EffectiveWeight, Share
 from gralora.layers.in_place import InPlaceLayer
+from gralora.layers.linear import LinearWeight
 from gralora.layers.running import forward_runs
-from gralora.layers.sums import Share, Sum
 from gralora.maths import functional
 from gralora.maths.functional import Tensors
 
@@ -88,14 +89,11 @@ class GraloraEmbedding(InPlaceLayer):
         """tokens (...), and whatever else the base layer takes -> (..., H)."""
         if isinstance(args[0] if args else kwargs.get("input"), Proxy):
             return cast(Tensor, traced(self, args, kwargs))
-        if type(held(self, "weight")) not in (
-            nn.Parameter,
-            Tensor,
-        ):  # quantised: it knows alone how to look up
+        if self.packed or is_spread(held(self, "weight")):  # the base alone can look up
             tokens = args[0] if args else next(iter(kwargs.values()))
             return self.run(tokens[..., None], self.own_forward, args, kwargs)
         if self.is_plain() and "_base_instance_forward" not in self.__dict__:
-            return self._look_up(
+            return self.look_up(
                 held(self, "weight"),
                 args[0] if args else kwargs["input"],
                 self._embedding.padding_idx,
@@ -105,14 +103,8 @@ class GraloraEmbedding(InPlaceLayer):
     def is_read(self, weight: Tensor) -> bool:
         return torch.compiler.is_compiling() or forward_runs(None)
 
-    def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
-        return super().sum(weight, shares)._replace(look_up=partial(self._look_up, weight))
-
-    def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """As a head that uses the embedding's weight."""
-        return lambda x, bias: self.run(
-            x, partial(F.linear, weight=weight, bias=bias), (x,), {}, plain=(weight, bias)
-        )
+    def effective_weight(self, weight: Tensor, shares: list[Share]) -> EffectiveWeight:
+        return EmbeddingWeight(self, weight, shares)
 
     def fast(self, x: Tensor, A: Tensor) -> bool:
         return x.is_floating_point() and super().fast(x, A)
@@ -127,7 +119,7 @@ class GraloraEmbedding(InPlaceLayer):
     def _embedding(self) -> nn.Embedding:
         return cast(nn.Embedding, self)
 
-    def _look_up(self, weight: Tensor, tokens: Tensor, padding_idx: int | None) -> Tensor:
+    def look_up(self, weight: Tensor, tokens: Tensor, padding_idx: int | None) -> Tensor:
         # an axis more, so that what is said of the axes of inputs holds for tokens too
         return self.run(
             tokens[..., None], partial(F.embedding, tokens, weight, padding_idx), (), {}
@@ -147,3 +139,12 @@ class GraloraEmbedding(InPlaceLayer):
 
     def probe(self, generator: torch.Generator) -> Tensor | None:
         return None  # whatever its forward does, it does with W + ΔW
+
+
+class EmbeddingWeight(LinearWeight):
+    """The effective weight of an embedding: that of a head, and of a look-up."""
+
+    layer: GraloraEmbedding
+
+    def embedding(self, tokens: Tensor, padding_idx: int | None) -> Tensor | None:
+        return None if self.transposed else self.layer.look_up(self.weight, tokens, padding_idx)

@@ -1,10 +1,10 @@
 """Fused experts: one 3-D parameter that holds the weights of many, (experts, out, in) or (experts,
 in, out).
 
-Each expert has an adapter of its own. Which tokens an expert gets is known to its module alone, so
-within a forward whoever reads the parameter by its name reads W + ΔW, unevaluated
-(`unevaluated.py`): choosing an expert chooses its adapter with it, and a product with the chosen
-weights, one by one, batched or grouped, is the base's and the adapters' own.
+Each expert has an adapter of its own. Which tokens an expert gets is known to its module alone. So
+code that reads the parameter within a forward gets W + ΔW, not computed (`lazy_weight`): selecting
+an expert selects its adapter, and a product with the selected weights, one by one, batched or
+grouped, is the base's plus the adapters' own.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from weakref import WeakKeyDictionary
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from gralora.engines.distributed import is_spread
 from gralora.layers.base import PREFIX, GraloraLayer
-from gralora.layers.class_change import change_class, traced
+from gralora.layers.class_change import change_class, traced, traced_read
+from gralora.layers.effective_weight import EffectiveWeight, ExpertsWeight, Share
 from gralora.layers.parts import PartHost, PartLayer
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import OFF, Only, Rows, switched
-from gralora.layers.sums import Share, Sum, sum_of_many
 
 _read: ContextVar[dict[tuple[int, bool, int], Tensor] | None] = ContextVar(
     "gralora_experts", default=None
@@ -99,8 +99,8 @@ class ExpertWeights(PartLayer):
     def is_read(self, weight: Tensor) -> bool:
         return torch.compiler.is_compiling() or forward_runs(None)
 
-    def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
-        return sum_of_many(weight, shares, self.transposed(self.host, self.part))
+    def effective_weight(self, weight: Tensor, shares: list[Share]) -> EffectiveWeight:
+        return ExpertsWeight(weight, shares, self.transposed(self.host, self.part))
 
 
 class GraloraExperts(PartHost):
@@ -166,18 +166,12 @@ class GraloraExperts(PartHost):
             _read.reset(token)
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        # engines that keep it elsewhere read it outside of a forward
-        if (
-            name not in self.__dict__["_parameters"]
-            or not isinstance(value, Tensor)
-            or value.is_meta
-            or is_spread(value)
-        ):
-            return value
+        value: Any = super().__getattr__(name)
         layer = self.__dict__["_modules"].get(PREFIX + name)
-        if not isinstance(layer, ExpertWeights):
+        if not isinstance(layer, ExpertWeights) or name not in self.__dict__["_parameters"]:
             return value
+        if isinstance(value, Proxy):
+            return traced_read(self, name, value)
         if torch.compiler.is_compiling():
             return layer.read(value)
         if not layer.is_read(

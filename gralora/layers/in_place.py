@@ -23,6 +23,7 @@ from gralora.layers.class_change import (
     one_line,
     restore_class,
     traced,
+    traced_read,
 )
 from gralora.layers.loading import overwritten, refuse_adapter_keys
 from gralora.layers.running import forward_runs
@@ -62,8 +63,6 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         """The base's forward, to which the weight is the parameter, whoever in it reads it: the
         update comes on top.
         """
-        if torch.compiler.is_compiling():
-            return cast(Tensor, self.base_forward(*args, **kwargs))
         outer, _running.layer = _running.layer, self
         try:
             return cast(Tensor, self.base_forward(*args, **kwargs))
@@ -74,8 +73,6 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         """The base's forward with W + ΔW as its weight, where it returns more than a tensor, as a
         router does.
         """
-        if torch.compiler.is_compiling():
-            return super().reading(args, kwargs)
         outer, _running.reading = _running.reading, self
         try:
             return self.base_forward(*args, **kwargs)
@@ -87,17 +84,17 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            weight = self.__dict__["_parameters"].get(name)
-            if weight is not None:
-                return weight if _running.layer is self else self.read(weight)
-        return super().__getattr__(name)
+        value: Any = super().__getattr__(name)
+        if name != "weight" or self.__dict__["_parameters"].get(name) is None:
+            return value
+        if isinstance(value, Proxy):
+            return traced_read(self, name, value)
+        return value if _running.layer is self else self.read(value)
 
     def is_read(self, weight: Tensor) -> bool:
-        if (
-            torch.compiler.is_compiling()
-        ):  # where nobody can look who it is; a plain layer itself does not ask
-            return self.is_plain()
+        # a plain layer does not read its own weight, and the forward of another says that it runs
+        if torch.compiler.is_compiling():
+            return True
         return forward_runs(None if _running.reading is self else self)
 
     @classmethod

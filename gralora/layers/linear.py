@@ -4,7 +4,6 @@ transposed one of GPT-2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -15,10 +14,29 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gralora.config import GraloraConfig
-from gralora.layers.base import CHILD
+from gralora.layers.base import CHILD, GraloraLayer
 from gralora.layers.class_change import held
+from gralora.layers.effective_weight import EffectiveWeight, MatrixWeight, Share
 from gralora.layers.in_place import InPlaceLayer
 from gralora.maths import autograd
+
+
+class LinearWeight(MatrixWeight):
+    """The effective weight of a layer: a product with it is one of the layer."""
+
+    by_layer = True
+
+    def __init__(
+        self, layer: GraloraLayer, weight: Tensor, shares: list[Share], transposed: bool = False
+    ) -> None:
+        super().__init__(weight, shares, transposed)
+        self.layer = layer
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        if self.transposed:
+            return None
+        base, plain = partial(F.linear, weight=self.weight, bias=bias), (self.weight, bias)
+        return self.layer.run(x, base, (x,), {}, plain=plain)
 
 
 class LinearLayer(InPlaceLayer):
@@ -80,11 +98,8 @@ class LinearLayer(InPlaceLayer):
         weight = held(self, "weight")
         return F.linear(x, weight.t() if self.stored_transposed else weight, held(self, "bias"))
 
-    def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-        matrix = weight.t() if self.stored_transposed else weight
-        return lambda x, bias: self.run(
-            x, partial(F.linear, weight=matrix, bias=bias), (x,), {}, plain=(matrix, bias)
-        )
+    def effective_weight(self, weight: Tensor, shares: list[Share]) -> EffectiveWeight:
+        return LinearWeight(self, weight, shares, self.stored_transposed)
 
     @classmethod
     def matrix(cls, module: nn.Module, part: str, weight: Tensor) -> Tensor:

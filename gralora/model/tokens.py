@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,10 +17,9 @@ from torch.nn import functional as F
 
 from gralora.engines.distributed import is_spread
 from gralora.engines.walk import modules
+from gralora.layers.effective_weight import EffectiveWeight
+from gralora.layers.lazy_weight import read_as
 from gralora.layers.running import forward_runs
-from gralora.layers.sums import Sum
-from gralora.layers.unevaluated import unevaluated
-from gralora.maths import autograd
 
 ROWS, INDICES = "trainable_tokens", "token_indices"
 """Behind the embedding's name, the keys of `adapter_state_dict` and of a file."""
@@ -64,16 +62,10 @@ class TokenRows(nn.Module):
             _running.reset(token)
 
     def read(self, weight: Tensor) -> Tensor:
-        """What whoever reads the weight gets: while a forward runs, the one with these rows, not
-        computed.
-        """
+        """The weight as code outside the module sees it: with these rows while a forward runs."""
         if not torch.compiler.is_compiling() and not forward_runs(None):
             return weight
-        product, look_up = partial(self.product, weight), partial(self.look_up, weight)
-        sum = Sum((weight, self.rows), self.put_into, product, False, look_up=look_up)
-        return (
-            cast(Tensor, unevaluated(sum)) if autograd.eager() else self.put_into(weight, self.rows)
-        )
+        return read_as(RowsWeight(weight, self))
 
     @property
     def rows(self) -> nn.Parameter:
@@ -106,6 +98,27 @@ class TokenRows(nn.Module):
         return y.index_copy(-1, self.indices, own.to(y.dtype))
 
 
+class RowsWeight(EffectiveWeight):
+    """The weight (V, H) of an embedding, or of a head that is tied to it, with trained rows."""
+
+    def __init__(self, weight: Tensor, copies: TokenRows) -> None:
+        super().__init__(weight)
+        self.copies = copies
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self.weight, self.copies.rows
+
+    def evaluate(self, weight: Tensor, *tensors: Tensor) -> Tensor:
+        return self.copies.put_into(weight, *tensors)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.copies.product(self.weight, x, bias)
+
+    def embedding(self, tokens: Tensor, padding_idx: int | None) -> Tensor:
+        return self.copies.look_up(self.weight, tokens, padding_idx)
+
+
 class TiedRows(TokenRows):
     """The same rows in a module that is tied to the embedding; it holds no tensor of its own."""
 
@@ -124,6 +137,10 @@ class TiedRows(TokenRows):
 
 def running(owner: nn.Module) -> TokenRows | None:
     """The rows with which the forward of `owner` runs now, where it reads its weight itself."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # which reads no context variable, and whose forward sets none
+        return None
     found = _running.get()
     return found[1] if found is not None and found[0] is owner else None
 

@@ -1,4 +1,4 @@
-"""Sums that nobody has computed, by their numbers; those who use them are in `test_unevaluated` and
+"""Effective weights by their numbers; code that reads them is in `test_lazy_weight` and
 `test_experts`.
 """
 
@@ -6,49 +6,83 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gralora.layers.sums import part_of, sum_of_one, swapped
-from gralora.maths import functional
+from gralora.layers.effective_weight import (
+    EffectiveWeight,
+    ExpertsWeight,
+    MatrixWeight,
+    UnreadableWeight,
+)
 
 from ..models import relative
 
 
-def one(transposed=False, hybrid_r=2):
+def one(transposed=False, hybrid_r=2, copies=()):
     torch.manual_seed(0)
-    A, B = torch.randn(2, 4, 6).double(), torch.randn(2, 6, 5).double()
+    A, B = torch.randn(*copies, 2, 4, 6).double(), torch.randn(*copies, 2, 6, 5).double()
     general = (
-        (torch.randn(hybrid_r, 8).double(), torch.randn(10, hybrid_r).double())
+        (torch.randn(*copies, hybrid_r, 8).double(), torch.randn(*copies, 10, hybrid_r).double())
         if hybrid_r
         else (None, None)
     )
-    weight = torch.randn(8, 10).double() if transposed else torch.randn(10, 8).double()
+    weight = torch.randn(*copies, *((8, 10) if transposed else (10, 8))).double()
     return weight, [((A, B, *general), 0.7, 0.0), ((A * 2, B - 1, None, None), 0.3, 0.0)]
 
 
+def value(weight):
+    return weight.evaluate(*weight.parameters)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("of_inputs", [False, True])
-def test_a_part_of_whole_blocks_is_a_part_of_the_sum(transposed, of_inputs):
-    weight, shares = one(transposed)
-    whole = sum_of_one(weight, shares, transposed)
-    dense = whole.evaluate(*whole.parameters)
-    matrix = dense.mT if transposed else dense
-    size = 4 if of_inputs else 5
-    for first in (0, size):
-        part = part_of(weight, shares, transposed, first, first + size, of_inputs)
-        wanted = matrix.narrow(int(of_inputs), first, size)
-        found = part.evaluate(*part.parameters)
-        assert relative(found.mT if transposed else found, wanted) < 1e-14
-        x = torch.randn(3, wanted.shape[1]).double()
-        assert relative(part.product(x, None), x @ wanted.mT) < 1e-14
-    for first, last in ((1, size), (0, size - 1), (0, 0)):
-        assert part_of(weight, shares, transposed, first, last, of_inputs) is None
+def test_a_transposed_matrix_is_the_same_with_a_and_b_in_each_others_place(transposed):
+    effective = MatrixWeight(*one(transposed), transposed)
+    turned = effective.transpose()
+    dense = value(effective)
+    assert torch.equal(value(turned), dense.mT) and torch.equal(value(turned.transpose()), dense)
+    for each, wanted in ((effective, dense), (turned, dense.mT)):
+        x, bias = torch.randn(3, wanted.shape[1]).double(), torch.randn(len(wanted)).double()
+        assert relative(each.linear(x, bias), F.linear(x, wanted, bias)) < 1e-14
 
 
-def test_the_transposed_map_is_the_same_with_a_and_b_in_each_others_place():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_are_selected_and_multiplied_with_their_adapters(transposed):
+    effective = ExpertsWeight(*one(transposed, copies=(3,)), transposed)
+    dense = value(effective)
+    assert relative(value(effective.index(1)), dense[1]) < 1e-14
+    for index in (slice(1, 3), torch.tensor([2, 2, 0])):
+        assert relative(value(effective.index(index)), dense[index]) < 1e-14
+    for each, wanted in ((effective, dense), (effective.transpose(), dense.mT)):
+        x = torch.randn(3, 4, wanted.shape[1]).double()
+        assert relative(each.bmm(x), torch.bmm(x, wanted)) < 1e-14
+        assert relative(value(each.index(2)), wanted[2]) < 1e-14
+        rows, ends = x.flatten(0, 1), torch.tensor([4, 8, 12])
+
+        def multiply(matrices, x=x):
+            return torch.bmm(x, matrices).flatten(0, 1)
+
+        assert relative(each.grouped(multiply, rows, ends), multiply(wanted)) < 1e-14
+
+
+def test_a_transposed_copy_takes_the_experts_apart_no_second_time():
+    effective = ExpertsWeight(*one(copies=(3,)))
+    turned = effective.transpose()
+    effective.index(0)
+    assert turned.apart is effective.apart and turned.apart
+
+
+def test_what_no_operation_serves_is_none_and_needs_the_sum():
     weight, shares = one()
-    whole, other = sum_of_one(weight, shares, False), sum_of_one(weight, swapped(shares), True)
-    assert relative(other.evaluate(*other.parameters), whole.evaluate(*whole.parameters)) < 1e-14
-    x = torch.randn(3, 10).double()
-    assert (
-        relative(other.product(x, None), F.linear(x, whole.evaluate(*whole.parameters).mT)) < 1e-14
-    )
-    assert functional.delta_weight(*shares[0][0], scaling=0.7).norm() > 1
+    effective = EffectiveWeight(weight, shares)
+    x = torch.ones(3, 8).double()
+    assert effective.linear(x, None) is effective.bmm(x) is effective.index(0) is None
+    assert effective.embedding(x, None) is effective.grouped(lambda w: w, x, x) is None
+    assert effective.transpose().transpose() is effective
+    assert effective.transpose().parameters[0] is weight
+
+
+def test_an_unreadable_weight_gives_its_form_and_raises_its_reason():
+    effective = UnreadableWeight(MatrixWeight(*one()), "the weight of this layer is sharded")
+    assert effective.linear(torch.ones(3, 8).double(), None) is None
+    assert effective.transpose().weight.shape == (8, 10)
+    for each in (effective, effective.transpose()):
+        with pytest.raises(ValueError, match="the weight of this layer is sharded"):
+            value(each)

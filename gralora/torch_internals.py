@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor as FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import batchnorm, conv, linear
 from torch.nn.modules import module as module_hooks
@@ -34,6 +36,11 @@ slow. Without it: use that.
 disable_torch_function = torch._C.DisableTorchFunctionSubclass
 """Within it a tensor subclass is treated as a plain tensor. Public: none. Without it: reading the
 shape of a lazy weight would call its own handlers for ever.
+"""
+
+DENSE_SUBCLASSES: tuple[type[Tensor], ...] = (FakeTensor, FunctionalTensor)
+"""What stands for plain tensors under export and make_fx. Public: none. Without them: the adapter of
+a weight that is read is missing from an exported program.
 """
 
 MODULE_CALL = nn.Module._call_impl.__code__

@@ -16,6 +16,8 @@ NAMES = [
     "torch._C._storage_Use_Count",
     "torch._C._autograd._top_saved_tensors_default_hooks",
     "torch.Tensor._make_wrapper_subclass",
+    "torch._subclasses.fake_tensor.FakeTensor",
+    "torch._subclasses.functional_tensor.FunctionalTensor",
     "torch.autograd.forward_ad._current_level",
     "torch.nn.Module._call_impl",
     "torch.nn.Module._replicate_for_data_parallel",
@@ -47,7 +49,8 @@ def test_pytorch_has(name):
 
 
 PRIVATE = re.compile(
-    r"\btorch\._|\bforward_ad\._|\bTensor\._make|nn\.Module\._[a-z]|parametrizations\._|import _[A-Z]"
+    r"\btorch\._|\bforward_ad\._|\bTensor\._make|nn\.Module\._[a-z]"
+    r"|parametrizations\._|import _[A-Z]"
 )
 
 

@@ -6,8 +6,8 @@ layer that becomes an adapted one), `parts` (maps that are no layers of their ow
 `linear`, `embedding`, `convolution`, `attention`, `experts`. `kinds` is their table: a new kind is
 a file here and a row there.
 
-Beside them: `unevaluated`, the weight of a map as others read it, with `sums`, what it stands for,
-`stand_in`, the tensor that does, and `running`, whether somebody computes; `loading`, what a state
-dict says of adapters; `scope`, what a `with` block switches; `pending`, what a forward that has
-been still needs of an adapter that acts no more; `still`, a frozen norm under an adapter.
+In addition: `effective_weight`, W + ΔW for code that reads the weight of a map, `lazy_weight`, the
+tensor that it gets, and `running`, whether a forward reads; `loading`, what a state dict says of
+adapters; `scope`, what a `with` block switches; `pending`, what a forward that has been still needs
+of an adapter that acts no more; `still`, a frozen norm under an adapter.
 """

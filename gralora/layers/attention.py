@@ -8,6 +8,7 @@ which projects with the adapters beside the weights. While none acts, it runs it
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
+from gralora.engines.distributed import is_spread
 from gralora.layers.adapter import GraloraAdapters
 from gralora.layers.class_change import InPlaceModule, change_class, held, restore_class, traced
+from gralora.layers.effective_weight import EffectiveWeight, MatrixWeight, Share
+from gralora.layers.lazy_weight import is_dense
 from gralora.layers.linear_map import PREFIX
 from gralora.layers.parts import PartHost, PartLayer, PartMap
 
@@ -58,6 +62,9 @@ class Projection(PartLayer):
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
         weight, bias = self._weight_and_bias()
         return (weight, bias) if type(weight) in (nn.Parameter, Tensor) else None
+
+    def effective_weight(self, weight: Tensor, shares: list[Share]) -> EffectiveWeight:
+        return MatrixWeight(weight, shares)
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         own = self.map
@@ -144,11 +151,16 @@ class ReadProjection(InPlaceModule):
 
     _prefix = "Read"
 
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        if name != "weight" or READER not in self.__dict__:
+    @property
+    def effective_names(self) -> Container[str]:
+        return ("weight", "bias")
+
+    def effective_parameter(self, name: str, value: Tensor) -> Tensor:
+        attention = self.__dict__.get(READER)
+        if attention is None or name not in self.effective_names:
             return value
-        return self.__dict__[READER]._modules[PREFIX + "out_proj"].read(value)
+        projection: Projection = attention.get_submodule(PREFIX + "out_proj")
+        return projection.read(value) if name == "weight" else projection.read_bias(value)
 
 
 class GraloraMultiheadAttention(PartHost):
@@ -164,22 +176,35 @@ class GraloraMultiheadAttention(PartHost):
         if isinstance(value, ReadProjection):
             value.__dict__[READER] = self
 
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        if name not in WEIGHTS or not isinstance(value, Tensor):
+    @property
+    def effective_names(self) -> Container[str]:
+        return (*WEIGHTS, "in_proj_bias")
+
+    def effective_parameter(self, name: str, value: Tensor) -> Tensor:
+        if name not in self.effective_names or not (is_dense(value) or is_spread(value)):
             return value
-        if type(value) not in (Tensor, nn.Parameter):
+        if name not in (WEIGHTS[0], "in_proj_bias"):
+            reader = self._reader(name.removesuffix("_weight"))
+            return value if reader is None else reader.read(value)
+        readers = [self._reader(part) for part in PACKED]
+        if readers == [None, None, None]:
             return value
-        projections = [layer for layer in self.part_layers() if isinstance(layer, Projection)]
-        held = [each for each in projections if each.map.place[1] == name and each.acts]
-        if not held:
-            return value
-        if name != WEIGHTS[0]:
-            return held[0].read(value)
-        acting = {each.part: each for each in held}
-        thirds = {part: third(value, part) for part in PACKED}
-        parts = [acting[part].read(own) if part in acting else own for part, own in thirds.items()]
-        return value if all(type(part) is Tensor for part in parts) else torch.cat(parts)
+        thirds = [third(value, part) for part in PACKED]
+        parts = [
+            own
+            if reader is None
+            else reader.read(own)
+            if name == WEIGHTS[0]
+            else reader.read_bias(own)
+            for own, reader in zip(thirds, readers, strict=True)
+        ]
+        unread = all(part is own for part, own in zip(parts, thirds, strict=True))
+        return value if unread else torch.cat(parts)
+
+    def _reader(self, part: str) -> Projection | None:
+        """The projection, if an adapter changes what it computes."""
+        projection = self._modules.get(PREFIX + part)
+        return projection if isinstance(projection, Projection) and projection.acts else None
 
     def forward(
         self,

@@ -22,11 +22,11 @@ from gralora.engines.distributed import is_spread
 from gralora.engines.walk import named_modules
 from gralora.layers.adapter import GraloraAdapter, GraloraAdapters, Shares
 from gralora.layers.class_change import join
+from gralora.layers.effective_weight import EffectiveWeight, Share, UnreadableWeight
+from gralora.layers.lazy_weight import is_dense, read_as
 from gralora.layers.linear_map import CHILD, PREFIX, LinearMap
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import Rows
-from gralora.layers.sums import Share, Sum, evaluation, part_of
-from gralora.layers.unevaluated import unevaluated
 from gralora.maths import autograd, functional
 from gralora.torch_internals import has_hooks
 
@@ -62,6 +62,7 @@ class GraloraLayer(nn.Module):
         plain: tuple[Tensor, Tensor | None] | None = None,
         dim: int | None = None,
         update: Callable[..., Tensor] | None = None,
+        with_biases: bool = True,
     ) -> Any:
         """base() plus the updates of the adapters in use, in the dtype of base().
 
@@ -71,6 +72,7 @@ class GraloraLayer(nn.Module):
             plain: (weight (out, in), bias), if base() is exactly x @ Wᵀ + b with these.
             dim: the axis of the batch in `x`; None where the map takes any.
             update: computes one adapter's update, in place of `self.update`.
+            with_biases: whether the biases of the adapters are added too.
         """
         adapters = cast(GraloraAdapters, self.__dict__["_modules"][CHILD])
         mode = adapters.mode
@@ -80,21 +82,28 @@ class GraloraLayer(nn.Module):
         fused = self.can_fuse(x, applied)
         if fused and plain is not None and not isinstance(mode, Rows):
             (adapter, weight), applied = applied[0], applied[1:]
-            bias = add_bias(plain[1], adapter.bias_times(weight))
+            bias = plain[1]
+            if with_biases and bias is not None:
+                bias = self.add_to_output(bias, adapter.bias_times(weight))
             y = autograd.linear_with_adapter(x, plain[0], bias, *adapter.arguments(weight))
         else:
             y = base()
             if not isinstance(y, Tensor):
                 return self.forward_with_effective_weight(*base.args, **base.keywords)
+
+        def whole_update(x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
+            own = (update or self.update)(x, adapter=adapter, share=share)
+            return self.add_to_output(own, adapter.bias_times(share) if with_biases else None)
+
         if isinstance(mode, Rows):
-            return self._add_by_row(y, x, mode, dim, update or self.update, fused)
+            return self._add_by_row(y, x, mode, dim, whole_update, fused)
         for adapter, weight in applied:
             if fused:
                 y = autograd.add_adapter_(y, x, *adapter.arguments(weight))
+                y = self.add_to_output(y, adapter.bias_times(weight) if with_biases else None)
             else:
-                own = partial(update or self.update, adapter=adapter, share=weight)
+                own = partial(whole_update, adapter=adapter, share=weight)
                 y = (y + functional.within(x, own)).to(y.dtype)
-            y = self.add_to_output(y, adapter.bias_times(weight))
         return y
 
     def add_to_output(self, y: Tensor, bias: Tensor | None) -> Tensor:
@@ -148,61 +157,70 @@ class GraloraLayer(nn.Module):
             update = autograd.updates_of_groups(x, counts, [group[:2] for group in groups])
         else:
             parts = zip(chosen, torch.split(x, counts, dim), strict=True)
-            updates = (self.add_to_output(update_of(part, a, 1.0), a.bias) for a, part in parts)
-            update = torch.cat(list(updates), dim)
+            update = torch.cat([update_of(part, adapter, 1.0) for adapter, part in parts], dim)
         return y.index_add(dim, adapted, update.to(y.dtype))
 
     def read(self, weight: Tensor) -> Tensor:
-        """What whoever reads the weight of the map gets: itself, but while a forward runs what
-        acts, W + Σ weight * ΔW.
+        """The weight as code outside the map sees it: W + ΔW of the active adapters while a forward
+        runs, else the parameter; always the parameter if its layer alone can read it.
 
         Args:
             weight: the parameter that holds the map.
         """
         adapters = cast("GraloraAdapters | None", self._modules.get(CHILD))
-        if (
-            adapters is None
-            or not (adapters.active or adapters.blocks or adapters.replica_mode)
-            or type(weight) not in (Tensor, nn.Parameter)
-        ):
+        if adapters is None or not (adapters.active or adapters.blocks or adapters.replica_mode):
             return weight
-        if not self.is_read(weight):
+        sharded = is_spread(weight)
+        if not (sharded or is_dense(weight)) or not self.is_read(weight):
             return weight
         mode = adapters.mode
         applied = adapters.to_apply if mode is None else adapters.applied_in(mode)
         if not applied:
             return weight
-        sum = self.sum(weight, [adapter.arguments(share) for adapter, share in applied])
-        if isinstance(mode, Rows):
-            sum = sum._replace(evaluate=self._refuse_rows, stack=None, part=None)
-        if not autograd.eager():
-            return sum.evaluate(*sum.parameters)
-        return cast(Tensor, unevaluated(sum))
-
-    def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
-        """What `weight` stands for with these adapters: W + Σ ΔW."""
-        parameters, evaluate = evaluation(weight, shares, self.map.in_layout)
-        product, turned = self.product(weight), self.map.transposed
-        part = None if product is None else partial(part_of, weight, shares, turned)
-        return Sum(parameters, evaluate, product, turned, part=part)
-
-    def _refuse_rows(self, *tensors: Tensor) -> Tensor:
-        raise ValueError(
-            f"the weight of {self} is read whole, and can't be another one for every row of the"
-            " batch."
+        effective = self.effective_weight(
+            weight, [adapter.arguments(share) for adapter, share in applied]
         )
+        if isinstance(mode, Rows):
+            effective = UnreadableWeight(
+                effective,
+                f"the weight of {self} is read whole, and can't be another one for every row of the"
+                " batch.",
+            )
+        elif sharded:
+            effective = UnreadableWeight(
+                effective,
+                f"the weight of {self} is sharded over processes, and another module needs the"
+                " values of W + ΔW, which no process holds. Call the layer instead.",
+            )
+        return read_as(effective)
+
+    def read_bias(self, bias: Tensor) -> Tensor:
+        """The bias as code outside the map sees it: with what the adapters in use add to it while a
+        forward runs.
+        """
+        adapters = self.gralora_adapters
+        if not any(adapters[name].bias is not None for name in adapters):
+            return bias
+        if not self.is_read(bias):
+            return bias
+        mode = adapters.mode
+        for adapter, weight in adapters.applied_in(mode):
+            difference = adapter.bias_times(weight)
+            if difference is not None and isinstance(mode, Rows):
+                raise ValueError(
+                    f"mixed_batch: the bias of {self} is read by another module, and cannot differ"
+                    " from row to row."
+                )
+            bias = bias if difference is None else (bias + difference).to(bias.dtype)
+        return bias
+
+    def effective_weight(self, weight: Tensor, shares: list[Share]) -> EffectiveWeight:
+        """W + ΔW with these adapters, for code that reads the weight."""
+        return LayerWeight(self, weight, shares)
 
     def is_read(self, weight: Tensor) -> bool:
-        """Whether whoever reads the weight now means to compute with it, and is not the map
-        itself.
-        """
-        return forward_runs(self.map.module)
-
-    def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-        """x (..., in), bias -> what the map makes of them with its adapters; None if it is no
-        matrix.
-        """
-        return None
+        """Whether the code that reads the weight now computes with it, outside the map itself."""
+        return torch.compiler.is_compiling() or forward_runs(self.map.module)
 
     def delta_weight(self, adapter_name: str | None = None) -> Tensor:
         """ΔW in the layout of the weight: of one adapter, or the weighted sum of the active
@@ -227,11 +245,15 @@ class GraloraLayer(nn.Module):
         self.gralora_adapters.training = self.training
 
 
-def add_bias(bias: Tensor | None, difference: Tensor | None) -> Tensor | None:
-    """A bias plus what an adapter adds to it, in the dtype of the bias."""
-    if bias is None or difference is None:
-        return bias
-    return (bias + difference).to(bias.dtype)
+class LayerWeight(EffectiveWeight):
+    """The effective weight of a layer, in the layout that the layer says."""
+
+    def __init__(self, layer: GraloraLayer, weight: Tensor, shares: list[Share]) -> None:
+        super().__init__(weight, shares)
+        self.layer = layer
+
+    def in_layout(self, delta: Tensor) -> Tensor:
+        return self.layer.map.in_layout(delta)
 
 
 def name_of(path: str, layer: GraloraLayer) -> str:

@@ -8,6 +8,7 @@ be handed out this way is in `InPlaceModule`.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Container
 from types import MethodType
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -68,9 +69,16 @@ class InPlaceModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
         own = self.__dict__
-        if value is not None and (name in own["_parameters"] or name in own["_buffers"]):
-            return self.effective_parameter(name, value)
-        return value
+        if value is None or not (name in own["_parameters"] or name in own["_buffers"]):
+            return value
+        if isinstance(value, Proxy):
+            return _traced_read(self, name, value) if name in self.effective_names else value
+        return self.effective_parameter(name, value)
+
+    @property
+    def effective_names(self) -> Container[str]:
+        """The parameters that may read as something else than they are."""
+        return ()
 
     def effective_parameter(self, name: str, value: Tensor) -> Tensor:
         """What code that reads a parameter or buffer by its name gets; `value` is the module's
@@ -192,6 +200,15 @@ def traced(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             tracer: Any = value.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
     return None
+
+
+def _traced_read(module: nn.Module, name: str, proxy: Proxy) -> Any:
+    """The node of a graph that reads a parameter of `module` each time, where torch.fx would take
+    the parameter itself.
+    """
+    tracer: Any = proxy.tracer
+    owner = tracer.create_proxy("get_attr", tracer.path_of_module(module), (), {})
+    return tracer.create_proxy("call_function", getattr, (owner, name), {})
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

@@ -8,7 +8,6 @@ with A; ΔW is never made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -18,11 +17,13 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from gralora.config import GraloraConfig
+from gralora.engines.distributed import is_spread
 from gralora.layers.adapter import GraloraAdapter, Shares
 from gralora.layers.class_change import held, traced
+from gralora.layers.effective_weight import EffectiveWeight, Share
 from gralora.layers.in_place import InPlaceLayer, InPlaceMap
+from gralora.layers.linear import LinearWeight
 from gralora.layers.running import forward_runs
-from gralora.layers.sums import Share, Sum
 from gralora.maths import functional
 from gralora.maths.functional import Tensors
 
@@ -64,27 +65,19 @@ class GraloraEmbedding(InPlaceLayer):
         tokens = args[0] if len(args) == 1 and not kwargs else self.input_of(args, kwargs)
         if isinstance(tokens, Proxy):
             return cast(Tensor, traced(self, args, kwargs))
-        if type(held(self, "weight")) not in (
-            nn.Parameter,
-            Tensor,
-        ):  # quantised: it knows alone how to look up
+        if self.map.packed or is_spread(held(self, "weight")):  # the base alone can look up
             base = partial(self.own_forward, *args, **kwargs)
-            return cast(Tensor, self.apply_adapters(tokens[..., None], base))
+            y: Tensor = self.apply_adapters(tokens[..., None], base)
+            return y
         if self.is_plain() and "_base_instance_forward" not in self.__dict__:
-            return self._look_up(held(self, "weight"), tokens, self.padding_idx)
+            return self.look_up(held(self, "weight"), tokens, self.padding_idx)
         return cast(Tensor, self.base_forward(*args, **kwargs))  # which reads W + ΔW
 
     def is_read(self, weight: Tensor) -> bool:
         return torch.compiler.is_compiling() or forward_runs(None)
 
-    def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
-        return super().sum(weight, shares)._replace(look_up=partial(self._look_up, weight))
-
-    def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """As a head that uses the embedding's weight."""
-        return lambda x, bias: self.apply_adapters(
-            x, partial(F.linear, x, weight, bias), plain=(weight, bias)
-        )
+    def effective_weight(self, weight: Tensor, shares: list[Share]) -> EffectiveWeight:
+        return EmbeddingWeight(self, weight, shares)
 
     def can_fuse(self, x: Tensor, applied: Shares) -> bool:
         return x.is_floating_point() and super().can_fuse(x, applied)
@@ -94,7 +87,7 @@ class GraloraEmbedding(InPlaceLayer):
         update: Tensor = adapter(x, share, None if x.is_floating_point() else self._rows)
         return update
 
-    def _look_up(self, weight: Tensor, tokens: Tensor, padding_idx: int | None) -> Tensor:
+    def look_up(self, weight: Tensor, tokens: Tensor, padding_idx: int | None) -> Tensor:
         # an axis more, so that what is said of the axes of inputs holds for tokens too
         base = partial(F.embedding, tokens, weight, padding_idx)
         return cast(Tensor, self.apply_adapters(tokens[..., None], base))
@@ -140,3 +133,12 @@ class EmbeddingMap(InPlaceMap):
         if self.module.scale_grad_by_freq:
             return "has scale_grad_by_freq=True, which an adapter's gradients do not know"
         return super().reason_unfit()
+
+
+class EmbeddingWeight(LinearWeight):
+    """The effective weight of an embedding: that of a head, and of a look-up."""
+
+    layer: GraloraEmbedding
+
+    def embedding(self, tokens: Tensor, padding_idx: int | None) -> Tensor | None:
+        return None if self.transposed else self.layer.look_up(self.weight, tokens, padding_idx)

@@ -1,14 +1,15 @@
 """Fused experts: one 3-D parameter that holds the weights of many, (experts, out, in) or (experts,
 in, out).
 
-Each expert has an adapter of its own. Which tokens an expert gets is known to its module alone, so
-within a forward whoever reads the parameter by its name reads W + ΔW, unevaluated
-(`unevaluated.py`): choosing an expert chooses its adapter with it, and a product with the chosen
-weights, one by one, batched or grouped, is the base's and the adapters' own.
+Each expert has an adapter of its own. Which tokens an expert gets is known to its module alone. So
+code that reads the parameter within a forward gets W + ΔW, not computed (`lazy_weight`): selecting
+an expert selects its adapter, and a product with the selected weights, one by one, batched or
+grouped, is the base's plus the adapters' own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,14 +19,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gralora.engines.distributed import is_spread
 from gralora.layers.adapter import GraloraAdapters
 from gralora.layers.class_change import change_class, traced
+from gralora.layers.effective_weight import EffectiveWeight, ExpertsWeight, Share
 from gralora.layers.linear_map import PREFIX
 from gralora.layers.parts import PartHost, PartLayer, PartMap
 from gralora.layers.running import forward_runs
 from gralora.layers.scope import OFF, Only, Rows, switched
-from gralora.layers.sums import Share, Sum, sum_of_many
+from gralora.torch_internals import in_backward, saved_tensor_hooks
 
 _read: ContextVar[dict[tuple[int, bool, int], Tensor] | None] = ContextVar(
     "gralora_experts", default=None
@@ -46,8 +47,8 @@ class ExpertWeights(PartLayer):
     def is_read(self, weight: Tensor) -> bool:
         return torch.compiler.is_compiling() or forward_runs(None)
 
-    def sum(self, weight: Tensor, shares: list[Share]) -> Sum:
-        return sum_of_many(weight, shares, self.map.transposed)
+    def effective_weight(self, weight: Tensor, shares: list[Share]) -> EffectiveWeight:
+        return ExpertsWeight(weight, shares, self.map.transposed)
 
 
 class ExpertsMap(PartMap):
@@ -175,29 +176,27 @@ class GraloraExperts(PartHost):
         finally:
             _read.reset(token)
 
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        # engines that keep it elsewhere read it outside of a forward
-        if (
-            name not in self.__dict__["_parameters"]
-            or not isinstance(value, Tensor)
-            or value.is_meta
-            or is_spread(value)
-        ):
-            return value
-        layer = self.__dict__["_modules"].get(PREFIX + name)
+    @property
+    def effective_names(self) -> Container[str]:
+        parts = [layer.part for layer in self.part_layers()]
+        return {*parts, *(f"{part}_bias" for part in parts)}
+
+    def effective_parameter(self, name: str, value: Tensor) -> Tensor:
+        layers = self.__dict__["_modules"]
+        biased = layers.get(PREFIX + name.removesuffix("_bias"))
+        if name.endswith("_bias") and isinstance(biased, ExpertWeights):
+            return biased.read_bias(value)
+        layer = layers.get(PREFIX + name)
         if not isinstance(layer, ExpertWeights):
             return value
         if torch.compiler.is_compiling():
             return layer.read(value)
-        if not layer.is_read(
-            value
-        ):  # an engine brings the parameter or takes it away, within the forward
+        if not layer.is_read(value):  # an engine fetches or frees the parameter in the forward
             return value
         # what a checkpoint runs again must save the same tensors in the same order: it shares no
         # reading with what is around
         region, read = _checkpoint(), _read.get()
-        if read is None and region is not None and torch._C._current_graph_task_id() != -1:
+        if read is None and region is not None and in_backward():
             read = _read_again.setdefault(region, {})
         key = (id(layer), torch.is_grad_enabled(), id(region))
         if read is None:
@@ -211,5 +210,5 @@ def _checkpoint() -> Any:
     """What tells one checkpointed region from another, within one: the hook by which it packs what
     is saved.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = saved_tensor_hooks()
     return None if hooks is None else hooks[0]

@@ -6,6 +6,7 @@ The other kind, maps that are parts of a module, is in `parts.py`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Container
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -78,8 +79,6 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
         """The base's forward, in which the weight is the parameter, whoever reads it there: the
         update is added to what it returns.
         """
-        if torch.compiler.is_compiling():
-            return self.base_forward(*args, **kwargs)
         outer, _running.layer = _running.layer, self
         try:
             return self.base_forward(*args, **kwargs)
@@ -87,26 +86,25 @@ class InPlaceLayer(GraloraLayer, InPlaceModule):
             _running.layer = outer
 
     def forward_with_effective_weight(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return super().forward_with_effective_weight(*args, **kwargs)
         outer, _running.reading = _running.reading, self
         try:
             return self.base_forward(*args, **kwargs)
         finally:
             _running.reading = outer
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            weight = self.__dict__["_parameters"].get(name)
-            if weight is not None:
-                return weight if _running.layer is self else self.read(weight)
-        return super().__getattr__(name)
+    @property
+    def effective_names(self) -> Container[str]:
+        return ("weight", "bias")
+
+    def effective_parameter(self, name: str, value: Tensor) -> Tensor:
+        if name not in self.effective_names or _running.layer is self:
+            return value
+        return self.read(value) if name == "weight" else self.read_bias(value)
 
     def is_read(self, weight: Tensor) -> bool:
-        if (
-            torch.compiler.is_compiling()
-        ):  # where nobody can look who it is; a plain layer itself does not ask
-            return self.is_plain()
+        # a plain layer does not read its own weight, and the forward of another says that it runs
+        if torch.compiler.is_compiling():
+            return True
         return forward_runs(None if _running.reading is self else self)
 
     @classmethod

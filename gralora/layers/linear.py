@@ -4,7 +4,6 @@ transposed one of GPT-2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -15,8 +14,29 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gralora.config import GraloraConfig
+from gralora.layers.base import GraloraLayer
 from gralora.layers.class_change import held
+from gralora.layers.effective_weight import EffectiveWeight, MatrixWeight, Share
 from gralora.layers.in_place import InPlaceLayer, InPlaceMap
+
+
+class LinearWeight(MatrixWeight):
+    """The effective weight of a layer: a product with it is one of the layer."""
+
+    by_layer = True
+
+    def __init__(
+        self, layer: GraloraLayer, weight: Tensor, shares: list[Share], transposed: bool = False
+    ) -> None:
+        super().__init__(weight, shares, transposed)
+        self.layer = layer
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        if self.transposed:
+            return None
+        base = partial(F.linear, x, self.weight, bias)
+        y: Tensor = self.layer.apply_adapters(x, base, plain=(self.weight, bias), with_biases=False)
+        return y
 
 
 class LinearLayer(InPlaceLayer):
@@ -34,11 +54,8 @@ class LinearLayer(InPlaceLayer):
         weight = held(self, "weight")
         return F.linear(input, weight.t() if self.stored_transposed else weight, held(self, "bias"))
 
-    def product(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-        matrix = weight.t() if self.stored_transposed else weight
-        return lambda x, bias: self.apply_adapters(
-            x, partial(F.linear, x, matrix, bias), plain=(matrix, bias)
-        )
+    def effective_weight(self, weight: Tensor, shares: list[Share]) -> EffectiveWeight:
+        return LinearWeight(self, weight, shares, self.stored_transposed)
 
     @torch.no_grad()
     def computed_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:

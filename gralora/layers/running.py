@@ -18,6 +18,8 @@ FORWARDS = {"forward", "training_step", "validation_step", "test_step", "predict
 ENGINES = ("torch.distributed", "torch.nn.parallel", "accelerate", "deepspeed", "diffusers.hooks")
 """Packages that keep parameters elsewhere, and fetch them when a forward begins."""
 
+_WITHIN = tuple(f"{package}." for package in ENGINES)  # not "accelerated_models"
+
 
 def forward_runs(module: nn.Module | None) -> bool:
     """Whether this thread is within the forward of some module, the innermost of which is not
@@ -30,7 +32,7 @@ def forward_runs(module: nn.Module | None) -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if str(frame.f_globals.get("__name__")).startswith(ENGINES):
+        if f"{frame.f_globals.get('__name__')}.".startswith(_WITHIN):
             return False
         if code is MODULE_CALL or code.co_name in FORWARDS:
             owner = frame.f_locals.get("self")

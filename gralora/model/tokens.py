@@ -8,7 +8,6 @@ to the embedding follows it: there the same rows are outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,10 +17,9 @@ from torch.nn import functional as F
 from gralora.engines.distributed import is_spread
 from gralora.engines.walk import modules
 from gralora.layers.class_change import InPlaceModule
+from gralora.layers.effective_weight import EffectiveWeight
+from gralora.layers.lazy_weight import read_as
 from gralora.layers.running import forward_runs
-from gralora.layers.sums import Sum
-from gralora.layers.unevaluated import unevaluated
-from gralora.maths import autograd
 from gralora.model.partial_copies import PartialCopy
 
 ROWS, INDICES = "trainable_tokens", "token_indices"
@@ -51,15 +49,9 @@ class TokenRows(PartialCopy):
         return super().call(owner, *args, **kwargs)
 
     def read(self, name: str, value: Tensor) -> Tensor:
-        """While a forward runs, the weight with these rows, not computed."""
+        """The weight as code outside the module sees it: with these rows while a forward runs."""
         inside = torch.compiler.is_compiling() or forward_runs(None)
-        return self.effective(value) if name == "weight" and inside else value
-
-    def effective(self, weight: Tensor) -> Tensor:
-        product, look_up = partial(self.product, weight), partial(self.look_up, weight)
-        sum = Sum((weight, self.rows), self.put_into, product, False, look_up=look_up)
-        eager = autograd.eager()
-        return cast(Tensor, unevaluated(sum)) if eager else self.put_into(weight, self.rows)
+        return read_as(RowsWeight(value, self)) if name == "weight" and inside else value
 
     @property
     def rows(self) -> nn.Parameter:
@@ -90,6 +82,27 @@ class TokenRows(PartialCopy):
         own = F.linear(x, self.rows.to(x.dtype), None if bias is None else bias[self.indices])
         y = F.linear(x, weight, bias)
         return y.index_copy(-1, self.indices, own.to(y.dtype))
+
+
+class RowsWeight(EffectiveWeight):
+    """The weight (V, H) of an embedding, or of a head that is tied to it, with trained rows."""
+
+    def __init__(self, weight: Tensor, copies: TokenRows) -> None:
+        super().__init__(weight)
+        self.copies = copies
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self.weight, self.copies.rows
+
+    def evaluate(self, weight: Tensor, *tensors: Tensor) -> Tensor:
+        return self.copies.put_into(weight, *tensors)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.copies.product(self.weight, x, bias)
+
+    def embedding(self, tokens: Tensor, padding_idx: int | None) -> Tensor:
+        return self.copies.look_up(self.weight, tokens, padding_idx)
 
 
 class TiedRows(TokenRows):

@@ -637,6 +637,51 @@ def test_parallelising_an_adapted_layer_is_refused_with_the_right_order_told(pro
     processes.run(_parallelised_later)
 
 
+class Reading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.feed, self.how = Feed(), None
+
+    def forward(self, x):
+        return self.how(x, self.feed.up)
+
+
+def _sharded_and_read(rank):
+    """Another module reads a weight that is sharded: its form and products, but not its values."""
+    torch.manual_seed(0)
+    mesh, x = init_device_mesh("cpu", (WORLD,)), torch.randn(4, 12)
+    model = Reading()
+    parallelize_module(model.feed, mesh, PLAN)
+    gralora.inject(model, ["up"], random_config())
+    up = model.feed.up
+
+    def form(x, up):
+        weight = up.weight
+        return weight.shape, weight.dtype, weight.device, weight.requires_grad
+
+    model.how = form
+    assert model(x)[:3] == (up.weight.shape, up.weight.dtype, up.weight.device)
+    called = up(x)
+    model.how = lambda x, up: nn.functional.linear(x, up.weight, up.bias)
+    found = model(distribute_tensor(x, mesh, [Replicate()]))
+    torch.testing.assert_close(found.full_tensor().chunk(WORLD, -1)[rank], called)
+    for values in (
+        lambda x, up: up.weight * 2,
+        lambda x, up: up.weight.full_tensor(),
+        lambda x, up: up.weight.to_local(),
+        lambda x, up: up.weight.t().sum(),
+    ):
+        model.how = values
+        refused(lambda: model(x), "the weight of .*GraloraLinear", "is sharded over processes")
+    with gralora.disable_adapter(model):
+        model.how = lambda x, up: up.weight
+        assert model(x) is up.weight
+
+
+def test_a_sharded_weight_that_another_module_reads_names_its_layer(processes):
+    processes.run(_sharded_and_read)
+
+
 def _spread_kinds(rank):
     mesh = init_device_mesh("cpu", (WORLD,))
     conv = nn.Conv1d(4, 4, 3)

@@ -375,11 +375,13 @@ def iterated(self, x, ids):
     return torch.stack(products)[ids, torch.arange(len(x))]
 
 
-def grouped(self, x, ids):
+def grouped(self, x, ids, named=False):
     order = ids.argsort(stable=True)
     offs = ids.bincount(minlength=4).cumsum(0).to(torch.int32)
     grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
     weight = self.up if self.is_transposed else self.up.transpose(-2, -1)
+    if named and hasattr(F, "grouped_mm"):
+        return grouped_mm(offs=offs, mat_b=weight, mat_a=x[order])[order.argsort()]
     return grouped_mm(x[order], weight, offs=offs)[order.argsort()]
 
 
@@ -398,6 +400,25 @@ WAYS = {
         ids, torch.arange(len(x))
     ],
     "grouped": grouped,
+    "grouped, by name": lambda self, x, ids: grouped(self, x, ids, named=True),
+    "batched, by name": lambda self, x, ids: torch.bmm(
+        input=x[:, None], mat2=self.matrix(self.up[ids]).mT
+    )[:, 0],
+    "permuted": lambda self, x, ids: torch.bmm(
+        x[:, None], self.matrix(self.up[ids]).permute(0, 2, 1)
+    )[:, 0],
+    "broadcast": lambda self, x, ids: (x[None] @ self.matrix(self.up).mT)[
+        ids, torch.arange(len(x))
+    ],
+    "a matrix and a stack": lambda self, x, ids: torch.matmul(x, self.matrix(self.up).mT)[
+        ids, torch.arange(len(x))
+    ],
+    "a stack and a matrix": lambda self, x, ids: (self.matrix(self.up) @ x.mT).mT[
+        ids, torch.arange(len(x))
+    ],
+    "four axes": lambda self, x, ids: (x[None, None] @ self.matrix(self.up).mT)[
+        0, ids, torch.arange(len(x))
+    ],
     "by a mask": lambda self, x, ids: torch.bmm(
         x.expand(4, -1, -1), self.matrix(self.up[torch.arange(4) >= 0]).mT
     )[ids, torch.arange(len(x))],
@@ -450,14 +471,7 @@ def of_experts(model, x, ids):
 def test_however_experts_are_chosen_the_numbers_are_those_of_w_plus_delta_w(
     how, transposed, hybrid_r
 ):
-    if (
-        how == "grouped"
-        and transposed is False
-        and not hasattr(F, "grouped_mm")
-        and not hasattr(torch, "_grouped_mm")
-    ):
-        return
-    dtype = torch.float32 if how == "grouped" else torch.float64  # which PyTorch has for no other
+    dtype = torch.float32 if "grouped" in how else torch.float64  # which PyTorch has for no other
     model = Stacked(how, transposed)
     gralora.inject(model, ["up"], random_config(hybrid_r=hybrid_r))
     plain = Stacked("one by one", transposed)

@@ -331,3 +331,30 @@ def test_embeddings_whose_rows_cannot_be_trained_are_refused():
         with pytest.raises(ValueError, match=why):
             gralora.inject(model, ["1"], GraloraConfig(r=2, trainable_token_indices={"0": [1]}))
         assert type(model[1]) is nn.Linear
+
+
+class CalledAndRead(nn.Module):
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding, self.q_proj = embedding, nn.Linear(8, 8)
+
+    def forward(self, x):
+        hidden = self.q_proj(self.embedding(x))
+        return F.linear(hidden, self.embedding.weight) + hidden @ self.embedding.weight.t()
+
+
+ENGINES = {
+    "compile": lambda model, x: torch.compile(model, backend="aot_eager", fullgraph=True)(x),
+    "export": lambda model, x: torch.export.export(model, (x,), strict=False).module()(x),
+    "fx": lambda model, x: torch.fx.symbolic_trace(model)(x),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("embedding", [nn.Embedding, Scaled])
+def test_every_engine_looks_up_and_reads_the_trained_rows(embedding, engine):
+    base, x = CalledAndRead(embedding(20, 8)), TOKENS % 20
+    model = trained(copy.deepcopy(base))
+    wanted = model(x)
+    assert relative(ENGINES[engine](model, x), wanted) < 1e-5
+    assert relative(base(x), wanted) > 1e-2

@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import gralora
 from benchmarks.speed._counting import Kernels
-from gralora.layers.unevaluated import UnevaluatedWeight
+from gralora.layers.effective_weight import EffectiveWeight, MatrixWeight
+from gralora.layers.lazy_weight import LazyWeight, read_as
 
 from ..models import Doubled, random_config, randomize_, relative
+from .test_effective_weight import one
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -64,12 +66,51 @@ HOW = {
     "matmul": lambda self, x: x @ self.fc.weight.T + self.fc.bias,
     "mT": lambda self, x: x.matmul(self.fc.weight.mT) + self.fc.bias,
     "transpose": lambda self, x: x @ self.fc.weight.transpose(0, 1) + self.fc.bias,
+    "linear, by name": lambda self, x: F.linear(input=x, weight=self.fc.weight, bias=self.fc.bias),
+    "mm, by name": lambda self, x: (
+        torch.mm(x.flatten(0, 1), mat2=self.fc.weight.t()).view_as(x) + self.fc.bias
+    ),
+    "mm, all by name": lambda self, x: (
+        torch.mm(input=x.flatten(0, 1), mat2=self.fc.weight.t()).view_as(x) + self.fc.bias
+    ),
+    "matmul, by name": lambda self, x: (
+        torch.matmul(input=x, other=self.fc.weight.t()) + self.fc.bias
+    ),
+    "linalg": lambda self, x: torch.linalg.matmul(x, self.fc.weight.mT) + self.fc.bias,
+    "transpose, by name": lambda self, x: (
+        x @ torch.transpose(self.fc.weight, dim0=-1, dim1=0) + self.fc.bias
+    ),
+    "swapaxes, by name": lambda self, x: (
+        x @ self.fc.weight.swapaxes(axis0=0, axis1=1) + self.fc.bias
+    ),
+    "permute": lambda self, x: x @ self.fc.weight.permute(1, 0) + self.fc.bias,
+    "permute, by name": lambda self, x: (
+        x @ torch.permute(self.fc.weight, dims=(-1, -2)) + self.fc.bias
+    ),
+    "permuted to itself": lambda self, x: F.linear(x, self.fc.weight.permute((0, 1)), self.fc.bias),
+    "mm, with out": lambda self, x: (
+        torch.stack(
+            [
+                torch.mm(each, self.fc.weight.detach().t(), out=torch.empty_like(each))
+                + self.fc.bias
+                for each in x.detach()
+            ]
+        )
+        * 0
+        + F.linear(x, self.fc.weight, self.fc.bias)
+    ),
+    "cast to what it is": lambda self, x: F.linear(x, self.fc.weight.type_as(x), self.fc.bias),
+    "cast to double": lambda self, x: F.linear(x, self.fc.weight.double(), self.fc.bias),
+    "addmm, by name": lambda self, x: torch.addmm(
+        self.fc.bias, mat1=x.flatten(0, 1), mat2=self.fc.weight.t()
+    ).view_as(x),
     "addmm": (
         lambda self, x: torch.addmm(self.fc.bias, x.flatten(0, 1), self.fc.weight.t()).view_as(x)
     ),
     "from the left": lambda self, x: (
         (self.fc.weight @ x[0].mT).mT.expand_as(x) * 0 + F.linear(x, self.fc.weight, self.fc.bias)
     ),
+    "from the left, in a batch": lambda self, x: (self.fc.weight @ x.mT).mT + self.fc.bias,
     "helper": lambda self, x: self.helper(x, self.fc),
     "variable": in_a_variable,
     "cast": lambda self, x: F.linear(x, self.fc.weight.to(x.dtype).to(x.device), self.fc.bias),
@@ -157,6 +198,9 @@ HOW = {
     "like it": lambda self, x: F.linear(
         x, x.new_zeros(16, 16).to(self.fc.weight) + self.fc.weight, self.fc.bias
     ),
+    "looked up, by name": lambda self, x: F.linear(
+        x, F.embedding(input=torch.arange(16), weight=self.fc.weight), self.fc.bias
+    ),
     "looked up": lambda self, x: F.linear(
         x, F.embedding(torch.arange(16), self.fc.weight), self.fc.bias
     ),
@@ -229,14 +273,20 @@ def test_a_linear_map_computes_no_tensor_of_the_weights_size():
     x = torch.randn(3, 256, requires_grad=True)
     for how in (
         "linear",
+        "linear, by name",
         "matmul",
+        "matmul, by name",
+        "mm, all by name",
+        "linalg",
         "mT",
+        "transpose, by name",
+        "swapaxes, by name",
+        "permute, by name",
         "variable",
-        "addmm",
         "cast",
+        "cast to what it is",
+        "from the left, in a batch",
         "helper",
-        "einsum",
-        "einsum, turned",
     ):
         model.how = how
         with Kernels() as counter:
@@ -246,6 +296,53 @@ def test_a_linear_map_computes_no_tensor_of_the_weights_size():
     with Kernels() as counter:
         model(x[None])
     assert counter.largest == 256 * 256
+
+
+@pytest.mark.parametrize("how", ["addmm", "einsum", "cut"])
+def test_other_operations_compute_the_sum_once(how, monkeypatch):
+    model = gralora.inject(Parent(how), ["fc"], random_config())
+    counted = []
+    evaluate = EffectiveWeight.evaluate
+    monkeypatch.setattr(
+        EffectiveWeight, "evaluate", lambda *args: counted.append(1) or evaluate(*args)
+    )
+    HOW["read once"] = lambda self, x: HOW[how](Read(self.fc), x)
+    model.how = "read once"
+    try:
+        model(X)
+    finally:
+        del HOW["read once"]
+    assert len(counted) == 1
+
+
+class Read:
+    """A layer whose weight has been read once."""
+
+    def __init__(self, layer):
+        self.fc = type("Layer", (), {"weight": layer.weight, "bias": layer.bias})
+
+
+def test_a_mistake_gets_the_error_of_pytorch():
+    plain = Parent("called", nn.Linear(16, 16, dtype=torch.float64))
+    model = gralora.inject(copy.deepcopy(plain), ["fc"], random_config())
+    for wrong in (
+        lambda self, x: F.linear(x, self.fc.weight, weights=1),
+        lambda self, x: torch.mm(x, self.fc.weight),
+        lambda self, x: x.float() @ self.fc.weight,
+        lambda self, x: self.fc.weight[16],
+        lambda self, x: self.fc.weight.transpose(0, 2),
+        lambda self, x: self.fc.weight.transpose(1, 2),
+        lambda self, x: self.fc.weight.permute(0),
+    ):
+        HOW["wrong"] = wrong
+        errors = []
+        for each in (plain, model):
+            each.how = "wrong"
+            with pytest.raises((TypeError, RuntimeError, IndexError)) as raised:
+                each(X)
+            errors.append((raised.type, str(raised.value)))
+        del HOW["wrong"]
+        assert errors[0] == errors[1]
 
 
 def test_several_adapters_and_rows_of_their_own():
@@ -288,7 +385,7 @@ def test_its_attributes_are_those_of_the_weight_and_it_cannot_be_edited():
         def forward(self, x):
             weight = self.fc.weight
             seen["weight"] = weight
-            assert isinstance(weight, UnevaluatedWeight)
+            assert isinstance(weight, LazyWeight)
             assert (weight.shape, weight.dtype, weight.device) == (
                 (16, 16),
                 torch.float64,
@@ -318,7 +415,7 @@ def test_its_attributes_are_those_of_the_weight_and_it_cannot_be_edited():
     before = model.fc.weight.clone()
     model(X)
     assert torch.equal(model.fc.weight, before)
-    assert "UnevaluatedWeight" in repr(seen["weight"])
+    assert "LazyWeight" in repr(seen["weight"])
 
 
 @pytest.mark.parametrize("layer", ["conv1d", "own forward", "convolution"])
@@ -552,3 +649,45 @@ def test_the_layers_own_forward_reads_the_parameter_whoever_in_it_reads():
     assert relative(layer(X), wanted) < 1e-12  # once, not twice
     parent = Parent("linear", layer)
     assert relative(parent(X), wanted) < 1e-12
+
+
+# made by hand
+
+
+def lazy(**kwargs):
+    weight, shares = one(**kwargs)
+    for tensors, _, _ in shares:
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.requires_grad_()
+    return read_as(MatrixWeight(weight, shares)), weight, shares
+
+
+def test_it_looks_like_the_weight_and_is_the_sum():
+    found, weight, _ = lazy()
+    assert type(found) is LazyWeight
+    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda"):
+        assert getattr(found, name) == getattr(weight, name)
+    assert found.stride() == weight.stride() and len(found) == len(weight) and found.requires_grad
+    assert found.computed == {}
+    assert relative(found + 0, weight) > 0.1
+    assert torch.equal(found + 0, found.dense()) and "LazyWeight(tensor" in repr(found)
+
+
+def test_gradients_reach_a_and_b_through_operators_that_do_not_know_it():
+    found, _, shares = lazy()
+    torch.ops.aten.mul.Tensor(found, 2.0).sum().backward()
+    again, _, others = lazy()
+    (again * 2).sum().backward()
+    assert relative(shares[0][0][0].grad, others[0][0][0].grad) < 1e-12
+    detached = found.detach()
+    assert not detached.requires_grad and torch.equal(detached * 1, found.dense().detach())
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [lambda w: w.add_(1), lambda w: w.__setitem__(0, 1.0), lambda w: torch.ops.aten.zero_(w)],
+)
+def test_it_is_not_edited(edit):
+    with pytest.raises(RuntimeError, match="edited in place while a forward runs"):
+        edit(lazy()[0])

@@ -39,8 +39,8 @@ shape of a lazy weight would call its own handlers for ever.
 """
 
 DENSE_SUBCLASSES: tuple[type[Tensor], ...] = (FakeTensor, FunctionalTensor)
-"""What stands for plain tensors under export and make_fx. Public: none. Without them: the adapter of
-a weight that is read is missing from an exported program.
+"""What stands for plain tensors under export and make_fx. Public: none. Without them: the adapter
+of a weight that is read is missing from an exported program.
 """
 
 MODULE_CALL = nn.Module._call_impl.__code__

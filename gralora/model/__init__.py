@@ -1,11 +1,11 @@
-"""Functions that take a whole model. Stands on `layers` and what is below.
+"""Functions that take a whole model. Uses `layers` and what is below.
 
-Read `targets` (which layers; `defaults` where none are named) and `inject`, then `state` (which
-adapters there are, which act, how a failed change is undone; `survey`: all of them in one walk) and
-`control` (what a user does to them). `saved` is what is trained beside the adapters (`tokens`: some
-rows of an embedding), `statistics` what must not move while they are, `record` what was adapted,
-`state_dict` their values in memory. Starts: `loftq`, and `initialize` out of data; `groups` is what
-an optimiser takes. `fit` is the adapter nearest to an update, `hotswap` room for others in an
-adapter's place. `merge`, `combine`, `extract`, `suggest`, `shared`, `summary`, `effect` stand on
-these, each for itself.
+Read `targets` (which layers; `defaults` where none are named) and `inject`, then `index` (everything
+that concerns adapters, in one walk), `state` (activate, all or nothing) and `control` (what a user
+does to adapters). `saved` is what an adapter trains in addition to its pairs: copies of modules, of
+which `partial_copies` and `tokens` hold only a part; `biases` are those of adapted maps in files,
+`statistics` frozen norms, `state_dict` the values of an adapter in memory. Starts: `loftq`, and
+`initialize` from data; `groups` is what an optimizer takes. `fit` is the adapter nearest to an
+update, `hotswap` room for adapters of higher ranks. `merge`, `combine`, `extract`, `suggest`,
+`shared`, `summary`, `effect` use these, each on its own.
 """

@@ -227,6 +227,85 @@ def test_a_bias_shared_by_two_layers_stays_shared():
     assert model.k.bias is model.q.bias
 
 
+class ReadsBias(nn.Module):
+    """Reads weight and bias of a layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.fc.weight, self.fc.bias)
+
+
+class ReadsAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.map = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x):
+        a = self.map
+        return nn.functional.multi_head_attention_forward(
+            *(x, x, x, 16, 2, a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0),
+            *(a.out_proj.weight, a.out_proj.bias),
+            need_weights=False,
+        )[0]
+
+
+class BiasedExperts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 8, 16))
+        self.up_bias = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x):
+        parts = zip(self.up, self.up_bias, strict=True)
+        return sum(nn.functional.linear(x, w, b).tanh() for w, b in parts)
+
+
+READS = {
+    "linear": (ReadsBias, ["fc"]),
+    "attention": (ReadsAttention, ["q_proj", "v_proj", "out_proj"]),
+    "experts": (BiasedExperts, ["up"]),
+    "called": (lambda: nn.Sequential(nn.Linear(16, 8)), ["0"]),
+    "own forward": (lambda: nn.Sequential(Scaled(16, 8)), ["0"]),
+    "convolution": (lambda: nn.Sequential(nn.Conv1d(2, 8, 3)), ["0"]),
+    "transposed convolution": (lambda: nn.Sequential(nn.ConvTranspose1d(2, 8, 3)), ["0"]),
+}
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_trained_bias_is_that_of_the_merged_model_however_it_is_used(name):
+    make, targets = READS[name]
+    model = make()
+    x = torch.randn(2, 2, 16)
+    base = model(x)
+    for adapter in ("a", "b"):
+        config = random_config(bias="gralora_only")
+        gralora.inject(model, targets, config, adapter_name=adapter)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith((".a.bias", ".b.bias")):
+                parameter.normal_()
+    gralora.set_adapter(model, {"a": 0.5, "b": -2.0})
+    y = model(x)
+    merged = gralora.merge_and_unload(copy.deepcopy(model))
+    torch.testing.assert_close(y, merged(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        y, torch.compile(model, backend="eager")(x), rtol=1e-4, atol=1e-4
+    )
+    with gralora.disable_adapter(model):
+        assert same_bits(model(x), base)
+    gralora.merge(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
+    assert same_bits(gralora.unload(model)(x), base)
+
+
 def test_losses_with_a_saved_head_are_those_of_peft():
     from ..peft_reference import copy_to_peft, peft_model
 

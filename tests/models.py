@@ -270,9 +270,12 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
 
 
-def ten_losses(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> list[float]:
+def ten_losses(
+    model: nn.Module, x: torch.Tensor, target: torch.Tensor, weight_decay: float = 0.01
+) -> list[float]:
     """Ten steps of AdamW on whatever requires gradients."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=weight_decay)
     losses = []
     for _ in range(10):
         loss = nn.functional.mse_loss(model(x), target)

@@ -198,11 +198,9 @@ class GraloraLayer(nn.Module):
         """The bias as code outside the map sees it: with what the adapters in use add to it while a
         forward runs.
         """
+        if CHILD not in self._modules or not self.is_read(bias):
+            return bias
         adapters = self.gralora_adapters
-        if not any(adapters[name].bias is not None for name in adapters):
-            return bias
-        if not self.is_read(bias):
-            return bias
         mode = adapters.mode
         for adapter, weight in adapters.applied_in(mode):
             difference = adapter.bias_times(weight)

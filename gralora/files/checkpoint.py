@@ -327,73 +327,99 @@ def _in_names_of(model: nn.Module, file: AdapterFile) -> AdapterFile:
     return file
 
 
-def _plan(model: nn.Module, file: AdapterFile) -> Plan:
-    """Find every module that the file names, and check that the file's tensors fit there."""
-    names = Names(model)
-    modules: dict[str, nn.Module] = {name: module for _, its, module in names for name in its}
-    maps: dict[str, LinearMap] = {name: map for its, map in names.maps for name in its}
-    known = [*modules, *(name for name in maps if name not in modules)]
+class _Places:
+    """The modules and the maps of a model, under every name that they have."""
 
-    def lacking(name: str) -> AdapterFileError:
-        return AdapterFileError(
-            f"the file adapts {name!r}, which this model lacks. Nearest: {nearest(name, known)}."
-        )
+    def __init__(self, model: nn.Module) -> None:
+        names = Names(model)
+        self.modules = {name: module for _, its, module in names for name in its}
+        self.maps = {name: map for its, map in names.maps for name in its}
 
-    def module_at(name: str) -> nn.Module:
-        if name not in modules:
-            raise lacking(name)
-        return modules[name]
+    def module(self, name: str) -> nn.Module:
+        if name not in self.modules:
+            known = [*self.modules, *(other for other in self.maps if other not in self.modules)]
+            raise AdapterFileError(
+                f"the file adapts {name!r}, which this model lacks. Nearest:"
+                f" {nearest(name, known)}."
+            )
+        return self.modules[name]
 
-    targets, dtypes = [], {}
-    for name, config in file.configs.items():
-        if name not in maps and name not in modules:
-            raise lacking(name)
-        map = maps.get(name)
-        reason = f"is a {type(modules[name]).__name__}" if map is None else reason_unfit(map)
+    def map(self, name: str) -> LinearMap:
+        map = self.maps.get(name)
+        reason = f"is a {type(self.module(name)).__name__}" if map is None else reason_unfit(map)
         if map is None or reason is not None:
             raise AdapterFileError(f"the file adapts {name!r}, which in this model {reason}.")
-        if any(size % config.gralora_k for size in map.divided_sizes):
-            raise AdapterFileError(
-                f"gralora_k={config.gralora_k} divides not both sizes of {name!r},"
-                f" {map.divided_sizes}."
-            )
-        for key, shape in layer_shapes(name, *map.sizes, config, map.copies).items():
-            tensor = file.tensors.get(key)
-            if tensor is None or tuple(tensor.shape) != shape:
-                found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
-                raise AdapterFileError(
-                    f"{key} must have shape {shape} to fit this model's {name!r}; the file has"
-                    f" {found}."
-                )
-            dtypes[name] = tensor.dtype
-        targets.append(Target(name, map, config))
+        return map
+
+
+def _plan(model: nn.Module, file: AdapterFile) -> Plan:
+    """Find every module that the file names, and check that the file's tensors fit there."""
+    places = _Places(model)
+    maps = {name: places.map(name) for name in file.configs}
+    biases = _biases(file, places)
+    own = {map.bias_place for map in maps.values()} & set(biases.values())
+    targets = []
+    for name, map in maps.items():
+        _check_fits(file, name, map)
+        bias = "gralora_only" if map.bias_place in own else "none"
+        targets.append(Target(name, map, replace(file.configs[name], bias=bias)))
+    copies: dict[str, tuple[nn.Module, list[str]]] = {}
+    for key, place in biases.items():
+        if place not in own:
+            copies.setdefault(key.rpartition(".")[0], (place[0], []))[1].append(place[1])
     rows = token_modules(file)
     whole = [name for name in file.modules_to_save if name not in rows]
-    saved = {unit: m for name in whole for unit, m in units(module_at(name), name)}
-    tokens = {name: (module_at(name), indices) for name, indices in rows.items()}
-    for name, (module, indices) in tokens.items():
-        try:
-            check_tokens(name, module, indices, "any")
-        except ValueError as error:
-            raise AdapterFileError(str(error)) from error
-    biases: dict[str, tuple[nn.Module, list[str]]] = {}
-    for key in file.biases:
-        path, _, parameter = key.rpartition(".")
-        owner = module_at(path)
-        if not is_bias(parameter) or owner._parameters.get(parameter) is None:
-            raise AdapterFileError(f"the file holds {key!r}, which is not a bias of this model.")
-        own = [t for t in targets if t.map.bias_place == (owner, parameter)]
-        targets = [
-            replace(t, config=replace(t.config, bias="gralora_only")) if t in own else t
-            for t in targets
-        ]
-        if not own:
-            biases.setdefault(path, (owner, []))[1].append(parameter)
+    saved = {unit: m for name in whole for unit, m in units(places.module(name), name)}
     parameters = {
         join(name, key): p for name, unit in saved.items() for key, p in unit.named_parameters()
     }
-    tied = not torn(parameters, file.tensors)
-    return Plan(targets, saved, biases, dtypes, reset=False, tied=tied, tokens=tokens)
+    return Plan(
+        targets,
+        saved,
+        copies,
+        dtypes={name: layer_tensors(file, name)[0].dtype for name in maps},
+        reset=False,
+        tied=not torn(parameters, file.tensors),
+        tokens={name: (_embedding(name, places, own), own) for name, own in rows.items()},
+    )
+
+
+def _check_fits(file: AdapterFile, name: str, map: LinearMap) -> None:
+    """Raise AdapterFileError unless the file's tensors have the shapes that the map needs."""
+    config = file.configs[name]
+    if any(size % config.gralora_k for size in map.divided_sizes):
+        raise AdapterFileError(
+            f"gralora_k={config.gralora_k} divides not both sizes of {name!r}, {map.divided_sizes}."
+        )
+    for key, shape in layer_shapes(name, *map.sizes, config, map.copies).items():
+        tensor = file.tensors.get(key)
+        if tensor is None or tuple(tensor.shape) != shape:
+            found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
+            raise AdapterFileError(
+                f"{key} must have shape {shape} to fit this model's {name!r}; the file has {found}."
+            )
+
+
+def _biases(file: AdapterFile, places: _Places) -> dict[str, tuple[nn.Module, str]]:
+    """(owner, name) of every bias in the file."""
+    found = {}
+    for key in file.biases:
+        path, _, parameter = key.rpartition(".")
+        owner = places.module(path)
+        if not is_bias(parameter) or owner._parameters.get(parameter) is None:
+            raise AdapterFileError(f"the file holds {key!r}, which is not a bias of this model.")
+        found[key] = owner, parameter
+    return found
+
+
+def _embedding(name: str, places: _Places, tokens: tuple[int, ...]) -> nn.Module:
+    """The embedding of which the file holds these rows."""
+    module = places.module(name)
+    try:
+        check_tokens(name, module, tokens, "any")
+    except ValueError as error:
+        raise AdapterFileError(str(error)) from error
+    return module
 
 
 def _base_of(map: LinearMap) -> BaseWeight:

@@ -183,23 +183,22 @@ class GraloraMultiheadAttention(PartHost):
     def effective_parameter(self, name: str, value: Tensor) -> Tensor:
         if name not in self.effective_names or not (is_dense(value) or is_spread(value)):
             return value
-        if name not in (WEIGHTS[0], "in_proj_bias"):
-            reader = self._reader(name.removesuffix("_weight"))
-            return value if reader is None else reader.read(value)
-        readers = [self._reader(part) for part in PACKED]
-        if readers == [None, None, None]:
+        packed = name in (WEIGHTS[0], "in_proj_bias")
+        parts = PACKED if packed else (name.removesuffix("_weight"),)
+        readers = [self._reader(part) for part in parts]
+        in_use = [reader for reader in readers if reader is not None]
+        if not in_use:
             return value
+        if not packed or is_spread(value):  # a sharded weight is not divided
+            return in_use[0].read(value)
+        read = Projection.read_bias if name == "in_proj_bias" else Projection.read
         thirds = [third(value, part) for part in PACKED]
-        parts = [
-            own
-            if reader is None
-            else reader.read(own)
-            if name == WEIGHTS[0]
-            else reader.read_bias(own)
+        found = [
+            own if reader is None else read(reader, own)
             for own, reader in zip(thirds, readers, strict=True)
         ]
-        unread = all(part is own for part, own in zip(parts, thirds, strict=True))
-        return value if unread else torch.cat(parts)
+        unread = all(part is own for part, own in zip(found, thirds, strict=True))
+        return value if unread else torch.cat(found)
 
     def _reader(self, part: str) -> Projection | None:
         """The projection, if an adapter changes what it computes."""

@@ -350,8 +350,8 @@ before their products.
 """
 
 _EDITED = (
-    "the weight of an adapted layer is edited in place while a forward runs, where it stands for W"
-    " + ΔW and not for itself. Edit it outside of any forward, or in the layer's own."
+    "the weight of an adapted layer is edited in place while a forward runs, where its value is W +"
+    " ΔW. Edit it outside of any forward, or in the layer's own."
 )
 _EDITS = {
     "__set__",

@@ -243,6 +243,19 @@ def _add_(
     return z, z_general
 
 
+class _Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    y: bool
+    x: bool
+    weight: bool
+    bias: bool
+    A: bool
+    B: bool
+    A_general: bool
+    B_general: bool
+
+
 def _backward(
     ctx: Any,
     grad: Tensor,
@@ -252,45 +265,49 @@ def _backward(
     tensors: Tensors,
     saved: Saved,
 ) -> tuple[Tensor | None, ...]:
-    _, need_x, need_weight, need_bias, need_A, need_B, need_A_general, need_B_general = (
-        ctx.needs_input_grad[:8]
-    )
-    A, B, _, B_general = tensors
+    needs = _Needs(*ctx.needs_input_grad[:8])
     scaling = ctx.scaling / (1.0 - ctx.dropout)
     g, x = _rows(grad), None if x is None else _rows(x)
-    grad_x = grad_z = grad_z_general = grad_A = grad_B = grad_A_general = grad_B_general = None
     # first all that reads the output's gradient, then all that reads x: copies in the adapter's
     # type live briefly
-    own = _in(g, A.dtype)
-    blocks = _blocks(own, B.shape[0])
-    if need_B:
-        grad_B = _product(cast(Tensor, saved.z).mT, blocks, scaling)
-    if need_A or need_x:
-        grad_z = _regroup(_product(blocks, B.mT, scaling))
-    if B_general is not None and need_B_general:
-        grad_B_general = _product(own.t(), cast(Tensor, saved.z_general), scaling)
-    if B_general is not None and (need_A_general or need_x):
-        grad_z_general = _product(own, B_general, scaling)
-    del own, blocks
-    if need_A or need_A_general:
-        own = _in(cast(Tensor, x), A.dtype)
-        if need_A:
-            grad_A = _tall_product(
-                _blocks(_masked(own, saved.mask), A.shape[0]), cast(Tensor, grad_z)
-            )
-        if need_A_general:
-            grad_A_general = cast(Tensor, grad_z_general).t() @ _masked(own, saved.mask_general)
+    grad_B, grad_z, grad_B_general, grad_z_general = _output_side(g, tensors, saved, scaling, needs)
+    grad_A = grad_A_general = grad_x = None
+    if x is not None and (needs.A or needs.A_general):
+        own = _in(x, tensors[0].dtype)
+        if needs.A and grad_z is not None:
+            blocks = _blocks(_masked(own, saved.mask), tensors[0].shape[0])
+            grad_A = _tall_product(blocks, grad_z)
+            del blocks
+        if needs.A_general and grad_z_general is not None:
+            grad_A_general = grad_z_general.t() @ _masked(own, saved.mask_general)
         del own
-    if need_x and weight is not None:
-        grad_x = g @ weight
-    if need_x:
-        grad_x = _add_input_grad(
-            grad_x, ctx.dtype, tensors, cast(Tensor, grad_z), grad_z_general, saved
-        )
+    if needs.x and grad_z is not None:
+        grad_x = None if weight is None else g @ weight
+        grad_x = _add_input_grad(grad_x, ctx.dtype, tensors, grad_z, grad_z_general, saved)
         grad_x = grad_x if len(ctx.shape) == 2 else grad_x.view(ctx.shape)
-    grad_weight = g.t() @ cast(Tensor, x) if need_weight else None
-    grad_bias = g.sum(0) if need_bias else None
+    grad_weight = g.t() @ x if needs.weight and x is not None else None
+    grad_bias = g.sum(0) if needs.bias else None
     return grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_A_general, grad_B_general
+
+
+def _output_side(
+    g: Tensor, tensors: Tensors, saved: Saved, scaling: float, needs: _Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of B, z, B_general and z_general."""
+    _, B, _, B_general = tensors
+    grad_B = grad_z = grad_B_general = grad_z_general = None
+    own = _in(g, B.dtype)
+    blocks = _blocks(own, B.shape[0])
+    if needs.B and saved.z is not None:
+        grad_B = _product(saved.z.mT, blocks, scaling)
+    if needs.A or needs.x:
+        grad_z = _regroup(_product(blocks, B.mT, scaling))
+    if B_general is not None:
+        if needs.B_general and saved.z_general is not None:
+            grad_B_general = _product(own.t(), saved.z_general, scaling)
+        if needs.A_general or needs.x:
+            grad_z_general = _product(own, B_general, scaling)
+    return grad_B, grad_z, grad_B_general, grad_z_general
 
 
 def _add_input_grad(

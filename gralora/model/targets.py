@@ -122,35 +122,12 @@ def resolve(
             adapted (the text names every one, and the legal values of k). TypeError: `targets` has
             no form that is known.
     """
-    default = config or GraloraConfig()
-    rules = _rules(model, targets, default)
+    rules = _rules(model, targets, config or GraloraConfig())
     saved = _inside(names, [tuple(c.modules_to_save or ()) for _, c in rules])
     found: dict[int, Target] = {}
     strangers: dict[int, str] = {}
-    hosts = {id(map.module) for _, map in names.maps if not map.by_own_name}
     for pattern, rule_config in rules:
-        listed = not isinstance(pattern, str) and isinstance(pattern, Collection)
-        match = _matcher_for(model, pattern, names, rule_config)
-        rule = _Rule(match, _excluded(rule_config), listed)
-        whole = {
-            key
-            for key, its_names, module in names
-            if key not in saved and rule.takes(its_names, module)
-        }
-        for index, (its_names, map) in enumerate(names.maps):
-            key = id(map.module)
-            if index in found or key in saved:
-                continue
-            taken = key in whole
-            if map.part:
-                taken = rule.takes_part(map, its_names, names.names[key], taken)
-            if taken:
-                found[index] = Target(its_names[0], map, rule_config)
-        for key in whole - hosts - names.held:
-            if listed or any(p is not None for p in names.modules[key]._parameters.values()):
-                strangers[key] = _stranger(key, names, listed)
-        if listed:
-            _warn_of_absent(cast(Collection[str], pattern), names)
+        _take(model, pattern, rule_config, names, saved, found, strangers)
     ordered = [found[index] for index in range(len(names.maps)) if index in found]
     if not ordered and not strangers:
         raise ValueError(_nothing_matches(rules, names))
@@ -161,11 +138,7 @@ def resolve(
     if problems:
         raise ValueError("\n".join(problems))
     _warn_of_layout(ordered)
-    saved_names = [
-        name
-        for name, module in ((n, names.modules[key]) for key, ns, _ in names for n in ns)
-        if id(module) in saved
-    ]
+    saved_names = {name for key in saved for name in names.names.get(key, ())}
     names.left_out = [name for name in names.left_out if name not in saved_names]
     if names.left_out:
         k = ordered[0].config.gralora_k
@@ -176,6 +149,42 @@ def resolve(
             stacklevel=3,
         )
     return ordered
+
+
+def _take(
+    model: nn.Module,
+    pattern: Pattern,
+    config: GraloraConfig,
+    names: Names,
+    saved: set[int],
+    found: dict[int, Target],
+    strangers: dict[int, str],
+) -> None:
+    """Add to `found` the maps that one pattern takes, by index, and to `strangers` the modules that
+    it takes and that cannot be adapted. The first pattern that takes a map wins.
+    """
+    listed = not isinstance(pattern, str) and isinstance(pattern, Collection)
+    rule = _Rule(_matcher_for(model, pattern, names, config), _excluded(config), listed)
+    whole = {
+        key
+        for key, its_names, module in names
+        if key not in saved and rule.takes(its_names, module)
+    }
+    for index, (its_names, map) in enumerate(names.maps):
+        key = id(map.module)
+        if index in found or key in saved:
+            continue
+        taken = key in whole
+        if map.part:
+            taken = rule.takes_part(map, its_names, names.names[key], taken)
+        if taken:
+            found[index] = Target(its_names[0], map, config)
+    hosts = {id(map.module) for _, map in names.maps if not map.by_own_name}
+    for key in whole - hosts - names.held:
+        if listed or any(p is not None for p in names.modules[key]._parameters.values()):
+            strangers[key] = _stranger(key, names, listed)
+    if listed:
+        _warn_of_absent(cast(Collection[str], pattern), names)
 
 
 def nearest(name: str, known: Collection[str], count: int = 3) -> str:
@@ -429,7 +438,7 @@ def _warn_of_absent(pattern: Collection[str], names: Names) -> None:
         warnings.warn(
             f"targets not found in this model, passed over: {', '.join(absent)}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -296,9 +296,7 @@ def test_a_trained_bias_is_that_of_the_merged_model_however_it_is_used(name):
     y = model(x)
     merged = gralora.merge_and_unload(copy.deepcopy(model))
     torch.testing.assert_close(y, merged(x), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        y, torch.compile(model, backend="eager")(x), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(y, torch.compile(model, backend="eager")(x), rtol=1e-4, atol=1e-4)
     with gralora.disable_adapter(model):
         assert same_bits(model(x), base)
     gralora.merge(model)

@@ -50,7 +50,7 @@ def test_recipe_runs_as_it_says(path, tmp_path, monkeypatch):
     for package in PACKAGES.get(path.stem, []):
         needs(package)
     text = path.read_text()
-    assert len(text.splitlines()) <= 25
+    assert len(text.splitlines()) <= 40  # a screen
     program, *options, file = ast.get_docstring(ast.parse(text)).splitlines()[-1].split()
     assert ROOT / file == path
     if program == "python":

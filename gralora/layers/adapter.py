@@ -178,7 +178,7 @@ class GraloraAdapter(nn.Module):
 
     def bias_times(self, weight: float) -> Tensor | None:
         """What it adds to the bias of the map, times `weight`; None if it does not train that."""
-        bias: Tensor | None = self.__dict__["_parameters"].get("bias")
+        bias: Tensor | None = self.__dict__["_parameters"]["bias"]
         return bias if bias is None or weight == 1.0 else bias * weight
 
     def copy_bias_from(self, other: GraloraAdapter) -> None:
@@ -187,7 +187,8 @@ class GraloraAdapter(nn.Module):
 
     def arguments(self, weight: float = 1.0) -> tuple[Tensors, float, float]:
         """(tensors, scaling, dropout) that hold for a forward now, the scaling times `weight`."""
-        self.check_values()
+        if "raw" in self.__dict__:
+            self.check_values()
         return (
             self.tensors,
             weight * self.config.scaling,

@@ -26,7 +26,7 @@ from gralora.layers.effective_weight import EffectiveWeight, Share, UnreadableWe
 from gralora.layers.lazy_weight import is_dense, read_as
 from gralora.layers.linear_map import CHILD, PREFIX, LinearMap
 from gralora.layers.running import forward_runs
-from gralora.layers.scope import Rows
+from gralora.layers.scope import Mode, Rows
 from gralora.maths import autograd, functional
 from gralora.torch_internals import has_hooks
 
@@ -74,36 +74,54 @@ class GraloraLayer(nn.Module):
             update: computes one adapter's update, in place of `self.update`.
             with_biases: whether the biases of the adapters are added too.
         """
-        adapters = cast(GraloraAdapters, self.__dict__["_modules"][CHILD])
+        adapters: GraloraAdapters = self.__dict__["_modules"][CHILD]
         mode = adapters.mode
         applied = adapters.to_apply if mode is None else adapters.applied_in(mode)
         if not applied:
             return base()
-        fused = self.can_fuse(x, applied)
-        if fused and plain is not None and not isinstance(mode, Rows):
-            (adapter, weight), applied = applied[0], applied[1:]
-            bias = plain[1]
-            if with_biases and bias is not None:
-                bias = self.add_to_output(bias, adapter.bias_times(weight))
-            y = autograd.linear_with_adapter(x, plain[0], bias, *adapter.arguments(weight))
-        else:
+        if isinstance(mode, Rows) or not self.can_fuse(x, applied):
+            return self._apply_definition(x, base, applied, mode, dim, update, with_biases)
+        if plain is None:
             y = base()
             if not isinstance(y, Tensor):
                 return self.forward_with_effective_weight(*base.args, **base.keywords)
+        else:
+            (adapter, weight), applied = applied[0], applied[1:]
+            matrix, bias = plain
+            difference = adapter.bias_times(weight) if with_biases else None
+            if bias is not None and difference is not None:
+                bias = self.add_to_output(bias, difference)
+            y = autograd.linear_with_adapter(x, matrix, bias, *adapter.arguments(weight))
+        for adapter, weight in applied:
+            y = autograd.add_adapter_(y, x, *adapter.arguments(weight))
+            y = self.add_to_output(y, adapter.bias_times(weight) if with_biases else None)
+        return y
+
+    def _apply_definition(
+        self,
+        x: Tensor,
+        base: partial[Any],
+        applied: Shares,
+        mode: Mode | None,
+        dim: int | None,
+        update: Callable[..., Tensor] | None,
+        with_biases: bool,
+    ) -> Any:
+        """The same where the fused function cannot serve, and where rows differ."""
+        y = base()
+        if not isinstance(y, Tensor):
+            return self.forward_with_effective_weight(*base.args, **base.keywords)
 
         def whole_update(x: Tensor, adapter: GraloraAdapter, share: float) -> Tensor:
             own = (update or self.update)(x, adapter=adapter, share=share)
             return self.add_to_output(own, adapter.bias_times(share) if with_biases else None)
 
         if isinstance(mode, Rows):
+            fused = self.can_fuse(x, applied)
             return self._add_by_row(y, x, mode, dim, whole_update, fused)
         for adapter, weight in applied:
-            if fused:
-                y = autograd.add_adapter_(y, x, *adapter.arguments(weight))
-                y = self.add_to_output(y, adapter.bias_times(weight) if with_biases else None)
-            else:
-                own = partial(whole_update, adapter=adapter, share=weight)
-                y = (y + functional.within(x, own)).to(y.dtype)
+            own = partial(whole_update, adapter=adapter, share=weight)
+            y = (y + functional.within(x, own)).to(y.dtype)
         return y
 
     def add_to_output(self, y: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,9 +130,10 @@ class GraloraLayer(nn.Module):
 
     def can_fuse(self, x: Tensor, applied: Shares) -> bool:
         """Whether `maths.autograd` can compute these updates; else the definition does."""
-        if not autograd.usable(x, applied[0][0].tensors[0]):
-            return False
-        return not any(has_hooks(adapter) for adapter, _ in applied)
+        for adapter, _ in applied:
+            if has_hooks(adapter):
+                return False
+        return autograd.usable(x, applied[0][0].tensors[0])
 
     def forward_with_effective_weight(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward with W + ΔW as its weight: of a layer that returns more than one
@@ -258,8 +277,10 @@ def name_of(path: str, layer: GraloraLayer) -> str:
     """The name of a map by where its layer lies: a part's own is not that of the child that it
     is.
     """
+    if not layer.part:
+        return path
     above, _, own = path.rpartition(".")
-    return join(above, own.removeprefix(PREFIX)) if layer.part else path
+    return join(above, own.removeprefix(PREFIX))
 
 
 def gralora_layers(model: nn.Module) -> Iterator[tuple[str, GraloraLayer]]:

@@ -67,8 +67,11 @@ class InPlaceModule(nn.Module):
         return found
 
     def __getattr__(self, name: str) -> Any:
-        value: Any = super().__getattr__(name)
         own = self.__dict__
+        child = own["_modules"].get(name) if "_modules" in own else None
+        if child is not None:
+            return child
+        value: Any = super().__getattr__(name)
         if value is None or not (name in own["_parameters"] or name in own["_buffers"]):
             return value
         if isinstance(value, Proxy):

@@ -45,10 +45,10 @@ class LinearLayer(InPlaceLayer):
     stored_transposed: ClassVar[bool] = False
 
     def plain(self) -> tuple[Tensor, Tensor | None] | None:
-        weight = held(self, "weight")
+        weight, bias = held(self, "weight"), held(self, "bias")
         if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             return None
-        return weight.t() if self.stored_transposed else weight, held(self, "bias")
+        return weight.t() if self.stored_transposed else weight, bias
 
     def plain_forward(self, input: Tensor) -> Tensor:
         weight = held(self, "weight")

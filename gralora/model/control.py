@@ -26,7 +26,6 @@ from gralora.model.state import (
     check_unmerged,
     named_adapter_parameters,
     put_back_weight,
-    unchanged_on_error,
 )
 
 
@@ -120,12 +119,13 @@ def set_adapter(
     check_among(found.adapter_names(), *weights, *trained)
     warn_of([part for name in weights for part in found.missing(name)])
     _check_one_copy(found, weights)
-    reshard(model)
-    containers = found.containers()
     merged = [layer for _, layer in found.layers if layer.gralora_adapters.merged]
-    changing: list[nn.Module] = [module for each in containers for module in modules(each)]
-    changing += [owner for layer in merged for owner, _ in layer.map.places.values()]
-    with unchanged_on_error(changing), no_more_trained(model):
+    with ExitStack() as stack:
+        if found.has_engine:
+            reshard(model)
+            stack.enter_context(no_more_trained(model))
+        if merged:
+            stack.enter_context(all_or_nothing(model))
         for layer in merged:
             put_back_weight(layer)
         activate(found, weights, trained)
@@ -239,7 +239,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     found = index(model)
     active = {name for _, layer in found.layers for name in layer.gralora_adapters.active}
     active |= {saved.gralora_saved.active or "" for _, saved in found.saved}
-    ours = {id(m) for container in found.containers() for m in modules(container)}
+    ours = {id(m) for container in found.containers for m in modules(container)}
     reshard(model)
     for module in modules(model):
         if id(module) not in ours:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from gralora.engines.distributed import engine_of
 from gralora.engines.walk import named_modules
 from gralora.layers.adapter import GraloraAdapters
 from gralora.layers.base import GraloraLayer, name_of
@@ -33,22 +34,21 @@ class Index:
 
     Attributes:
         layers, saved: adapted maps, and modules of which adapters have copies.
+        containers: those of `layers` and `saved`, which hold adapters and copies by name.
         orphans: containers of adapters whose module has been replaced, so they have no effect.
         records: what `inject` has written down, by the name of the module that it was given.
+        has_engine: whether an engine of PyTorch's has wrapped the model or a part of it.
     """
 
     layers: list[tuple[str, GraloraLayer]] = field(default_factory=list)
     saved: list[tuple[str, SavedModule]] = field(default_factory=list)
     orphans: list[Containers] = field(default_factory=list)
+    containers: list[Containers] = field(default_factory=list)
     records: list[tuple[str, dict[str, tuple[str, ...]]]] = field(default_factory=list)
-
-    def containers(self) -> list[Containers]:
-        """Of all adapters and copies that have an effect."""
-        layers = [layer.gralora_adapters for _, layer in self.layers]
-        return [*layers, *(saved.gralora_saved for _, saved in self.saved)]
+    has_engine: bool = False
 
     def adapter_names(self) -> list[str]:
-        names = [name for container in (*self.containers(), *self.orphans) for name in container]
+        names = [name for container in (*self.containers, *self.orphans) for name in container]
         return list(dict.fromkeys(names))
 
     def missing(self, adapter_name: str) -> list[str]:
@@ -63,18 +63,22 @@ class Index:
 def index(model: nn.Module) -> Index:
     """The index of `model`, as it is now."""
     found = Index()
-    containers: dict[int, Containers] = {}
+    classes: dict[type, nn.Module] = {}
+    owned: set[int] = set()  # containers whose module has not been replaced; it comes first
     for name, module in named_modules(model, stop_at=(GraloraAdapters, SavedCopies)):
+        classes[type(module)] = module
         if RECORD in module.__dict__:
             found.records.append((name, module.__dict__[RECORD]))
         if isinstance(module, GraloraLayer):
             found.layers.append((name_of(name, module), module))
+            owned.add(id(module.gralora_adapters))
         elif isinstance(module, SavedModule):
             found.saved.append((name, module))
+            owned.add(id(module.gralora_saved))
         elif isinstance(module, (GraloraAdapters, SavedCopies)):
-            containers[id(module)] = module
-    in_use = {id(container) for container in found.containers()}
-    found.orphans = [own for key, own in containers.items() if key not in in_use]
+            own = found.containers if id(module) in owned else found.orphans
+            own.append(module)
+    found.has_engine = any(engine_of(module) is not None for module in classes.values())
     return found
 
 

@@ -12,13 +12,13 @@ from torch import nn
 
 from gralora.engines.distributed import reshard
 from gralora.engines.walk import modules
-from gralora.layers.adapter import check_adapter_name
+from gralora.layers.adapter import GraloraAdapter, check_adapter_name
 from gralora.layers.base import GraloraLayer, gralora_layers
 from gralora.layers.class_change import join
 from gralora.layers.loading import factor_key
 from gralora.layers.pending import set_trained
-from gralora.model.index import Index, known_adapters
-from gralora.model.saved import saved_modules
+from gralora.model.index import Containers, Index, known_adapters
+from gralora.model.saved import SavedCopies, saved_modules
 
 T = TypeVar("T")
 
@@ -93,21 +93,37 @@ def adapter_keys(path: str, tensors: Mapping[str, T]) -> dict[str, T]:
 
 def activate(found: Index, weights: Mapping[str, float], trained: Collection[str]) -> None:
     """Make exactly the adapters in `weights` (name -> weight) active, and train exactly those in
-    `trained`.
+    `trained`; all or nothing.
     """
-    for _, layer in found.layers:
-        adapters = layer.gralora_adapters
-        active = {name: weight for name, weight in weights.items() if name in adapters}
-        if list(active.items()) != list(adapters.active.items()):
-            adapters.active = active
-    for _, saved in found.saved:
-        copies = saved.gralora_saved
-        copies.active = next((name for name in weights if name in copies), None)
-    for container in found.containers():
-        for name, own in container.named_children():
-            for parameter in own.parameters():
-                if parameter.requires_grad is not (name in trained):
-                    set_trained(parameter, name in trained)
+    before: list[tuple[Containers, Any]] = []
+    flags: list[tuple[nn.Parameter, bool]] = []
+    try:
+        for container in found.containers:
+            before.append((container, container.active))
+            active = {name: weight for name, weight in weights.items() if name in container}
+            if isinstance(container, SavedCopies):
+                container.active = next(iter(active), None)
+            elif list(active.items()) != list(container.active.items()):
+                container.active = active
+            for name in container:
+                wanted = name in trained
+                for parameter in _parameters(container[name]):
+                    if parameter.requires_grad is not wanted:
+                        flags.append((parameter, not wanted))
+                        set_trained(parameter, wanted)
+    except BaseException:
+        for container, active_before in before:
+            container.active = active_before
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _parameters(own: nn.Module) -> Iterable[nn.Parameter]:
+    """Those of an adapter, in a fraction of the time that `parameters()` takes, or of a copy."""
+    if isinstance(own, GraloraAdapter):
+        return [p for p in own._parameters.values() if p is not None]
+    return own.parameters()
 
 
 def put_back_weight(layer: GraloraLayer) -> None:
@@ -137,13 +153,7 @@ def all_or_nothing(*models: nn.Module) -> Iterator[None]:
     """
     for model in models:
         reshard(model)
-    with unchanged_on_error(dict.fromkeys(m for model in models for m in modules(model))):
-        yield
-
-
-@contextmanager
-def unchanged_on_error(changing: Iterable[nn.Module]) -> Iterator[None]:
-    """The same of these modules alone, without those below them."""
+    changing = dict.fromkeys(m for model in models for m in modules(model))
     before = [(m, m.__class__, m.__dict__.copy(), _contents(m)) for m in changing]
     parameters = [p for m, *_ in before for p in m.parameters(recurse=False)]
     trained = [(parameter, parameter.requires_grad) for parameter in parameters]

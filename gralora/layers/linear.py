@@ -11,13 +11,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gralora.config import GraloraConfig
 from gralora.layers.base import GraloraLayer
 from gralora.layers.class_change import held
 from gralora.layers.effective_weight import EffectiveWeight, MatrixWeight, Share
 from gralora.layers.in_place import InPlaceLayer, InPlaceMap
+from gralora.torch_internals import AttentionOutput
 
 
 class LinearWeight(MatrixWeight):
@@ -160,7 +160,7 @@ class LinearLayerMap(MatrixMap):
         return self.module.in_features, self.module.out_features
 
     def reason_unfit(self) -> str | None:
-        if isinstance(self.module, NonDynamicallyQuantizableLinear):
+        if isinstance(self.module, AttentionOutput):
             return (
                 "is the out_proj of an nn.MultiheadAttention, which reads its weight and never"
                 " calls it: no effect. Inject into the attention, or a module that holds it"

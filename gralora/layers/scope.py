@@ -17,7 +17,7 @@ code of the generator itself always runs inside its own block, whoever resumes i
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
@@ -151,7 +151,7 @@ class Block:
         inside: the blocks of running generators within which it was opened.
     """
 
-    def __init__(self, mode: Mode, around: Iterable[Block]) -> None:
+    def __init__(self, mode: Mode, around: Sequence[Block]) -> None:
         self.mode: Mode = mode
         self.open = True
         self.opener = threading.current_thread()
@@ -216,7 +216,8 @@ class Switchable(Appendage):
 def switched(containers: Iterable[Switchable], mode: Mode) -> Iterator[None]:
     """Put `containers` into `mode` within the block. May be nested; the innermost applies."""
     containers = list(containers)
-    block = Block(mode, {block for container in containers for block in container.blocks})
+    around = dict.fromkeys(block for container in containers for block in container.blocks)
+    block = Block(mode, list(around))
     with _lock:
         for container in containers:
             container.blocks = (*container.blocks, block)
@@ -254,10 +255,15 @@ def _mode_in(blocks: tuple[Block, ...]) -> Mode | None:
     return None
 
 
-def _running_generators(blocks: Iterable[Block]) -> list[Block]:
-    """Those of `blocks` that are held by a generator which is running here, the innermost first."""
-    held = {id(block.generator): block for block in blocks if block.generator is not None}
-    return [held[frame] for frame in innermost_running(held)] if held else []
+def _running_generators(blocks: Sequence[Block]) -> list[Block]:
+    """Those of `blocks` that are held by a generator which is running here, the innermost first.
+
+    Args:
+        blocks: in the order in which they were opened.
+    """
+    frames = {id(block.generator) for block in blocks if block.generator is not None}
+    running = innermost_running(frames) if frames else []
+    return [b for frame in running for b in reversed(blocks) if id(b.generator) == frame]
 
 
 def _in_a_thread_of_backward(thread: threading.Thread) -> bool:

@@ -17,17 +17,9 @@ from torch.nn import functional as F
 import gralora
 
 from ..models import random_config, relative
+from ..test_every_kind import Of
 
-
-class Of(nn.Module):
-    """Calls its one layer."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.map = layer
-
-    def forward(self, x):
-        return self.map(x)
+pytestmark = pytest.mark.slow
 
 
 class OwnForward(nn.Linear):

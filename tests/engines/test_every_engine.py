@@ -166,7 +166,12 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+SLOW = ("compile", "make_fx, symbolic")
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param(e, marks=pytest.mark.slow if e in SLOW else ()) for e in ENGINES]
+)
 def test_the_output_is_that_of_w_plus_delta_w(engine):
     kinds = KINDS_OF.get(engine, KINDS)
     model, base = All(kinds, adapt=True), All(kinds, adapt=False)

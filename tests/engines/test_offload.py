@@ -211,11 +211,11 @@ def _prepared(rank, mixed_precision):
     return type(prepared).__name__
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("mixed_precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_accelerator_prepares_a_model(mixed_precision):
     assert _prepared(None, mixed_precision) == "Sequential"
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("mixed_precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_accelerator_prepares_a_model_on_two_processes(processes, mixed_precision):
     assert processes.run(_prepared, mixed_precision) == ["DistributedDataParallel"] * 2

@@ -241,6 +241,26 @@ def test_a_generator_that_another_one_drives_runs_inside_its_own_block():
         torch.testing.assert_close(next(of_base, wanted(model, x, None)), wanted(model, x, None))
 
 
+def test_a_generator_may_hold_several_blocks():
+    model, x = four_adapters(mlp(16, 24, 8)), torch.randn(3, 16)
+
+    def base():
+        with of_the_base(model):
+            return model(x)
+
+    def two(outer, inner):
+        with gralora.mixed_batch(model, [outer] * 3):
+            with gralora.mixed_batch(model, [inner] * 3):
+                for _ in range(2):
+                    yield inner, model(x), base()
+            yield outer, model(x), base()
+
+    for pairs in zip(two("a", "b"), two("b", "c"), strict=True):
+        for name, y, of_base in pairs:
+            torch.testing.assert_close(y, wanted(model, x, name))
+            torch.testing.assert_close(of_base, wanted(model, x, None))
+
+
 def test_the_innermost_block_counts_within_a_generator_too():
     model, x = four_adapters(mlp(16, 24, 8)), torch.randn(3, 16)
 

@@ -121,11 +121,9 @@ def set_adapter(
     _check_one_copy(found, weights)
     merged = [layer for _, layer in found.layers if layer.gralora_adapters.merged]
     with ExitStack() as stack:
-        if found.has_engine:
-            reshard(model)
-            stack.enter_context(no_more_trained(model))
-        if merged:
+        if merged or found.has_engine:
             stack.enter_context(all_or_nothing(model))
+            stack.enter_context(no_more_trained(model))
         for layer in merged:
             put_back_weight(layer)
         activate(found, weights, trained)

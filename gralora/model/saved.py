@@ -78,9 +78,7 @@ class SavedCopies(Switchable):
         """Whether a parameter is not kept elsewhere, by an engine that reads it outside of a
         forward.
         """
-        return parameter is None or (
-            not parameter.is_meta and layout(parameter) == self.layouts.get(name)
-        )
+        return not parameter.is_meta and layout(parameter) == self.layouts.get(name)
 
 
 class SavedModule(InPlaceModule):
